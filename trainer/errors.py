@@ -1,0 +1,48 @@
+"""What can go wrong in the trainer, as one tree.
+
+::
+
+    TrainerError (Exception)
+    ├── ConfigurationError (ValueError)     a wrong key or value, found before anything runs
+    ├── DataError (ValueError)              a batch or a group that cannot be trained on
+    │   └── MissingLogProbsError            the loss needs log-probs that the environment did not send
+    ├── ShapeMismatchError (ValueError)     tensors that must have one shape have several
+    ├── CheckpointError (OSError)           a checkpoint that cannot be written or read
+    ├── NonFiniteError (ArithmeticError)    too many steps in a row with a loss or gradient that is not finite
+    ├── DeadlineExceeded (TimeoutError)     a party we waited for did not answer in time
+    └── PublishError                        see trainer.publish
+"""
+
+from __future__ import annotations
+
+
+class TrainerError(Exception):
+    """Base class of everything that the trainer raises on purpose."""
+
+
+class ConfigurationError(TrainerError, ValueError):
+    """A configuration key or value is wrong; the message names the field and what is allowed."""
+
+
+class DataError(TrainerError, ValueError):
+    """A batch or a group cannot be trained on; the message says which and why."""
+
+
+class MissingLogProbsError(DataError):
+    """The chosen loss needs per-token log-probs of the sampler and the group does not carry them."""
+
+
+class ShapeMismatchError(TrainerError, ValueError):
+    """Tensors that must share one shape do not; the message lists every shape."""
+
+
+class CheckpointError(TrainerError, OSError):
+    """A checkpoint could not be written, read, or trusted."""
+
+
+class NonFiniteError(TrainerError, ArithmeticError):
+    """Too many optimizer steps in a row had a loss or gradient that is not finite."""
+
+
+class DeadlineExceeded(TrainerError, TimeoutError):  # noqa: N818 - reads as the event that it is
+    """A party that the trainer waited for did not answer in time; the message names it."""
