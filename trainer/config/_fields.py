@@ -1,0 +1,77 @@
+"""The configuration's fields by their dotted names: for help texts, documentation and hints."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from trainer.config._tree import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigField:
+    """One setting as a reader sees it."""
+
+    name: str
+    """Dotted name, e.g. `train.steps`."""
+    type_name: str
+    """Type, or the allowed values separated by `|`."""
+    default: str
+    """Default as it would be written in YAML; `required` where there is none."""
+    help: str
+    """What it means, with unit and special values."""
+
+
+def config_fields(model: type[BaseModel] = TrainerConfig, prefix: str = "") -> Iterator[ConfigField]:
+    """Yield every setting below `model`, sections first to last, depth first."""
+    for name, info in model.model_fields.items():
+        section = _section_of(info.annotation)
+        if section is not None:
+            yield from config_fields(section, f"{prefix}{name}.")
+        else:
+            yield ConfigField(
+                name=prefix + name,
+                type_name=_type_name(info.annotation),
+                default=_default_text(info),
+                help=" ".join((info.description or "").split()),
+            )
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class in `Section` or `Section | None`, if that is what `annotation` is."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return "|".join(str(value) for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return "|".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
+    if origin is not None and origin.__name__ == "Annotated":
+        return _type_name(get_args(annotation)[0])
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(part) for part in get_args(annotation))}]"
+    name = str(annotation.__name__)
+    return {"SecretStr": "secret", "Path": "path"}.get(name, name)
+
+
+def _default_text(info: FieldInfo) -> str:
+    if info.default_factory is not None:
+        value = info.get_default(call_default_factory=True, validated_data={})
+    else:
+        value = info.default
+    if value is PydanticUndefined:
+        return "required"
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

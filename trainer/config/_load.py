@@ -1,0 +1,154 @@
+"""Reading the configuration: command line > environment variables > YAML file > defaults.
+
+A setting has the same dotted name everywhere: `train.steps` is `steps:` below `train:` in the file,
+`ATROPOS_TRAINER_TRAIN__STEPS` in the environment, and `--train.steps 20` on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from trainer.config._fields import config_fields
+from trainer.config._tree import TrainerConfig
+from trainer.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "ATROPOS_TRAINER_"
+_NESTING = "__"
+
+Tree = dict[str, Any]
+
+
+def load_config(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> TrainerConfig:
+    """Read, merge and check the configuration of a run.
+
+    Args:
+        path: YAML file with the sections as top-level keys, or None.
+        overrides: Command-line words, e.g. `["--train.steps", "20", "--loss.name=ppo_clip"]`.
+        environment: Environment variables; None reads the process's own.
+
+    Raises:
+        ConfigurationError: The file cannot be read, or a key or value is wrong. The message lists every
+            wrong field and what is allowed there.
+    """
+    merged: Tree = _read_yaml(path) if path is not None else {}
+    _merge(merged, _from_environment(os.environ if environment is None else environment))
+    _merge(merged, _from_command_line(overrides))
+    merged.setdefault("model", {})  # so that a complaint names model.path, the one required setting
+    try:
+        return TrainerConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigurationError(_describe(error)) from error
+
+
+def _read_yaml(path: Path) -> Tree:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigurationError(
+            f"{path} must hold sections such as 'train:', found a {type(loaded).__name__}"
+        )
+    return loaded
+
+
+def _from_environment(environment: Mapping[str, str]) -> Tree:
+    tree: Tree = {}
+    for name, text in environment.items():
+        if name.startswith(ENVIRONMENT_PREFIX):
+            keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split(_NESTING)
+            _set(tree, keys, text, source=f"environment variable {name}")
+    return tree
+
+
+def _from_command_line(words: Sequence[str]) -> Tree:
+    tree: Tree = {}
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigurationError(
+                f"unexpected argument {word!r}; settings are given as --section.key value"
+            )
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise ConfigurationError(f"{word} needs a value, e.g. {word} VALUE")
+            text = remaining.pop(0)
+        _set(tree, name.split("."), text, source=f"argument --{name}")
+    return tree
+
+
+def _set(tree: Tree, keys: Sequence[str], text: str, *, source: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise ConfigurationError(f"{source}: {key!r} was given a value already, it cannot hold more keys")
+    tree[keys[-1]] = _parse_value(text, source=source)
+
+
+def _parse_value(text: str, *, source: str) -> Any:
+    """Lists, mappings and null are read as YAML; all else stays text, for the field's own type to read.
+
+    Reading plain words as YAML would mangle them: a token 0123 would become the number 83.
+    """
+    if text.strip().lower() in ("null", "none"):
+        return None
+    if text.lstrip().startswith(("[", "{")):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(f"{source} is not a valid list or mapping: {text!r}") from error
+    return text
+
+
+def _merge(lower: Tree, higher: Tree) -> None:
+    """Lay `higher` over `lower`, in place; mappings are merged, everything else is replaced."""
+    for key, value in higher.items():
+        if isinstance(value, dict) and isinstance(lower.get(key), dict):
+            _merge(lower[key], value)
+        else:
+            lower[key] = value
+
+
+def _describe(error: ValidationError) -> str:
+    lines = ["the configuration is wrong:"]
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"  {name}: there is no such setting{_hint(name)}")
+        elif problem["type"] == "missing":
+            lines.append(f"  {name}: required, but not given (--{name} VALUE)")
+        else:
+            found = "" if "token" in name or "header" in name else f" (found {problem['input']!r})"
+            lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{found}")
+    lines.append("`atropos-train run --help` lists every setting.")
+    return "\n".join(lines)
+
+
+def _hint(name: str) -> str:
+    known = [field.name for field in config_fields()]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    section = name.partition(".")[0] + "."
+    siblings = [field.removeprefix(section) for field in known if field.startswith(section)]
+    if siblings:
+        return f"; {section.rstrip('.')} has: {', '.join(siblings)}"
+    return f"; the sections are: {', '.join(TrainerConfig.model_fields)}"

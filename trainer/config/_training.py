@@ -1,0 +1,106 @@
+"""What is trained and how: sections `model`, `optimizer`, `train`, `checkpoint` and `logging`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.config._base import CommaList, Section
+
+
+class LoraSettings(Section):
+    """Low-rank adapters instead of full fine-tuning (needs the package peft)."""
+
+    rank: int = Field(default=16, gt=0)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Adapters are scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapters' input."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter."""
+
+
+class ModelSettings(Section):
+    """The causal language model."""
+
+    path: str
+    """Directory of a Hugging Face checkpoint (safetensors), or a hub id."""
+    tokenizer_path: str | None = None
+    """Where the tokenizer lies. None: beside the model."""
+    attention: str = "sdpa"
+    """Attention implementation by transformers' name, e.g. sdpa, eager."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that a hub model brings along. Only for sources you trust."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters; the base weights stay frozen. None: full fine-tuning."""
+
+
+class OptimizerSettings(Section):
+    """AdamW, its schedule, and clipping."""
+
+    learning_rate: float = Field(default=1e-6, ge=0)
+    """Learning rate after warm-up. 0 changes nothing: a self-test of the whole loop."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: stay, or fall along a cosine to minimum_learning_rate_ratio at train.steps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises linearly from 1/warmup_steps of itself."""
+    minimum_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Cosine only: the last learning rate, as a share of learning_rate."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first-moment decay."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's second-moment decay."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+
+class TrainSettings(Section):
+    """The run."""
+
+    steps: int = Field(default=100, ge=0)
+    """Optimizer steps after which the run ends. 0: set everything up, verify, and stop."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """One seed reproduces a run on CPU bit for bit, given the same batches."""
+    output_dir: Path = Path("runs/default")
+    """Where checkpoints, metrics, published and final weights go."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint in output_dir if there is one. never: refuse to start there."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Autocast type; master weights stay float32. auto: bf16 where the hardware computes it natively."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: what Accelerate finds. cpu: the CPU even where there is an accelerator."""
+    max_consecutive_skips: int = Field(default=10, gt=0)
+    """Stop after so many batches in a row that could not be trained (nothing usable, not finite)."""
+
+
+class CheckpointSettings(Section):
+    """What a run can go on from."""
+
+    every: int = Field(default=50, gt=0)
+    """Optimizer steps between two checkpoints; one more is written at the end and on Ctrl-C."""
+    keep: int = Field(default=2, gt=0)
+    """Newest checkpoints kept; older ones are deleted."""
+
+
+class LoggingSettings(Section):
+    """What is written down beside metrics.jsonl, which always is."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level of log lines shown."""
+    progress: bool = True
+    """One line a step on the terminal."""
+    trackers: CommaList[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Experiment trackers to send every metric to, through Accelerate; each needs its package."""
+    project: str = "atropos-trainer"
+    """Project name for trackers; environments read it from the API for their own logging."""
+    group: str = ""
+    """Run group for trackers and environments."""

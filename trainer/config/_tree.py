@@ -1,0 +1,39 @@
+"""The whole configuration as one tree."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from trainer.config._atropos import AtroposSettings, DataSettings, LossSettings
+from trainer.config._base import Section
+from trainer.config._publish import PublishSettings
+from trainer.config._training import (
+    CheckpointSettings,
+    LoggingSettings,
+    ModelSettings,
+    OptimizerSettings,
+    TrainSettings,
+)
+
+
+class TrainerConfig(Section):
+    """Every setting of a run; each has its type, constraint, unit and default in its own section."""
+
+    model: ModelSettings
+    """The causal language model."""
+    atropos: AtroposSettings = Field(default_factory=AtroposSettings)
+    """The Atropos API server that scored rollouts are fetched from."""
+    data: DataSettings = Field(default_factory=DataSettings)
+    """From scored groups to micro-batches."""
+    loss: LossSettings = Field(default_factory=LossSettings)
+    """The objective."""
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    """AdamW, its schedule, and clipping."""
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    """The run."""
+    publish: PublishSettings = Field(default_factory=PublishSettings)
+    """Publishing weights and proving that they are served."""
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    """What a run can go on from."""
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    """What is written down beside metrics.jsonl."""
