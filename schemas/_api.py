@@ -1,0 +1,199 @@
+"""The small requests and replies of the Atropos API: registration, status, pushing groups.
+
+Each class names its route and who sends it. Groups and batches have modules of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AllowInfNan, Field
+
+from schemas._wire import WireModel
+
+
+class Registration(WireModel):
+    """``POST /register``, sent by the trainer.
+
+    Only the first registration counts: the server accepts later ones and keeps the first values.
+    """
+
+    wandb_group: str = ""
+    """Weights & Biases group for the environments' own logs. Empty: none."""
+
+    wandb_project: str = ""
+    """Weights & Biases project for the environments' own logs. Empty: none."""
+
+    batch_size: int = Field(gt=0)
+    """Sequences (not groups) per batch."""
+
+    max_token_len: int = Field(gt=0)
+    """Longest sequence, in tokens, that environments should send."""
+
+    checkpoint_dir: str = ""
+    """Directory in which environments keep their own checkpoints. Empty: none."""
+
+    save_checkpoint_interval: int = -1
+    """Batches between two checkpoints of an environment. 0 or less: environments save nothing."""
+
+    starting_step: int = Field(default=0, ge=0)
+    """Step that environments start to count from; above 0 they load their own checkpoint."""
+
+    num_steps: int = Field(ge=-1)
+    """Steps of the whole run. -1: unknown."""
+
+
+class RegistrationReply(WireModel):
+    """Reply to ``POST /register``."""
+
+    uuid: int
+    """A random 128-bit number. The server never asks for it again."""
+
+
+class EnvironmentRegistration(WireModel):
+    """``POST /register-env``, sent by an environment."""
+
+    max_token_length: int = Field(gt=0)
+    """Longest sequence, in tokens, that this environment sends."""
+
+    desired_name: str
+    """Name in logs; the server appends a number."""
+
+    weight: Annotated[float, AllowInfNan(False)] = Field(default=1.0, ge=0)
+    """Share of the data wanted from this environment, relative to the others."""
+
+    group_size: int = Field(gt=0)
+    """Sequences per group."""
+
+    min_batch_allocation: Annotated[float, AllowInfNan(False)] | None = Field(default=None, ge=0, le=1)
+    """Smallest share of every batch for this environment. None: no guarantee."""
+
+
+class EnvironmentRegistrationReply(WireModel):
+    """Reply to ``POST /register-env``. Everything but `status` is None until the trainer has polled once."""
+
+    status: str
+    """``"success"``, or a text that asks to wait for the trainer."""
+
+    env_id: int | None = None
+    """Number of the environment; it goes into every group."""
+
+    wandb_name: str | None = None
+    """Name that the server chose."""
+
+    checkpoint_dir: str | None = None
+    """As the trainer registered it."""
+
+    starting_step: int | None = None
+    """Batches formed so far, counted from the trainer's starting step."""
+
+    checkpoint_interval: int | None = None
+    """As the trainer registered it (``save_checkpoint_interval``)."""
+
+    num_steps: int | None = None
+    """As the trainer registered it."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the environment is registered (False: ask again in a second)."""
+        return self.status == "success"
+
+
+class EnvironmentIdentifier(WireModel):
+    """Body of ``GET /status-env`` (a GET with a body) and of ``POST /disconnect-env``."""
+
+    env_id: int = Field(ge=0)
+    """Number from the registration."""
+
+
+class EnvironmentStatus(WireModel):
+    """Reply to ``GET /status-env``: what an environment needs to decide whether to produce more."""
+
+    current_step: int
+    """Batches formed so far; not a policy version."""
+
+    queue_size: int
+    """Groups waiting, in units of this environment's group size."""
+
+    unallocated_fraction: float
+    """Share of a batch that no environment has reserved."""
+
+    env_weight: float
+    """Share of the data wanted from this environment, normalised over the connected ones."""
+
+    self_queue_size: int = 0
+    """Groups of this environment waiting."""
+
+    max_group_size: int = 1
+    """Largest group waiting."""
+
+
+class DisconnectReply(WireModel):
+    """Reply to ``POST /disconnect-env``."""
+
+    status: Literal["success", "failure"]
+    """``"failure"`` if the server does not know the environment."""
+
+    error: str | None = None
+    """Why it failed."""
+
+
+class StatusReply(WireModel):
+    """Reply to ``GET /status``."""
+
+    current_step: int
+    """Batches formed (not trained) so far: not a policy version."""
+
+    queue_size: int
+    """Groups (not sequences) waiting in the queue."""
+
+
+class InfoReply(WireModel):
+    """Reply to ``GET /info``."""
+
+    batch_size: int
+    """Sequences per batch. -1: no trainer has registered."""
+
+    max_token_len: int
+    """Longest sequence in tokens. -1: no trainer has registered."""
+
+    @property
+    def registered(self) -> bool:
+        """Whether the API knows of a trainer."""
+        return self.batch_size > 0
+
+
+class WandbInfoReply(WireModel):
+    """Reply to ``GET /wandb_info``."""
+
+    group: str | None
+    """As registered. None: no trainer has registered."""
+
+    project: str | None
+    """As registered. None: no trainer has registered."""
+
+
+class ScoredDataReply(WireModel):
+    """Reply to ``POST /scored_data``."""
+
+    status: Literal["received", "buffered"]
+    """``"buffered"``: the group is smaller than its environment's group size and waits for others."""
+
+    buffer_size: int | None = None
+    """Sequences waiting in that buffer. None: not buffered."""
+
+
+class ScoredDataListReply(WireModel):
+    """Reply to ``POST /scored_data_list``."""
+
+    status: Literal["received"]
+    """Always ``"received"``."""
+
+    groups_processed: int
+    """Groups in the request."""
+
+    buffered: int = 0
+    """How many of them wait in a buffer."""
+
+    last_buffer_size: int | None = None
+    """Sequences waiting in the buffer that was used last. None: none was."""
