@@ -1,0 +1,392 @@
+"""What inference servers say over HTTP: vLLM's routes as of 0.32, and Atropos's `/generate`.
+
+Both ends use these models: the trainer and the environments as clients, the embedded server as a server. Requests
+keep unknown fields (`model_extra`), because vLLM accepts them; the server decides which of them it must refuse.
+Replies drop unknown fields, so that a newer server can add some.
+
+Log-probs are natural logarithms. A value of minus infinity travels as `LOWEST_LOGPROB`, because JSON has no
+infinity.
+
+Not here: what a field does to the sampling (that is the server's business), SGLang's shapes, streaming replies.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity in every log-prob that is sent as JSON; the value is vLLM's."""
+
+TokenId = Annotated[int, Field(ge=0, strict=True)]
+TokenIds = list[TokenId]
+PauseMode = Literal["abort", "wait", "keep"]
+"""What becomes of the requests in flight: ended, finished first, or frozen until `/resume`."""
+
+
+def _identifier(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+# --- errors and small routes -----------------------------------------------------------------------------------
+
+
+class ErrorInfo(_Reply):
+    """Why a request was refused."""
+
+    message: str
+    type: str
+    """A class of errors, e.g. `BadRequestError`, `NotFoundError`, `InternalServerError`."""
+    param: str | None = None
+    """The field of the request at fault, where it is one."""
+    code: int
+    """The HTTP status once more."""
+
+
+class ErrorReply(_Reply):
+    """The body of every reply with an error status."""
+
+    error: ErrorInfo
+
+
+class ModelCard(_Reply):
+    """One served model in `GET /v1/models`."""
+
+    id: str
+    """The name that requests put into `model`."""
+    object: str = "model"
+    created: int = Field(default_factory=_now)
+    owned_by: str = "vllm"
+    root: str | None = None
+    """Path or hub name that the server was started with."""
+    parent: str | None = None
+    """The base model of an adapter."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens, prompt and completion together."""
+    permission: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class ModelList(_Reply):
+    """Reply of `GET /v1/models`."""
+
+    object: str = "list"
+    data: list[ModelCard] = Field(default_factory=list)
+
+
+class ServerVersion(_Reply):
+    """Reply of `GET /version`."""
+
+    version: str
+
+
+class Usage(_Reply):
+    """Token counts of one request; `completion_tokens` is summed over all samples."""
+
+    prompt_tokens: int = 0
+    total_tokens: int = 0
+    completion_tokens: int | None = 0
+
+
+class TokenLogProb(_Reply):
+    """One candidate at one position."""
+
+    logprob: float
+    rank: int | None = None
+    """1 for the likeliest token of the vocabulary."""
+    decoded_token: str | None = None
+
+
+PromptLogProbs = list[dict[int, TokenLogProb] | None]
+"""Entry `t` speaks of prompt token `t`: that token first, then the `k` likeliest ones. Entry 0 is None."""
+
+
+# --- sampling --------------------------------------------------------------------------------------------------
+
+
+class SamplingFields(_Request):
+    """Fields that all three generation routes share; None means the server's default."""
+
+    n: int | None = 1
+    """Samples per prompt."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    """0 and -1 mean the whole vocabulary."""
+    min_p: float | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: str | list[str] | None = None
+    """The text ends before the first of these; the token ids keep the tokens that completed it."""
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    """Also score the prompt: that many likeliest tokens per position, besides the prompt's own token."""
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`."""
+
+    model: str | None = None
+    prompt: TokenIds | list[TokenIds] | str | list[str]
+    """One prompt or several, as token ids or as text."""
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    """Also return the sampled tokens' log-probs, and those of that many likeliest tokens."""
+    echo: bool | None = False
+    stream: bool | None = False
+    add_special_tokens: bool = True
+    """For text prompts: let the tokenizer add its beginning-of-sequence token."""
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """Write tokens in `logprobs` as `token_id:<id>` instead of as text."""
+
+
+class CompletionLogProbs(_Reply):
+    """Log-probs of one completion; the lists are parallel, one entry per generated token."""
+
+    text_offset: list[int] = Field(default_factory=list)
+    token_logprobs: list[float | None] = Field(default_factory=list)
+    tokens: list[str] = Field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
+
+
+class CompletionChoice(_Reply):
+    """One sample. `index` is `prompt number * n + sample number`."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogProbs | None = None
+    finish_reason: str | None = None
+    """`stop`, `length` or `abort`."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token id that ended it; None for the end-of-sequence token and for the rest."""
+    token_ids: list[int] | None = None
+    """Generated token ids, the end-of-sequence token included, if `return_token_ids` was set."""
+    prompt_logprobs: PromptLogProbs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionReply(_Reply):
+    """Reply of `POST /v1/completions`."""
+
+    id: str = Field(default_factory=lambda: _identifier("cmpl"))
+    object: Literal["text_completion"] = "text_completion"
+    created: int = Field(default_factory=_now)
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+# --- chat ------------------------------------------------------------------------------------------------------
+
+
+class ChatMessage(_Request):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    """Text, or a list of parts such as `{"type": "text", "text": ...}`."""
+
+
+class ChatCompletionRequest(SamplingFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    model: str | None = None
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    """Wins over `max_tokens`; with neither, the rest of the context."""
+    logprobs: bool | None = False
+    top_logprobs: int | None = 0
+    stream: bool | None = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+
+class ChatTopLogProb(_Reply):
+    """One candidate at one position of a chat completion."""
+
+    token: str
+    logprob: float = LOWEST_LOGPROB
+    bytes: list[int] | None = None
+
+
+class ChatTokenLogProb(ChatTopLogProb):
+    """One generated token of a chat completion and its likeliest rivals."""
+
+    top_logprobs: list[ChatTopLogProb] = Field(default_factory=list)
+
+
+class ChatLogProbs(_Reply):
+    """Log-probs of one chat completion, one entry per generated token."""
+
+    content: list[ChatTokenLogProb] | None = None
+
+
+class ChatReplyMessage(_Reply):
+    """The message that the model wrote."""
+
+    role: str = "assistant"
+    content: str | None = None
+
+
+class ChatCompletionChoice(_Reply):
+    """One sample of a chat completion."""
+
+    index: int
+    message: ChatReplyMessage
+    logprobs: ChatLogProbs | None = None
+    finish_reason: str | None = "stop"
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionReply(_Reply):
+    """Reply of `POST /v1/chat/completions`."""
+
+    id: str = Field(default_factory=lambda: _identifier("chatcmpl"))
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int = Field(default_factory=_now)
+    model: str
+    choices: list[ChatCompletionChoice]
+    usage: Usage
+    prompt_logprobs: PromptLogProbs | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+# --- Atropos's own generation route ----------------------------------------------------------------------------
+
+
+class GeneratePrompt(_Request):
+    """The prompt of `/generate` as an object; one of the two fields is set."""
+
+    prompt_token_ids: TokenIds | None = None
+    prompt: str | None = None
+
+
+class GenerateRequest(SamplingFields):
+    """Body of `POST /generate`, as Atropos environments with `server_type: vllm` send it."""
+
+    prompt: GeneratePrompt | TokenIds | str
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    stream: bool | None = False
+
+
+class GenerateReply(_Reply):
+    """Reply of `POST /generate`; lists over samples are parallel, `n` long."""
+
+    text: list[str]
+    finish_reasons: list[str]
+    prompt_token_ids: list[int]
+    token_ids: list[list[int]]
+    logprobs: list[list[list[dict[int, float]]]] | None = None
+    """[sample][token] -> one dict, the sampled token's id and log-prob first: that is where Atropos looks."""
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    """[prompt token] -> id to log-prob, the prompt's own token first; entry 0 is None."""
+    weight_version: str | None = None
+    """The label of the weights that were served when the last sample ended; only the embedded server sends it."""
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------
+
+
+class TokenizeRequest(_Request):
+    """Body of `POST /tokenize`: text, or a conversation for the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    """None: added to text, not to a conversation, whose template adds its own."""
+    add_generation_prompt: bool = True
+
+
+class TokenizeReply(_Reply):
+    """Reply of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+class PauseReply(_Reply):
+    """Reply of `POST /pause` (`paused`) and `POST /resume` (`resumed`)."""
+
+    status: str
+
+
+class PauseState(_Reply):
+    """Reply of `GET /is_paused`."""
+
+    is_paused: bool
+
+
+class CollectiveRpcRequest(_Request):
+    """Body of `POST /collective_rpc`: run a method on every worker.
+
+    To load weights: `method="reload_weights", kwargs={"weights_path": "<directory>"}`.
+    """
+
+    method: str
+    args: list[Any] = Field(default_factory=list)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    timeout: float | None = None
+    """Seconds."""
+
+
+class CollectiveRpcReply(_Reply):
+    """Reply of `POST /collective_rpc`: one entry per worker, None where the method returns nothing."""
+
+    results: list[Any]
+
+
+class CacheResetReply(_Reply):
+    """Reply of `POST /reset_prefix_cache`. vLLM answers 200 with `success: false` while requests hold the cache."""
+
+    success: bool
+
+
+class WeightVersionRequest(_Request):
+    """Body of `POST /update_weight_version`."""
+
+    new_version: str
+
+
+class WeightVersionReply(_Reply):
+    """Reply of `POST /update_weight_version`."""
+
+    success: bool
+    new_version: str
+
+
+class WeightInfo(_Reply):
+    """Reply of `GET /weight_info`; the label is `default` until somebody sets one."""
+
+    weight_version: str
