@@ -1,13 +1,13 @@
 """What inference servers say over HTTP: vLLM's routes as of 0.32, and Atropos's `/generate`.
 
-Both ends use these models: the trainer and the environments as clients, the embedded server as a server. Requests
-keep unknown fields (`model_extra`), because vLLM accepts them; the server decides which of them it must refuse.
-Replies drop unknown fields, so that a newer server can add some.
+Both ends use these models: the trainer and the environments as clients, the embedded server as a server.
+Generation requests keep unknown fields (`model_extra`), because vLLM accepts them; the server decides which of
+them it must refuse. Everything else drops unknown fields, so that a newer server can add some.
 
 Log-probs are natural logarithms. A value of minus infinity travels as `LOWEST_LOGPROB`, because JSON has no
 infinity.
 
-Not here: what a field does to the sampling (that is the server's business), SGLang's shapes, streaming replies.
+Not here: what a field does to the sampling (that is the server's business), SGLang's shapes, streaming.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def _now() -> int:
     return int(time.time())
 
 
-class _Request(BaseModel):
+class _OpenMessage(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class _Reply(BaseModel):
+class _Message(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-# --- errors and small routes -----------------------------------------------------------------------------------
+# --- errors and small routes ----------------------------------------------------------------------
 
 
-class ErrorInfo(_Reply):
+class ErrorInfo(_Message):
     """Why a request was refused."""
 
     message: str
@@ -58,13 +58,13 @@ class ErrorInfo(_Reply):
     """The HTTP status once more."""
 
 
-class ErrorReply(_Reply):
+class ErrorReply(_Message):
     """The body of every reply with an error status."""
 
     error: ErrorInfo
 
 
-class ModelCard(_Reply):
+class ModelCard(_Message):
     """One served model in `GET /v1/models`."""
 
     id: str
@@ -81,20 +81,20 @@ class ModelCard(_Reply):
     permission: list[dict[str, Any]] = Field(default_factory=list)
 
 
-class ModelList(_Reply):
+class ModelList(_Message):
     """Reply of `GET /v1/models`."""
 
     object: str = "list"
     data: list[ModelCard] = Field(default_factory=list)
 
 
-class ServerVersion(_Reply):
+class ServerVersion(_Message):
     """Reply of `GET /version`."""
 
     version: str
 
 
-class Usage(_Reply):
+class Usage(_Message):
     """Token counts of one request; `completion_tokens` is summed over all samples."""
 
     prompt_tokens: int = 0
@@ -102,7 +102,7 @@ class Usage(_Reply):
     completion_tokens: int | None = 0
 
 
-class TokenLogProb(_Reply):
+class TokenLogProb(_Message):
     """One candidate at one position."""
 
     logprob: float
@@ -115,10 +115,10 @@ PromptLogProbs = list[dict[int, TokenLogProb] | None]
 """Entry `t` speaks of prompt token `t`: that token first, then the `k` likeliest ones. Entry 0 is None."""
 
 
-# --- sampling --------------------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
-class SamplingFields(_Request):
+class SamplingFields(_OpenMessage):
     """Fields that all three generation routes share; None means the server's default."""
 
     n: int | None = 1
@@ -160,7 +160,7 @@ class CompletionRequest(SamplingFields):
     """Write tokens in `logprobs` as `token_id:<id>` instead of as text."""
 
 
-class CompletionLogProbs(_Reply):
+class CompletionLogProbs(_Message):
     """Log-probs of one completion; the lists are parallel, one entry per generated token."""
 
     text_offset: list[int] = Field(default_factory=list)
@@ -169,7 +169,7 @@ class CompletionLogProbs(_Reply):
     top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
 
 
-class CompletionChoice(_Reply):
+class CompletionChoice(_Message):
     """One sample. `index` is `prompt number * n + sample number`."""
 
     index: int
@@ -185,7 +185,7 @@ class CompletionChoice(_Reply):
     prompt_token_ids: list[int] | None = None
 
 
-class CompletionReply(_Reply):
+class CompletionReply(_Message):
     """Reply of `POST /v1/completions`."""
 
     id: str = Field(default_factory=lambda: _identifier("cmpl"))
@@ -196,10 +196,10 @@ class CompletionReply(_Reply):
     usage: Usage
 
 
-# --- chat ------------------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 
 
-class ChatMessage(_Request):
+class ChatMessage(_OpenMessage):
     """One message of a conversation."""
 
     role: str
@@ -226,7 +226,7 @@ class ChatCompletionRequest(SamplingFields):
     return_tokens_as_token_ids: bool | None = None
 
 
-class ChatTopLogProb(_Reply):
+class ChatTopLogProb(_Message):
     """One candidate at one position of a chat completion."""
 
     token: str
@@ -240,20 +240,20 @@ class ChatTokenLogProb(ChatTopLogProb):
     top_logprobs: list[ChatTopLogProb] = Field(default_factory=list)
 
 
-class ChatLogProbs(_Reply):
+class ChatLogProbs(_Message):
     """Log-probs of one chat completion, one entry per generated token."""
 
     content: list[ChatTokenLogProb] | None = None
 
 
-class ChatReplyMessage(_Reply):
+class ChatReplyMessage(_Message):
     """The message that the model wrote."""
 
     role: str = "assistant"
     content: str | None = None
 
 
-class ChatCompletionChoice(_Reply):
+class ChatCompletionChoice(_Message):
     """One sample of a chat completion."""
 
     index: int
@@ -264,7 +264,7 @@ class ChatCompletionChoice(_Reply):
     token_ids: list[int] | None = None
 
 
-class ChatCompletionReply(_Reply):
+class ChatCompletionReply(_Message):
     """Reply of `POST /v1/chat/completions`."""
 
     id: str = Field(default_factory=lambda: _identifier("chatcmpl"))
@@ -277,10 +277,10 @@ class ChatCompletionReply(_Reply):
     prompt_token_ids: list[int] | None = None
 
 
-# --- Atropos's own generation route ----------------------------------------------------------------------------
+# --- Atropos's own generation route ---------------------------------------------------------------
 
 
-class GeneratePrompt(_Request):
+class GeneratePrompt(_Message):
     """The prompt of `/generate` as an object; one of the two fields is set."""
 
     prompt_token_ids: TokenIds | None = None
@@ -296,7 +296,7 @@ class GenerateRequest(SamplingFields):
     stream: bool | None = False
 
 
-class GenerateReply(_Reply):
+class GenerateReply(_Message):
     """Reply of `POST /generate`; lists over samples are parallel, `n` long."""
 
     text: list[str]
@@ -308,13 +308,13 @@ class GenerateReply(_Reply):
     prompt_logprobs: list[dict[int, float] | None] | None = None
     """[prompt token] -> id to log-prob, the prompt's own token first; entry 0 is None."""
     weight_version: str | None = None
-    """The label of the weights that were served when the last sample ended; only the embedded server sends it."""
+    """Label of the weights that were served when the last sample ended; the embedded server's addition."""
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------------
+# --- tokenizer ------------------------------------------------------------------------------------
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(_Message):
     """Body of `POST /tokenize`: text, or a conversation for the chat template."""
 
     model: str | None = None
@@ -325,7 +325,7 @@ class TokenizeRequest(_Request):
     add_generation_prompt: bool = True
 
 
-class TokenizeReply(_Reply):
+class TokenizeReply(_Message):
     """Reply of `POST /tokenize`."""
 
     count: int
@@ -333,22 +333,22 @@ class TokenizeReply(_Reply):
     tokens: list[int]
 
 
-# --- weights ---------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
-class PauseReply(_Reply):
+class PauseReply(_Message):
     """Reply of `POST /pause` (`paused`) and `POST /resume` (`resumed`)."""
 
     status: str
 
 
-class PauseState(_Reply):
+class PauseState(_Message):
     """Reply of `GET /is_paused`."""
 
     is_paused: bool
 
 
-class CollectiveRpcRequest(_Request):
+class CollectiveRpcRequest(_Message):
     """Body of `POST /collective_rpc`: run a method on every worker.
 
     To load weights: `method="reload_weights", kwargs={"weights_path": "<directory>"}`.
@@ -361,32 +361,32 @@ class CollectiveRpcRequest(_Request):
     """Seconds."""
 
 
-class CollectiveRpcReply(_Reply):
+class CollectiveRpcReply(_Message):
     """Reply of `POST /collective_rpc`: one entry per worker, None where the method returns nothing."""
 
     results: list[Any]
 
 
-class CacheResetReply(_Reply):
-    """Reply of `POST /reset_prefix_cache`. vLLM answers 200 with `success: false` while requests hold the cache."""
+class CacheResetReply(_Message):
+    """Reply of `POST /reset_prefix_cache`; vLLM says 200 and `success: false` while requests hold the cache."""
 
     success: bool
 
 
-class WeightVersionRequest(_Request):
+class WeightVersionRequest(_Message):
     """Body of `POST /update_weight_version`."""
 
     new_version: str
 
 
-class WeightVersionReply(_Reply):
+class WeightVersionReply(_Message):
     """Reply of `POST /update_weight_version`."""
 
     success: bool
     new_version: str
 
 
-class WeightInfo(_Reply):
+class WeightInfo(_Message):
     """Reply of `GET /weight_info`; the label is `default` until somebody sets one."""
 
     weight_version: str
