@@ -1,0 +1,132 @@
+"""From the n scores of a group to n advantages: pure functions, float64 throughout.
+
+The relative estimators (all but ``raw``) compare a sequence with its siblings. In a group without spread,
+and so in a group of one, they answer exact zeros: there is nothing to learn from a comparison of equals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from trainer.errors import ConfigurationError, DataError
+
+RELATIVE_EPSILON = 1e-6
+"""Differences below this share of the largest score count as none.
+
+Scores arrive as the sum of float arithmetic, often in float32 (resolution 6e-8), in which the same reward can
+come out different in its last digits. A group that differs only there must not be blown up to advantages of
+±1, whatever unit its scores are in; an absolute epsilon would do that for large scores and erase small ones.
+"""
+
+Estimator = Callable[[Sequence[float]], list[float]]
+EstimatorName = Literal["group_norm", "group_center", "leave_one_out", "raw"]
+"""The values of ``data.advantage_estimator``."""
+
+ESTIMATOR_NAMES: tuple[EstimatorName, ...] = get_args(EstimatorName)
+"""The same, to list in messages."""
+
+
+def has_spread(scores: Sequence[float]) -> bool:
+    """Whether a group's scores differ by more than ``RELATIVE_EPSILON`` of the largest magnitude.
+
+    Speaks of scores only: a group with token-level advantages, or under ``raw``, may have something to teach
+    without it. :func:`has_signal` asks the advantages.
+
+    Raises:
+        DataError: if there is no score, or one that is not finite.
+    """
+    relative, _ = _in_units_of_the_largest(scores)
+    return max(relative) - min(relative) > RELATIVE_EPSILON
+
+
+def group_norm(scores: Sequence[float]) -> list[float]:
+    """GRPO: ``(score - mean) / (std + 1e-6 * max|score|)``, std over the group itself (divided by n).
+
+    Source: Shao et al. 2024, DeepSeekMath, section 4.1.2. No advantage exceeds ``sqrt(n - 1)``.
+
+    Raises:
+        DataError: if there is no score, or one that is not finite.
+    """
+    relative, _ = _in_units_of_the_largest(scores)
+    if not has_spread(scores):
+        return [0.0] * len(relative)
+    deviations = _deviations(relative)
+    spread = math.sqrt(math.fsum(value * value for value in deviations) / len(deviations))
+    return [value / (spread + RELATIVE_EPSILON) for value in deviations]
+
+
+def group_center(scores: Sequence[float]) -> list[float]:
+    """Dr. GRPO: ``score - mean``, in the unit of the scores.
+
+    Without the division, easy and hard groups do not count for more than mixed ones. Source: Liu et al. 2025,
+    "Understanding R1-Zero-Like Training".
+
+    Raises:
+        DataError: if there is no score, or one that is not finite.
+    """
+    relative, unit = _in_units_of_the_largest(scores)
+    if not has_spread(scores):
+        return [0.0] * len(relative)
+    return [value * unit for value in _deviations(relative)]
+
+
+def leave_one_out(scores: Sequence[float]) -> list[float]:
+    """RLOO: ``score - mean of the other scores``, which is ``n / (n - 1) * (score - mean)``.
+
+    Source: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024.
+
+    Raises:
+        DataError: if there is no score, or one that is not finite.
+    """
+    count = len(scores)
+    if count == 1:
+        return [0.0 for _ in _in_units_of_the_largest(scores)[0]]
+    return [value * count / (count - 1) for value in group_center(scores)]
+
+
+def raw(scores: Sequence[float]) -> list[float]:
+    """The scores as they are: for environments that send advantages, or weights for fine-tuning, as scores.
+
+    Raises:
+        DataError: if there is no score, or one that is not finite.
+    """
+    _in_units_of_the_largest(scores)
+    return [float(score) for score in scores]
+
+
+_ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
+    {"group_norm": group_norm, "group_center": group_center, "leave_one_out": leave_one_out, "raw": raw}
+)
+
+
+def resolve_estimator(name: EstimatorName) -> Estimator:
+    """Look up an estimator by its name in the configuration.
+
+    Raises:
+        ConfigurationError: if there is none of that name; the message lists those there are.
+    """
+    estimator = _ESTIMATORS.get(name)
+    if estimator is None:
+        raise ConfigurationError(f"advantage estimator is {name!r}; allowed are {', '.join(ESTIMATOR_NAMES)}")
+    return estimator
+
+
+def _in_units_of_the_largest(scores: Sequence[float]) -> tuple[list[float], float]:
+    """Divide by the largest magnitude, so that epsilons are relative and no sum can overflow."""
+    if not scores:
+        raise DataError("a group has no scores; it needs one per sequence")
+    for index, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise DataError(f"scores[{index}] is {score}; scores must be finite numbers")
+    unit = max(abs(score) for score in scores)
+    if unit == 0.0:
+        return [0.0] * len(scores), 0.0
+    return [score / unit for score in scores], unit
+
+
+def _deviations(values: Sequence[float]) -> list[float]:
+    mean = math.fsum(values) / len(values)  # fsum: the order of a group's sequences does not matter
+    return [value - mean for value in values]

@@ -1,0 +1,33 @@
+"""Loss functions over trained tokens: pure, token-aligned, reduced by a denominator the caller owns.
+
+Purpose: turn the log-probs of a micro-batch and what the environment said about it into one scalar to
+differentiate, plus sums for the metrics. Non-goals: no loss here runs the model, moves a column, talks to
+other processes, or logs.
+
+::
+
+    log-probs, advantages, mask ─> LossInputs ─> weighted_sft | policy_gradient | ppo_clip ─> (loss, sums)
+
+Every definition, with a worked example, is in ``docs/losses.md``.
+"""
+
+from __future__ import annotations
+
+from trainer.losses._inputs import LossInputs
+from trainer.losses._policy_gradient import policy_gradient
+from trainer.losses._ppo_clip import ppo_clip
+from trainer.losses._resolve import LOSS_NAMES, LossName, ResolvedLoss, resolve_loss
+from trainer.losses._selected_logprobs import selected_logprobs
+from trainer.losses._weighted_sft import weighted_sft
+
+__all__ = [
+    "LOSS_NAMES",
+    "LossInputs",
+    "LossName",
+    "ResolvedLoss",
+    "policy_gradient",
+    "ppo_clip",
+    "resolve_loss",
+    "selected_logprobs",
+    "weighted_sft",
+]
