@@ -74,7 +74,7 @@ class TrainSettings(Section):
     """Where checkpoints, metrics, published and final weights go."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in output_dir if there is one. never: refuse to start there."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Autocast type; master weights stay float32. auto: bf16 where the hardware computes it natively."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: what Accelerate finds. cpu: the CPU even where there is an accelerator."""

@@ -1,0 +1,205 @@
+"""Loading the policy: model, tokenizer, and what they can take.
+
+Weights are read from safetensors only and kept in float32; autocast does the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trainer.config import DataSettings, LoraSettings, ModelSettings, TrainSettings
+from trainer.errors import ConfigurationError
+from trainer.logprobs import token_logprobs
+from trainer.packing import Packing, pack
+from trainer.samples import ModelLimits, Sample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The model being trained and what belongs to it."""
+
+    model: nn.Module
+    """A causal language model of transformers, float32, perhaps with adapters."""
+    tokenizer: PreTrainedTokenizerBase
+    limits: ModelLimits
+    stored_dtype: torch.dtype
+    """The type in which the base checkpoint is stored, which servers usually serve."""
+
+
+def load_policy(settings: ModelSettings, data: DataSettings) -> Policy:
+    """Load model and tokenizer.
+
+    Raises:
+        ConfigurationError: The path holds no usable checkpoint, or adapters are asked for without peft.
+    """
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(settings.path, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=settings.attention,
+            use_safetensors=True,
+            **options,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_path or settings.path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigurationError(
+            f"model.path {settings.path!r} cannot be loaded: {error}. It must be a Hugging Face checkpoint "
+            "directory with safetensors weights and a tokenizer, or a hub id."
+        ) from error
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    limits = ModelLimits(
+        vocabulary_size=model.get_input_embeddings().num_embeddings,
+        max_sequence_length=_context_length(config, data.max_sequence_length),
+    )
+    stored_dtype = _stored_dtype(config)
+    if settings.lora is not None:
+        model = _with_adapters(model, settings.lora)
+    return Policy(model=model, tokenizer=tokenizer, limits=limits, stored_dtype=stored_dtype)
+
+
+def _context_length(config: Any, wanted: int | None) -> int:
+    context = getattr(config, "max_position_embeddings", None)
+    if wanted is None:
+        return int(context) if context else 1 << 30
+    if context and wanted > context:
+        raise ConfigurationError(
+            f"data.max_sequence_length {wanted} is beyond the model's context of {context}"
+        )
+    return wanted
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    """The checkpoint's own dtype by its config.json; float32 where that says nothing."""
+    stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _with_adapters(model: nn.Module, settings: LoraSettings) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigurationError(
+            "model.lora needs the package peft: pip install 'atropos-trainer[lora]'"
+        ) from error
+    adapted: nn.Module = get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=settings.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    return adapted
+
+
+def choose_mixed_precision(settings: TrainSettings, device: torch.device) -> Literal["no", "bf16"]:
+    """Resolve `train.mixed_precision`: bf16 where the hardware multiplies it natively.
+
+    On a CPU without such instructions bfloat16 is emulated and several times slower than float32, so the
+    decision is by capability; a timing would make the same seed give different runs.
+    """
+    if settings.mixed_precision != "auto":
+        return settings.mixed_precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+    return "no"
+
+
+def choose_packing(model: nn.Module, wanted: Literal["auto", "prefix_tree", "padded"]) -> Packing:
+    """Resolve `data.packing` for this model.
+
+    The tree needs an attention that takes an arbitrary mask. That is read from the model's configuration,
+    and then proven: two short branching sequences must get the same log-probs as when padded.
+
+    Raises:
+        ConfigurationError: prefix_tree was asked for and this model cannot take it.
+    """
+    if wanted == "padded":
+        return "padded"
+    reason = _reason_against_tree(model)
+    if reason is None:
+        return "prefix_tree"
+    if wanted == "prefix_tree":
+        raise ConfigurationError(
+            f"data.packing prefix_tree is not possible here: {reason}; use auto or padded"
+        )
+    logger.warning("Packing sequences padded, one row each, not as a prefix tree: %s", reason)
+    return "padded"
+
+
+def _reason_against_tree(model: nn.Module) -> str | None:
+    config: Any = model.config
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in ("sdpa", "eager"):
+        return f"attention {attention!r} takes no mask of ours (sdpa and eager do)"
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention"}:
+        return f"the model has layers of the kinds {', '.join(sorted(kinds))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"the model attends within a sliding window of {config.sliding_window} tokens"
+    try:
+        difference = _tree_self_test(model)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        # Whatever a foreign forward() raises on an unusual mask is the answer we are asking for.
+        return f"the model does not run on a tree-shaped mask ({type(error).__name__}: {error})"
+    return None if difference < 1e-3 else f"its log-probs differ by {difference:.2g} when packed as a tree"
+
+
+@torch.no_grad()
+def _tree_self_test(model: nn.Module) -> float:
+    """Largest log-prob difference between tree and padded packing on two branching sequences."""
+    device = next(model.parameters()).device
+    shared = [3, 1, 4, 1, 5, 9, 2, 6]
+    samples = [_plain_sample([*shared, *branch]) for branch in ([5, 3, 5, 8], [9, 7, 9])]
+    was_training = model.training
+    model.eval()
+    try:
+        scores = []
+        packings: tuple[Packing, ...] = ("prefix_tree", "padded")
+        for packing in packings:
+            (batch,) = pack(samples, [1.0, 1.0], packing=packing, tokens_per_micro_batch=64)
+            found = token_logprobs(model, batch.to(device), use_temperature=False).logprobs
+            order = batch.advantages.argsort()  # advantages number the trained tokens, to find them again
+            scores.append(found[order])
+    finally:
+        model.train(was_training)
+    return float((scores[0] - scores[1]).abs().max())
+
+
+def _plain_sample(tokens: list[int]) -> Sample:
+    """A sample that trains on every token and whose advantages are all different."""
+    mask = torch.ones(len(tokens))
+    mask[0] = 0.0
+    return Sample(
+        tokens=torch.tensor(tokens),
+        loss_mask=mask,
+        advantages=torch.arange(len(tokens)) + 100.0 * tokens[-1],
+        inference_logprobs=None,
+        ref_logprobs=None,
+        temperature=1.0,
+        score=0.0,
+        env_id=None,
+        group_index=0,
+    )

@@ -1,0 +1,157 @@
+"""One optimizer step over one batch, under Accelerate.
+
+Every process holds the whole batch, computes its share of the micro-batches, and gradients are summed:
+each token's loss is already divided by the whole step's denominator, so nothing is averaged afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainer.config import LossSettings
+from trainer.logprobs import token_logprobs
+from trainer.losses import LossInputs, ResolvedLoss, resolve_loss
+from trainer.packing import MicroBatch, Packing, pack
+from trainer.preparation import PreparedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What came out of a step, over all processes."""
+
+    loss: float
+    """The step's loss; its unit depends on the loss function."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False if loss or gradient were not finite: the weights stayed as they were."""
+    per_token: dict[str, float]
+    """The loss function's metrics and the entropy, averaged over computed trained tokens."""
+    computed_tokens: int
+    """Tokens that went through the model, padding included."""
+    sequence_tokens: int
+    """Tokens of the computed sequences, each counted in full."""
+    micro_batches: int
+
+
+def bind_loss(settings: LossSettings) -> ResolvedLoss:
+    """Choose the loss function and give it its options."""
+    options: dict[str, float] = {"kl_coefficient": settings.kl_coefficient}
+    if settings.name == "policy_gradient":
+        options["ratio_cap"] = settings.ratio_cap
+    if settings.name == "ppo_clip":
+        options |= {"epsilon_low": settings.epsilon_low, "epsilon_high": settings.epsilon_high}
+    return resolve_loss(settings.name, **options)
+
+
+class StepRunner:
+    """Runs optimizer steps on a prepared model.
+
+    Args:
+        accelerator: Whose `prepare` gave `model` and `optimizer`.
+        model: The wrapped model.
+        optimizer: The wrapped optimizer.
+        loss: The configured loss.
+        packing: How sequences share a micro-batch.
+        tokens_per_micro_batch: Token budget of one forward and backward pass.
+        max_grad_norm: Gradients are scaled down to this global norm.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss: LossSettings,
+        packing: Packing,
+        tokens_per_micro_batch: int,
+        max_grad_norm: float,
+    ) -> None:
+        self._accelerator = accelerator
+        self._model = model
+        self._optimizer = optimizer
+        self._loss = bind_loss(loss)
+        self._use_temperature = loss.uses_temperature
+        self._packing = packing
+        self._tokens_per_micro_batch = tokens_per_micro_batch
+        self._max_grad_norm = max_grad_norm
+
+    def __call__(self, batch: PreparedBatch) -> StepResult:
+        """Train on `batch`, which must hold at least one sample with a gradient."""
+        micro_batches = pack(
+            batch.samples,
+            batch.denominators,
+            packing=self._packing,
+            tokens_per_micro_batch=self._tokens_per_micro_batch,
+        )
+        share = self._share(micro_batches)
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for index, micro_batch in enumerate(share):
+            last = index == len(share) - 1
+            # Gradients are exchanged between processes once a step, with the last micro-batch.
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
+                for name, value in self._backward(micro_batch).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        totals = self._over_processes(sums)
+        loss = totals.pop("loss")
+        tokens = totals.pop("tokens")
+        grad_norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        if applied:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            applied=applied,
+            per_token={name: value / tokens for name, value in totals.items()},
+            computed_tokens=sum(micro_batch.computed_tokens for micro_batch in micro_batches),
+            sequence_tokens=sum(micro_batch.sequence_tokens for micro_batch in micro_batches),
+            micro_batches=len(micro_batches),
+        )
+
+    def _share(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This process's micro-batches; all processes get equally many, so that none waits for ever."""
+        rank, world = self._accelerator.process_index, self._accelerator.num_processes
+        rounds = math.ceil(len(micro_batches) / world)
+        share = micro_batches[rank::world]
+        share += [micro_batches[0].without_weight()] * (rounds - len(share))
+        return [micro_batch.to(self._accelerator.device) for micro_batch in share]
+
+    def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Forward and backward; returns loss, token count and metrics as sums, 0-dim, detached."""
+        with self._accelerator.autocast():
+            scores = token_logprobs(self._model, batch, use_temperature=self._use_temperature)
+        inputs = LossInputs(
+            logprobs=scores.logprobs,
+            advantages=batch.advantages,
+            loss_mask=batch.loss_mask,
+            inference_logprobs=batch.inference_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            denominator=batch.denominator,
+        )
+        loss, metrics = self._loss(inputs)
+        # Data parallelism averages gradients over processes; ours are shares of a sum.
+        self._accelerator.backward(loss * self._accelerator.num_processes)
+        return {
+            **metrics,
+            "entropy": inputs.weighted_sum(scores.entropy),
+            "tokens": inputs.mask.sum(),
+            "loss": loss.detach(),
+        }
+
+    def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Add the sums of all processes."""
+        names = sorted(sums)
+        stacked = torch.stack([sums[name].to(torch.float64) for name in names])
+        reduced = self._accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(names, reduced.tolist(), strict=True))
