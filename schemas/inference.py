@@ -1,8 +1,8 @@
 """What inference servers say over HTTP: vLLM's routes as of 0.32, and Atropos's `/generate`.
 
 Both ends use these models: the trainer and the environments as clients, the embedded server as a server.
-Generation requests keep unknown fields (`model_extra`), because vLLM accepts them; the server decides which of
-them it must refuse. Everything else drops unknown fields, so that a newer server can add some.
+Generation requests keep unknown fields (`model_extra`), because vLLM accepts them; the server decides which
+of them it must refuse. Everything else drops unknown fields, so that a newer server can add some.
 
 Log-probs are natural logarithms. A value of minus infinity travels as `LOWEST_LOGPROB`, because JSON has no
 infinity.
@@ -356,7 +356,7 @@ class CollectiveRpcRequest(_Message):
 
     method: str
     args: list[Any] = Field(default_factory=list)
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    kwargs: dict[str, Any] = Field(default_factory=dict)  # type: ignore[no-redef]  # the plugin's `**kwargs`
     timeout: float | None = None
     """Seconds."""
 
@@ -368,7 +368,7 @@ class CollectiveRpcReply(_Message):
 
 
 class CacheResetReply(_Message):
-    """Reply of `POST /reset_prefix_cache`; vLLM says 200 and `success: false` while requests hold the cache."""
+    """Reply of `POST /reset_prefix_cache`; with vLLM a 200 may say `success: false` (cache in use)."""
 
     success: bool
 
