@@ -1,0 +1,184 @@
+"""The demonstration task as a real Atropos environment.
+
+    python -m local_stack.environment serve    --env.rollout_server_url URL --openai.base_url URL/v1 ...
+    python -m local_stack.environment evaluate --env.data_dir_to_save_evals DIR --openai.base_url URL/v1 ...
+
+Every group is one problem and `group_size` replies to it, sampled in one request. Tokens, masks and
+log-probs are the sampler's own, from Atropos's `ManagedServer`: nothing is tokenized a second time.
+
+Environment variable `ATROPOS_ENVIRONMENT_LOG` sets the lowest level of log lines (default INFO).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+import aiohttp
+from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
+from pydantic import Field
+
+from local_stack.arithmetic import Addition, share_right, split_problems, training_order
+
+logger = logging.getLogger(__name__)
+
+
+class ArithmeticConfig(BaseEnvConfig):  # type: ignore[misc] # atroposlib ships no annotations
+    """Atropos's own settings with this task's defaults, and a few of its own."""
+
+    group_size: int = Field(default=8, ge=1, description="Replies sampled for each problem")
+    wandb_name: str | None = Field(default="arithmetic", description="Name under which the API lists it")
+    use_wandb: bool = Field(default=False, description="Whether to send the environment's metrics to wandb")
+    total_steps: int = Field(
+        default=1_000_000,
+        description="Batches after which the environment ends by itself; in practice the trainer decides",
+    )
+    # The API counts a queue in batches; one is enough to never let the trainer wait for long, and every
+    # further one would be sampled by weights that are one step older.
+    max_batches_offpolicy: int = Field(default=1, description="Batches that may wait in the API's queue")
+    # A group whose scores are all equal still reaches the trainer, which counts it and knows what to do.
+    ensure_scores_are_not_same: bool = Field(default=False, description="Drop groups whose scores are equal")
+    steps_per_eval: int = Field(default=0, description="Steps between two evaluations while serving; 0: none")
+    max_new_tokens: int = Field(default=16, ge=1, description="Longest reply, in tokens")
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature, training and evaluation")
+    seed: int = Field(default=0, ge=0, description="Seed of the order of the training problems")
+    evaluation_samples: int = Field(
+        default=4,
+        ge=1,
+        description="Replies sampled for each held-out problem; more make the score less noisy",
+    )
+    evaluate_before_training: bool = Field(
+        default=False,
+        description="serve: evaluate before the first rollout, into data_dir_to_save_evals",
+    )
+    ready_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for the inference server")
+
+
+class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships no annotations
+    """Additions of two numbers up to 20, scored by the last number of the reply."""
+
+    name = "arithmetic"
+    env_config_cls = ArithmeticConfig
+
+    @classmethod
+    def config_init(cls) -> tuple[ArithmeticConfig, list[APIServerConfig]]:
+        """Return the defaults that the command line overrides."""
+        server = APIServerConfig(
+            server_type="vllm", base_url="http://127.0.0.1:9001/v1", model_name="policy", timeout=600
+        )
+        return ArithmeticConfig(), [server]
+
+    async def setup(self) -> None:
+        """Wait for the inference server; with `evaluate_before_training`, measure the untrained model."""
+        self._problems = training_order(self.config.seed)
+        await self._wait_for_inference()
+        if self.config.evaluate_before_training:
+            await self.evaluate()
+
+    async def get_next_item(self) -> Addition:
+        """Return the next problem to sample replies for."""
+        return next(self._problems)
+
+    async def collect_trajectories(self, item: Addition) -> tuple[ScoredDataGroup, list[Addition]]:
+        """Sample and score one group; the second element, the backlog, is always empty."""
+        sampled = await self._sample(item, count=self.config.group_size, split="train")
+        group = ScoredDataGroup(
+            tokens=[node.tokens for node, _ in sampled],
+            masks=[node.masked_tokens for node, _ in sampled],
+            inference_logprobs=[node.logprobs for node, _ in sampled],
+            scores=[item.score(reply) for _, reply in sampled],
+            generation_params={"temperature": self.config.temperature},
+            # BaseEnv reads a group size from group_overrides and cannot take None here.
+            group_overrides={},
+            advantages=None,
+            messages=None,
+            images=None,
+        )
+        return group, []
+
+    async def evaluate(self, *_args: Any, **_kwargs: Any) -> None:
+        """Score samples of every held-out problem and write the accuracy to `data_dir_to_save_evals`."""
+        started = time.time()
+        _, held_out = split_problems()
+        groups = await asyncio.gather(
+            *(self._sample(item, count=self.config.evaluation_samples, split="eval") for item in held_out)
+        )
+        replies = [
+            (item, reply) for item, sampled in zip(held_out, groups, strict=True) for _, reply in sampled
+        ]
+        scores = [item.score(reply) for item, reply in replies]
+        accuracy = share_right(scores)
+        logger.info("held-out accuracy %.1f%% over %d replies", 100 * accuracy, len(scores))
+        await self.evaluate_log(
+            metrics={"accuracy": accuracy, "mean_score": sum(scores) / len(scores), "replies": len(scores)},
+            samples=[
+                {"question": item.question, "reply": reply, "score": item.score(reply)}
+                for item, reply in replies
+            ],
+            start_time=started,
+            end_time=time.time(),
+            generation_parameters={
+                "temperature": self.config.temperature,
+                "max_new_tokens": self.config.max_new_tokens,
+            },
+            verbose=False,
+        )
+
+    async def _sample(self, item: Addition, *, count: int, split: str) -> list[tuple[Any, str]]:
+        """Return `count` pairs of (node with tokens, masked tokens and log-probs; text of the reply)."""
+        async with self.server.managed_server(tokenizer=self.tokenizer) as managed:
+            completion = await managed.chat_completion(
+                messages=[{"role": "user", "content": item.question}],
+                n=count,
+                max_tokens=self.config.max_new_tokens,
+                temperature=self.config.temperature,
+                split=split,
+            )
+            nodes = managed.get_state()["nodes"]
+        replies = [choice.message.content or "" for choice in completion.choices]
+        return list(zip(nodes, replies, strict=True))
+
+    async def _wait_for_inference(self) -> None:
+        """Return once every inference server answers `/health`.
+
+        Atropos's own health check runs beside the first request, which it does not hold back.
+        """
+        deadline = time.monotonic() + self.config.ready_timeout
+        for server in self.server.servers:
+            url = server.config.base_url.removesuffix("/v1") + "/health"
+            while not await _is_healthy(url):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"no inference server answered at {url} within {self.config.ready_timeout:g} s; "
+                        "start it, or correct --openai.base_url"
+                    )
+                await asyncio.sleep(0.2)
+
+
+async def _is_healthy(url: str) -> bool:
+    timeout = aiohttp.ClientTimeout(total=10)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+            return bool(response.ok)
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
+def main() -> None:
+    """Run Atropos's command line (serve, process, evaluate) for this environment."""
+    logging.basicConfig(
+        level=os.environ.get("ATROPOS_ENVIRONMENT_LOG", "INFO").upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # BaseEnv logs its queue ten times a second at INFO, and every HTTP request is another line.
+    for chatty in ("atroposlib", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
+    ArithmeticEnvironment.cli()
+
+
+if __name__ == "__main__":
+    main()
