@@ -348,7 +348,7 @@ class PauseState(_Message):
     is_paused: bool
 
 
-class CollectiveRpcRequest(_Message):
+class CollectiveRpcRequest(_Message):  # type: ignore[no-redef]  # pydantic plugin: a field named kwargs
     """Body of `POST /collective_rpc`: run a method on every worker.
 
     To load weights: `method="reload_weights", kwargs={"weights_path": "<directory>"}`.
@@ -356,7 +356,7 @@ class CollectiveRpcRequest(_Message):
 
     method: str
     args: list[Any] = Field(default_factory=list)
-    kwargs: dict[str, Any] = Field(default_factory=dict)  # type: ignore[no-redef]  # the plugin's `**kwargs`
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     timeout: float | None = None
     """Seconds."""
 
