@@ -1,0 +1,194 @@
+"""Child processes that never outlive the launcher.
+
+A `ChildProcess` runs one service: an argument list (never a shell string), its own session, so that the
+terminal's Ctrl-C reaches only the launcher, and one log file for all it says. Three rules hold:
+
+- Only processes that were started here are ever signalled, by the id they were started with.
+- Children of a child end with it: what is left of its process group is killed when it ends.
+- If the launcher itself is killed, the kernel kills its children (Linux; see `_tied_exec`).
+
+A process's id stays reserved until its parent collects it. So a child that has ended is recognised without
+collecting it (it is a zombie then), its group is killed while the id cannot belong to anyone else, and only
+then is it collected.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from local_stack.errors import NotReadyError, ProcessDiedError
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.05
+_TAIL_LINES = 15
+_TAIL_BYTES = 64 * 1024
+
+
+class ChildProcess:
+    """One running service.
+
+    Args:
+        name: What messages call it.
+        command: Program and arguments.
+        log_path: File that standard output and standard error are appended to.
+        environment: Variables set on top of the launcher's own.
+        stop_signal: What asks it to end by itself.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._stop_signal = stop_signal
+        self._returncode: int | None = None
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        tied = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_tied_exec.py")), str(os.getpid())]
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 - an argument list made by this package
+                [*tied, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+                start_new_session=True,
+            )
+        logger.debug("started %s as process %d: %s", name, self.pid, command)
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is also the id of its session and process group."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        if self._returncode is None and psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
+            self._collect()
+        return self._returncode
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it still runs."""
+        return self.returncode is None
+
+    def require_running(self) -> None:
+        """Raise `ProcessDiedError`, with the end of the log, if the process has ended."""
+        status = self.returncode
+        if status is not None:
+            raise ProcessDiedError(f"the {self.name} {describe_status(status)}.\n{self.log_tail()}")
+
+    def ask_to_stop(self) -> None:
+        """Send the stop signal to the process (not to its children: it knows best how to end them)."""
+        if self.is_running:
+            self._process.send_signal(self._stop_signal)
+
+    def kill(self) -> None:
+        """End the process and its whole group at once."""
+        if self.is_running:
+            self._signal_group(signal.SIGKILL)
+            self._process.wait()
+            self._returncode = self._process.returncode
+
+    def stop(self, patience: float, *, hurry: Callable[[], bool] = lambda: False) -> int:
+        """Ask the process to end, wait at most `patience` seconds, then kill it with its group.
+
+        Args:
+            patience: Seconds between the stop signal and SIGKILL.
+            hurry: Checked while waiting; once true, the process is killed without waiting on.
+
+        Returns:
+            The exit status.
+        """
+        self.ask_to_stop()
+        deadline = time.monotonic() + patience
+        while self.is_running:
+            if hurry() or time.monotonic() > deadline:
+                logger.warning("%s (process %d) did not end in time; killing it", self.name, self.pid)
+                self.kill()
+                break
+            time.sleep(_POLL_SECONDS)
+        status = self.returncode
+        if status is None:  # the loop above ends only when it has a status
+            raise AssertionError(f"{self.name} has ended without a status")
+        return status
+
+    def log_tail(self, lines: int = _TAIL_LINES) -> str:
+        """Return the end of the log under a heading that says where the whole log is."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
+                text = log.read().decode("utf-8", errors="replace")
+        except OSError as error:
+            return f"Its log {self.log_path} cannot be read: {error.strerror}."
+        tail = text.rstrip().splitlines()[-lines:]
+        if not tail:
+            return f"Its log {self.log_path} is empty."
+        return "\n".join([f"The end of its log ({self.log_path}):", *(f"  {line}" for line in tail)])
+
+    def _collect(self) -> None:
+        self._signal_group(signal.SIGKILL)
+        self._returncode = self._process.wait()
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError:  # what macOS answers for a group in which only zombies are left
+            logger.debug("the process group of %s holds nothing that can be signalled", self.name)
+
+
+def wait_until(
+    child: ChildProcess,
+    is_ready: Callable[[], bool],
+    *,
+    timeout: float,
+    what: str,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
+    """Return once `is_ready()`, or at once when `interrupted()`.
+
+    Args:
+        child: The process that is waited for; its death ends the wait.
+        is_ready: Asked about every tenth of a second.
+        timeout: Seconds to wait.
+        what: What is waited for, in words that complete "did not ... within".
+        interrupted: Whether the user wants to stop.
+
+    Raises:
+        ProcessDiedError: The process ended first.
+        NotReadyError: It was not ready in time.
+    """
+    deadline = time.monotonic() + timeout
+    while not interrupted() and not is_ready():
+        child.require_running()
+        if time.monotonic() > deadline:
+            raise NotReadyError(f"the {child.name} did not {what} within {timeout:g} s.\n{child.log_tail()}")
+        time.sleep(0.1)
+
+
+def describe_status(status: int) -> str:
+    """Put an exit status into words that follow a subject: `ended with exit status 3`."""
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by signal {-status}"
