@@ -11,7 +11,7 @@ Speed: a batch carries half a million tokens, so every per-token check below run
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import eq
 from typing import Annotated, Any, Final, Self
@@ -222,12 +222,18 @@ def _check_logprobs(name: str, rows: list[list[float]], masks: list[list[int]]) 
     trained position it means that the log-prob is missing, and training on it would do silent damage.
     """
     for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        if max(row) <= LOGPROB_SLACK:
-            continue
-        trained = list(map(IGNORE_INDEX.__ne__, mask))
-        if max(compress(row, trained), default=0.0) > LOGPROB_SLACK:
-            column = next(t for t, p in enumerate(row) if trained[t] and p > LOGPROB_SLACK)
+        if max(_trained_values(row, mask), default=0.0) > LOGPROB_SLACK:
+            column = next(t for t, p in enumerate(row) if mask[t] != IGNORE_INDEX and p > LOGPROB_SLACK)
             raise ValueError(
                 f"{name}[{i}][{column}] is {row[column]} at a trained position; a log-prob is at most 0 "
                 "(1.0 is the filler for masked positions: the environment did not record this one)"
             )
+
+
+def _trained_values(row: list[float], mask: list[int]) -> Iterable[float]:
+    """Return the entries of a per-token row at the positions that are trained on."""
+    ignored = mask.count(IGNORE_INDEX)
+    # "Prompt, then answer", as above: a slice is several times faster than selecting one by one.
+    if mask[:ignored].count(IGNORE_INDEX) == ignored:
+        return row[ignored:]
+    return compress(row, map(IGNORE_INDEX.__ne__, mask))

@@ -1,0 +1,172 @@
+"""How to reach the API: address, credentials, TLS, timeouts, size limit. Shared by both clients."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from pydantic import SecretStr
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_BODY_BYTES: Final = 1 << 30
+"""1 GiB. A batch of half a million tokens with log-probs is about 15 MB; distillation multiplies that."""
+
+# uvicorn, which serves the API, closes a connection after 5 idle seconds. Dropping ours earlier keeps us from
+# sending a request into a connection that is being closed, which would look like a lost batch.
+_KEEPALIVE_SECONDS: Final = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """Patience in seconds, one bound per phase of a request."""
+
+    connect: float = 5.0
+    """To open a connection. A live server accepts at once, even while it is busy."""
+
+    read: float = 60.0
+    """Between two pieces of a reply. The API has one thread and may be building a large batch for another
+    request first."""
+
+    batch_read: float = 600.0
+    """As `read`, for ``GET /batch``: the server removes the batch before it encodes it, so giving up early
+    loses data."""
+
+    write: float = 60.0
+    """Between two pieces of a request body."""
+
+    total: float = 1800.0
+    """For one whole sending. Ends a reply that keeps dripping and never finishes."""
+
+    def __post_init__(self) -> None:
+        for name in ("connect", "read", "batch_read", "write", "total"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be more than 0 seconds, found {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionSettings:
+    """Everything that decides how a request travels. Its repr shows no credential."""
+
+    base_url: str
+    """Scheme, host, port and possibly a path prefix; no user, password, query or fragment."""
+
+    token: SecretStr | None = None
+    """Bearer token for the proxy in front of the API. None: none."""
+
+    headers: Mapping[str, SecretStr] = field(default_factory=dict)
+    """Further headers of every request. All are treated as secrets."""
+
+    verify: bool | Path | ssl.SSLContext = True
+    """How to check the server's certificate: the usual authorities, a file or directory of authorities, a
+    complete context (client certificates), or False for not at all."""
+
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    """Patience."""
+
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    """Largest reply, in bytes, before and after decompression."""
+
+    def __post_init__(self) -> None:
+        url = httpx.URL(self.base_url)
+        # The message must not repeat what may hold a password.
+        if url.userinfo:
+            raise ValueError(
+                "the address of the API must not hold a user or password; pass token= or headers="
+            )
+        if url.scheme not in {"http", "https"} or not url.host:
+            raise ValueError(
+                f"the address of the API must look like http://host:8000, found {self.base_url!r}"
+            )
+        if url.query or url.fragment:
+            raise ValueError(f"the address of the API must not have a query or fragment: {url.host}")
+        if self.max_body_bytes < 1:
+            raise ValueError(f"max_body_bytes must be at least 1, found {self.max_body_bytes}")
+        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+        if self.has_credentials and url.scheme == "http" and not _is_loopback(url.host):
+            logger.warning("Credentials for the Atropos API travel unencrypted to %s: use https.", url.host)
+        if self.verify is False:
+            logger.warning("The certificate of the Atropos API at %s is not checked.", url.host)
+
+    @property
+    def has_credentials(self) -> bool:
+        """Whether requests carry a token or extra headers."""
+        return self.token is not None or bool(self.headers)
+
+    def redact(self, text: str) -> str:
+        """Remove every secret of ours from a text that a server sent back."""
+        secrets = [self.token, *self.headers.values()] if self.token else [*self.headers.values()]
+        for secret in secrets:
+            value = secret.get_secret_value() if secret else ""
+            text = text.replace(value, "***") if value else text
+        return text
+
+    def http_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of ``httpx.Client`` and ``httpx.AsyncClient``."""
+        # Only what the body reader can bound while it decompresses.
+        headers = {"Accept": "application/json", "Accept-Encoding": "gzip"}
+        headers.update({name: value.get_secret_value() for name, value in self.headers.items()})
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token.get_secret_value()}"
+        return {
+            "base_url": self.base_url,
+            "headers": headers,
+            "verify": _tls(self.verify),
+            # A redirect could carry the token, or a batch, to another host.
+            "follow_redirects": False,
+            # Neither ~/.netrc nor a proxy variable of the shell may decide where rollouts go.
+            "trust_env": False,
+            "limits": httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
+        }
+
+    def phase_timeouts(self, *, batch: bool) -> httpx.Timeout:
+        """Return the timeouts of one request."""
+        t = self.timeouts
+        return httpx.Timeout(
+            connect=t.connect, read=t.batch_read if batch else t.read, write=t.write, pool=t.connect
+        )
+
+
+def connection_settings(
+    base_url: str,
+    *,
+    token: SecretStr | str | None,
+    headers: Mapping[str, SecretStr | str] | None,
+    verify: bool | str | Path | ssl.SSLContext,
+    timeouts: Timeouts | None,
+    max_body_bytes: int,
+) -> ConnectionSettings:
+    """Build settings from the looser types that the clients accept."""
+    return ConnectionSettings(
+        base_url=base_url,
+        token=None if token is None else _secret(token),
+        headers={name: _secret(value) for name, value in (headers or {}).items()},
+        verify=Path(verify) if isinstance(verify, str) else verify,
+        timeouts=timeouts or Timeouts(),
+        max_body_bytes=max_body_bytes,
+    )
+
+
+def _secret(value: SecretStr | str) -> SecretStr:
+    return value if isinstance(value, SecretStr) else SecretStr(value)
+
+
+def _tls(verify: bool | Path | ssl.SSLContext) -> bool | ssl.SSLContext:
+    if not isinstance(verify, Path):
+        return verify
+    if verify.is_dir():
+        return ssl.create_default_context(capath=verify)
+    return ssl.create_default_context(cafile=verify)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

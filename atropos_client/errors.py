@@ -1,0 +1,118 @@
+"""What can go wrong between us and the Atropos API, as one tree.
+
+::
+
+    AtroposClientError (Exception)
+    ├── RequestFailed                           no whole reply came
+    │   ├── ApiUnreachable (ConnectionError)    nothing was sent: refused, unknown host, TLS, connect timeout
+    │   ├── ReplyTimeout (TimeoutError)         sent, but no (whole) reply in time
+    │   └── ConnectionLost (ConnectionError)    sent, then the connection broke or the body was cut off
+    ├── BadReply                                a reply came and cannot be used
+    │   ├── ErrorStatus                         an HTTP status other than 2xx, redirects included
+    │   │   ├── AccessDenied (PermissionError)  401 or 403
+    │   │   └── ServerError                     5xx
+    │   └── InvalidReply (ValueError)           wrong content type, not JSON, wrong shape, broken gzip
+    │       └── ReplyTooLarge                   more bytes than the configured maximum
+    ├── BatchPossiblyLost                       GET /batch failed after it may have removed a batch
+    ├── BatchNotRecorded (OSError)              the caller's journal refused a body; it is attached
+    ├── BatchTimeout (TimeoutError)             BatchPoller.get: no batch within the caller's patience
+    └── PollerStopped (RuntimeError)            BatchPoller.get on a poller that is not running
+
+Every error of a request knows its `method` and `url`. All of them pickle, and none carries a header, so that
+no token can reach a log through them.
+"""
+
+# Names read as the events that they are (BatchPossiblyLost), as in httpx and the standard library.
+# ruff: noqa: N818
+
+from __future__ import annotations
+
+
+class AtroposClientError(Exception):
+    """Base class of everything that this package raises on purpose."""
+
+    def __init__(self, message: str, *, method: str | None = None, url: str | None = None) -> None:
+        super().__init__(message)
+        self.method = method
+        """HTTP method of the request. None: the error is not about one request."""
+        self.url = url
+        """URL of the request, without credentials. None: the error is not about one request."""
+
+    def __str__(self) -> str:
+        message = str(self.args[0]) if self.args else ""
+        return f"{self.method} {self.url}: {message}" if self.url else message
+
+
+class RequestFailed(AtroposClientError):
+    """No whole reply came."""
+
+
+class ApiUnreachable(RequestFailed, ConnectionError):
+    """The connection could not be made, so nothing was sent: always safe to repeat."""
+
+
+class ReplyTimeout(RequestFailed, TimeoutError):
+    """The request was sent, but no whole reply came in time; the server may have acted on it."""
+
+
+class ConnectionLost(RequestFailed, ConnectionError):
+    """The connection broke after the request was sent; the server may have acted on it."""
+
+
+class BadReply(AtroposClientError):
+    """A reply came and cannot be used."""
+
+
+class ErrorStatus(BadReply):
+    """The server answered with an HTTP status other than 2xx; redirects are not followed and end here."""
+
+    def __init__(
+        self, message: str, *, status_code: int = 0, method: str | None = None, url: str | None = None
+    ) -> None:
+        super().__init__(message, method=method, url=url)
+        self.status_code = status_code
+        """The HTTP status."""
+
+
+class AccessDenied(ErrorStatus, PermissionError):
+    """401 or 403: the proxy in front of the API does not accept our credentials."""
+
+
+class ServerError(ErrorStatus):
+    """5xx: the server, or a proxy in front of it, failed."""
+
+
+class InvalidReply(BadReply, ValueError):
+    """The reply is not what this route answers: content type, JSON syntax, shape, or compression."""
+
+
+class ReplyTooLarge(InvalidReply):
+    """The reply has more bytes, before or after decompression, than the configured maximum."""
+
+
+class BatchPossiblyLost(AtroposClientError):
+    """``GET /batch`` failed in a way that may have cost a batch.
+
+    The server removes a batch when it answers and keeps no copy. Whatever goes wrong after the request was
+    sent may therefore have lost one; `__cause__` says what went wrong. Polling on is right, a silent
+    repetition is not.
+    """
+
+
+class BatchNotRecorded(AtroposClientError, OSError):
+    """The caller's ``on_body`` raised, so a batch that the server no longer has is not recorded anywhere."""
+
+    def __init__(
+        self, message: str, *, body: bytes = b"", method: str | None = None, url: str | None = None
+    ) -> None:
+        super().__init__(message, method=method, url=url)
+        self.body = body
+        """The whole reply to ``GET /batch``, so that it can still be saved."""
+
+
+class BatchTimeout(AtroposClientError, TimeoutError):
+    """No batch came within the caller's patience; the message says who is late."""
+
+
+class PollerStopped(AtroposClientError, RuntimeError):
+    """A batch was asked of a poller that was never started, or was stopped and is empty."""
