@@ -5,7 +5,8 @@
     LocalStackError (Exception)
     ├── RunDirectoryError (ValueError)      the run directory cannot be used as asked
     ├── ProcessDiedError (ChildProcessError)  a service ended although it should run
-    └── NotReadyError (TimeoutError)        a service did not answer in time
+    ├── NotReadyError (TimeoutError)        a service did not answer in time
+    └── StoppedByUserError                  Ctrl-C, or another request to end
 """
 
 from __future__ import annotations
@@ -25,3 +26,7 @@ class ProcessDiedError(LocalStackError, ChildProcessError):
 
 class NotReadyError(LocalStackError, TimeoutError):
     """A service did not answer in time; the message names it and shows the end of its log."""
+
+
+class StoppedByUserError(LocalStackError):
+    """Ctrl-C, or another request to end; raised only where everything that runs is known."""

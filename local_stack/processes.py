@@ -29,7 +29,8 @@ from local_stack.errors import NotReadyError, ProcessDiedError
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = 0.05
+WATCH_SECONDS = 0.1
+"""Pause between two looks at what is watched."""
 _TAIL_LINES = 15
 _TAIL_BYTES = 64 * 1024
 
@@ -123,7 +124,7 @@ class ChildProcess:
                 logger.warning("%s (process %d) did not end in time; killing it", self.name, self.pid)
                 self.kill()
                 break
-            time.sleep(_POLL_SECONDS)
+            time.sleep(WATCH_SECONDS)
         status = self.returncode
         if status is None:  # the loop above ends only when it has a status
             raise AssertionError(f"{self.name} has ended without a status")
@@ -161,27 +162,28 @@ def wait_until(
     *,
     timeout: float,
     what: str,
-    interrupted: Callable[[], bool] = lambda: False,
+    watch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Return once `is_ready()`, or at once when `interrupted()`.
+    """Return once `is_ready()`.
 
     Args:
         child: The process that is waited for; its death ends the wait.
         is_ready: Asked about every tenth of a second.
         timeout: Seconds to wait.
         what: What is waited for, in words that complete "did not ... within".
-        interrupted: Whether the user wants to stop.
+        watch: Called just as often; what it raises ends the wait.
 
     Raises:
         ProcessDiedError: The process ended first.
         NotReadyError: It was not ready in time.
     """
     deadline = time.monotonic() + timeout
-    while not interrupted() and not is_ready():
+    while not is_ready():
         child.require_running()
+        watch()
         if time.monotonic() > deadline:
             raise NotReadyError(f"the {child.name} did not {what} within {timeout:g} s.\n{child.log_tail()}")
-        time.sleep(0.1)
+        time.sleep(WATCH_SECONDS)
 
 
 def describe_status(status: int) -> str:

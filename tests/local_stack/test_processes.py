@@ -202,9 +202,13 @@ def test_waiting_too_long_says_for_what_and_how_long(start: Start) -> None:
         wait_until(child, lambda: False, timeout=0.2, what="answer at /health")
 
 
-def test_an_interrupt_ends_the_waiting(start: Start) -> None:
+def test_what_watches_can_end_the_waiting(start: Start) -> None:
+    def watch() -> None:
+        raise KeyboardInterrupt
+
     child = start("import time; time.sleep(60)")
-    wait_until(child, lambda: False, timeout=3600, what="answer", interrupted=lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        wait_until(child, lambda: False, timeout=3600, what="answer", watch=watch)
     assert child.is_running
 
 

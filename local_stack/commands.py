@@ -1,0 +1,143 @@
+"""The command of every service, as a list of arguments: one place, used by launcher, tests and containers.
+
+Pure functions without side effects. A test holds that `docker-compose.yml` runs exactly these, with its own
+host names and paths.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SERVED_MODEL_NAME = "policy"
+"""What the inference server calls the model in training; environments ask for it by this name."""
+MAX_MODEL_LENGTH = 512
+"""Longest sequence, in tokens, that the demonstration's inference server holds."""
+MAX_SEQUENCES_AT_ONCE = 64
+"""Sequences the embedded server generates at once: a training batch (48) and some."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a service listens."""
+
+    port: int
+    host: str = "127.0.0.1"
+
+    @property
+    def url(self) -> str:
+        """Base URL, without a trailing slash."""
+        return f"http://{self.host}:{self.port}"
+
+
+def api_command(listen: Address, *, python: str = sys.executable) -> list[str]:
+    """Return the command of the Atropos API server."""
+    return [
+        *(python, "-m", "uvicorn", "atroposlib.api.server:app"),
+        *("--host", listen.host),
+        *("--port", str(listen.port)),
+        # Environments ask for the queue ten times a second; warnings and errors are still logged.
+        "--no-access-log",
+    ]
+
+
+def inference_command(listen: Address, *, model: str, seed: int, python: str = sys.executable) -> list[str]:
+    """Return the command of the embedded inference server, serving `model` as `SERVED_MODEL_NAME`."""
+    return [
+        *(python, "-m", "local_stack.inference"),
+        *("--model", model),
+        *("--served-model-name", SERVED_MODEL_NAME),
+        *("--host", listen.host),
+        *("--port", str(listen.port)),
+        *("--max-model-len", str(MAX_MODEL_LENGTH)),
+        *("--max-num-seqs", str(MAX_SEQUENCES_AT_ONCE)),
+        *("--seed", str(seed)),
+    ]
+
+
+def serve_command(
+    *,
+    api: Address,
+    inference: Address,
+    model: str,
+    seed: int,
+    evaluations: Path | None = None,
+    python: str = sys.executable,
+) -> list[str]:
+    """Return the command of the environment that sends rollouts to the API.
+
+    Args:
+        api: The Atropos API server.
+        inference: The inference server to sample from.
+        model: Directory or hub id of the model; the environment needs its tokenizer.
+        seed: Seed of the order of the problems.
+        evaluations: Directory for the held-out score of the untrained model, measured before the first
+            rollout; None to start at once.
+        python: Interpreter.
+    """
+    before = () if evaluations is None else ("--env.evaluate_before_training", "true", *_into(evaluations))
+    return [
+        *(python, "-m", "local_stack.environment", "serve"),
+        *("--env.rollout_server_url", api.url),
+        *("--env.seed", str(seed)),
+        *_sampling(inference, model),
+        *before,
+    ]
+
+
+def evaluate_command(
+    *, inference: Address, model: str, evaluations: Path, python: str = sys.executable
+) -> list[str]:
+    """Return the command that measures the held-out score once and writes it into `evaluations`."""
+    return [
+        *(python, "-m", "local_stack.environment", "evaluate"),
+        *_sampling(inference, model),
+        *_into(evaluations),
+    ]
+
+
+def train_command(
+    *,
+    config: Path,
+    api: Address,
+    inference: Address,
+    model: str,
+    steps: int,
+    seed: int,
+    output_dir: Path,
+    python: str = sys.executable,
+) -> list[str]:
+    """Return the command of the trainer: `atropos-train run` with this stack's addresses."""
+    return [
+        *(python, "-m", "trainer.cli", "run"),
+        *("--config", str(config)),
+        *("--model.path", model),
+        *("--atropos.url", api.url),
+        *("--publish.servers", inference.url),
+        *("--train.steps", str(steps)),
+        *("--train.seed", str(seed)),
+        *("--train.output_dir", str(output_dir)),
+    ]
+
+
+def prepare_model_command(
+    name: str, *, link: Path, cache_dir: Path | None = None, python: str = sys.executable
+) -> list[str]:
+    """Return the command that makes the model `name` ready and points `link` at its directory."""
+    cache = () if cache_dir is None else ("--cache-dir", str(cache_dir))
+    return [python, "-m", "local_stack.prepare_model", name, "--link", str(link), *cache]
+
+
+def _sampling(inference: Address, model: str) -> tuple[str, ...]:
+    return (
+        *("--env.tokenizer_name", model),
+        *("--openai.base_url", f"{inference.url}/v1"),
+        *("--openai.model_name", SERVED_MODEL_NAME),
+        *("--openai.tokenizer_name", model),
+        *("--openai.server_type", "vllm"),
+    )
+
+
+def _into(evaluations: Path) -> tuple[str, str]:
+    return ("--env.data_dir_to_save_evals", str(evaluations))

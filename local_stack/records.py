@@ -1,0 +1,105 @@
+"""What a run wrote down: steps, evaluations and checkpoints, read from its directory while it goes on.
+
+The trainer writes, this module only reads: whatever it shows can also be read by anyone else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+class StepRow(BaseModel):
+    """One optimizer step as the trainer wrote it into `metrics.jsonl`; keys not shown here are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    step: int
+    """Number of the step, from 1."""
+    policy_version: int | None = None
+    """Version of the weights after the step."""
+    loss: float | None = None
+    reward_mean: float | None = None
+    """Mean score of the step's sequences."""
+    tokens_per_second: float | None = None
+    """Trained tokens over the seconds of training."""
+    publish_seconds: float | None = None
+    """Seconds spent on publishing; None if this step did not publish."""
+    publish_verified: bool | None = None
+    """Whether the servers were proven to serve the new weights; None if nothing was compared."""
+    publish_max_difference: float | None = None
+    """Largest log-prob difference, in nats, between servers and trainer."""
+
+
+class MetricsReader:
+    """Follows a growing `metrics.jsonl`; a line counts once it is complete.
+
+    A trainer that goes on from a checkpoint replaces the file by one without the later steps; reading then
+    starts over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file_id: int | None = None
+        self._offset = 0
+        self._rows: dict[int, StepRow] = {}
+
+    @property
+    def rows(self) -> list[StepRow]:
+        """All steps so far, in order."""
+        return [self._rows[step] for step in sorted(self._rows)]
+
+    def read_new(self) -> list[StepRow]:
+        """Read what was appended since the last call and return the new steps."""
+        try:
+            with self._path.open("rb") as file:
+                file_id = os.fstat(file.fileno()).st_ino
+                if file_id != self._file_id:
+                    self._file_id, self._offset, self._rows = file_id, 0, {}
+                file.seek(self._offset)
+                appended = file.read()
+        except FileNotFoundError:
+            return []
+        complete = appended[: appended.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        new = [row for line in complete.splitlines() if (row := _parse_step(line)) is not None]
+        self._rows.update({row.step: row for row in new})
+        return new
+
+
+def _parse_step(line: bytes) -> StepRow | None:
+    """Read one line; None for a row of another kind, or one that cannot be read."""
+    try:
+        fields = json.loads(line)
+        return StepRow.model_validate(fields) if fields.get("kind") == "step" else None
+    except (ValueError, AttributeError, ValidationError) as error:
+        logger.warning("a line of metrics.jsonl cannot be read (%s): %r", error, line[:200])
+        return None
+
+
+def read_accuracy(directory: Path) -> float | None:
+    """Return the held-out accuracy that an evaluation wrote into `directory`; None if it has not finished."""
+    try:
+        written = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+        return float(written["results"]["all"]["accuracy"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None  # not there yet, or not yet written to its end
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the checkpoint with the highest step in `run_dir`; None if there is none."""
+    found = [
+        (int(match.group(1)), path)
+        for path in (run_dir / "checkpoints").glob("step-*")
+        if path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return max(found)[1] if found else None

@@ -1,0 +1,61 @@
+"""What the local stack shows while it runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from local_stack.records import StepRow
+
+
+@dataclass(kw_only=True)
+class RunState:
+    """Everything a display needs to know; the launcher changes it, displays only read it."""
+
+    model: str
+    """The model as the user named it."""
+    steps: int
+    """Optimizer steps that were asked for."""
+    seed: int
+    run_dir: Path
+    phase: str = "starting"
+    """What is being done, in one or a few words."""
+    services: dict[str, str] = field(default_factory=dict)
+    """State of each service, by name: starting, ready, stopping or stopped."""
+    rows: list[StepRow] = field(default_factory=list)
+    """Steps so far, in order."""
+    heldout_before: float | None = None
+    heldout_after: float | None = None
+    started_at: float = field(default_factory=time.monotonic)
+    training_since: tuple[float, int] | None = None
+    """When training began or went on, by the monotonic clock, and the steps done until then."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started_at
+
+    @property
+    def steps_done(self) -> int:
+        """Highest step so far."""
+        return self.rows[-1].step if self.rows else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate of the seconds until the last step; None until two steps of this session are done."""
+        if self.training_since is None:
+            return None
+        since, done_before = self.training_since
+        done = self.steps_done - done_before
+        return (time.monotonic() - since) / done * (self.steps - self.steps_done) if done >= 2 else None
+
+    @property
+    def publishes_made(self) -> int:
+        """Steps whose weights were published."""
+        return sum(row.publish_seconds is not None for row in self.rows)
+
+    @property
+    def publishes_verified(self) -> int:
+        """Published steps that were proven to be served."""
+        return sum(row.publish_verified is True for row in self.rows)
