@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.model_directory import unwrap
 from trainer.packing import MicroBatch
 
 
@@ -33,15 +35,15 @@ def token_logprobs(model: nn.Module, batch: MicroBatch, *, use_temperature: bool
         batch: On the model's device.
         use_temperature: Divide logits by the temperature each token was sampled at.
     """
-    columns, column_index = torch.unique(batch.predict_column, return_inverse=True)  # [K], [N]
+    columns, column_index = _unique(batch.predict_column)  # [K], [N]
     logits = _logits_at(model, batch, columns)  # [B, K, V]
     positions = batch.predict_row * len(columns) + column_index  # [N] into B * K
-    unique, inverse = torch.unique(positions, return_inverse=True)  # [U], [N]
+    unique, inverse = _unique(positions)  # [U], [N]
     rows = logits.flatten(0, 1)[unique]  # [U, V]
     rows = rows if rows.dtype == torch.float64 else rows.float()
     temperature = batch.temperature if use_temperature else torch.ones_like(batch.temperature)
     temperature = temperature.to(rows.dtype)
-    values = temperature.unique()
+    values, _ = _unique(temperature)
     if len(values) == 1:
         return _score(rows / values if values != 1 else rows, inverse, batch.targets)
     logprobs = torch.zeros_like(temperature)
@@ -52,6 +54,12 @@ def token_logprobs(model: nn.Module, batch: MicroBatch, *, use_temperature: bool
         logprobs = logprobs.masked_scatter(chosen, scores.logprobs)
         entropy = entropy.masked_scatter(chosen, scores.entropy)
     return TokenLogProbs(logprobs=logprobs, entropy=entropy)
+
+
+def _unique(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct values, and where each of `values` is among them."""
+    distinct, inverse = values.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    return distinct, inverse
 
 
 def _score(rows: Tensor, inverse: Tensor, targets: Tensor) -> TokenLogProbs:
@@ -66,7 +74,7 @@ def _score(rows: Tensor, inverse: Tensor, targets: Tensor) -> TokenLogProbs:
 
 def _logits_at(model: nn.Module, batch: MicroBatch, columns: Tensor) -> Tensor:
     """Logits [B, K, V] at the K given columns of every row."""
-    inner = _innermost(model)
+    inner = unwrap(model)
     inputs = {
         "input_ids": batch.input_ids,
         "attention_mask": _attention_mask(inner, batch),
@@ -80,19 +88,10 @@ def _logits_at(model: nn.Module, batch: MicroBatch, columns: Tensor) -> Tensor:
     return everywhere[:, columns]
 
 
-def _attention_mask(inner: nn.Module, batch: MicroBatch) -> Tensor:
+def _attention_mask(inner: Any, batch: MicroBatch) -> Tensor:
     """The mask as the model's attention reads it: eager attention adds the mask, it does not select."""
     mask = batch.attention_mask
     if mask.dtype != torch.bool or getattr(inner.config, "_attn_implementation", None) != "eager":
         return mask
     dtype: torch.dtype = next(inner.parameters()).dtype
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    """The transformers model inside data-parallel and adapter wrappers."""
-    while hasattr(model, "module"):  # DistributedDataParallel
-        model = model.module
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
-    return model

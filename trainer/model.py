@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trainer.checkpoint import Checkpoint
 from trainer.config import DataSettings, LoraSettings, ModelSettings, TrainSettings
-from trainer.errors import ConfigurationError
+from trainer.errors import CheckpointError, ConfigurationError
 from trainer.logprobs import token_logprobs
 from trainer.packing import Packing, pack
 from trainer.samples import ModelLimits, Sample
@@ -37,17 +38,19 @@ class Policy:
     """The type in which the base checkpoint is stored, which servers usually serve."""
 
 
-def load_policy(settings: ModelSettings, data: DataSettings) -> Policy:
-    """Load model and tokenizer.
+def load_policy(settings: ModelSettings, data: DataSettings, checkpoint: Checkpoint | None = None) -> Policy:
+    """Load model and tokenizer, the base weights or those of a checkpoint.
 
     Raises:
         ConfigurationError: The path holds no usable checkpoint, or adapters are asked for without peft.
     """
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    resumed_whole = checkpoint is not None and settings.lora is None
+    path = str(checkpoint.model_path) if checkpoint is not None and resumed_whole else settings.path
     try:
-        config = AutoConfig.from_pretrained(settings.path, **options)
+        config = AutoConfig.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(
-            settings.path,
+            path,
             config=config,
             dtype=torch.float32,
             attn_implementation=settings.attention,
@@ -57,7 +60,7 @@ def load_policy(settings: ModelSettings, data: DataSettings) -> Policy:
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_path or settings.path, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigurationError(
-            f"model.path {settings.path!r} cannot be loaded: {error}. It must be a Hugging Face checkpoint "
+            f"model.path {path!r} cannot be loaded: {error}. It must be a Hugging Face checkpoint "
             "directory with safetensors weights and a tokenizer, or a hub id."
         ) from error
     if settings.gradient_checkpointing:
@@ -67,8 +70,10 @@ def load_policy(settings: ModelSettings, data: DataSettings) -> Policy:
         max_sequence_length=_context_length(config, data.max_sequence_length),
     )
     stored_dtype = _stored_dtype(config)
+    if checkpoint is not None:
+        stored_dtype = getattr(torch, checkpoint.state.stored_dtype)
     if settings.lora is not None:
-        model = _with_adapters(model, settings.lora)
+        model = _with_adapters(model, settings.lora, checkpoint)
     return Policy(model=model, tokenizer=tokenizer, limits=limits, stored_dtype=stored_dtype)
 
 
@@ -91,14 +96,24 @@ def _stored_dtype(config: Any) -> torch.dtype:
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
-def _with_adapters(model: nn.Module, settings: LoraSettings) -> nn.Module:
+def _with_adapters(model: nn.Module, settings: LoraSettings, checkpoint: Checkpoint | None) -> nn.Module:
+    """Put fresh adapters, or those of a checkpoint, around the base weights."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError as error:
         raise ConfigurationError(
             "model.lora needs the package peft: pip install 'atropos-trainer[lora]'"
         ) from error
-    adapted: nn.Module = get_peft_model(
+    adapted: nn.Module
+    if checkpoint is not None:
+        if checkpoint.adapter_path is None:
+            raise CheckpointError(
+                f"{checkpoint.path} holds no adapters, but model.lora is set; "
+                "resume with the settings of the run"
+            )
+        adapted = PeftModel.from_pretrained(model, checkpoint.adapter_path, is_trainable=True)
+        return adapted
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=settings.rank,

@@ -55,12 +55,11 @@ def prepare_batch(
         needs_inference_logprobs=loss.needs_inference_logprobs,
         needs_ref_logprobs=loss.kl_coefficient > 0,
     )
+    advantages = [token_advantages(group, estimator=data.advantage_estimator) for group in groups]
     samples = [
         sample
-        for index, group in enumerate(groups)
-        for sample in samples_of_group(
-            group, token_advantages(group, estimator=data.advantage_estimator), index
-        )
+        for index, (group, per_token) in enumerate(zip(groups, advantages, strict=True))
+        for sample in samples_of_group(group, per_token, index)
     ]
     samples = _scaled(samples, data, normalizer)
     trained_tokens = sum(sample.trained_tokens for sample in samples)
@@ -78,9 +77,7 @@ def prepare_batch(
         advantages=[_mean_advantage(sample) for sample in samples if sample.trained_tokens],
         set_aside=set_aside,
         groups=len(groups),
-        groups_without_spread=sum(
-            not has_signal(group, estimator=data.advantage_estimator) for group in groups
-        ),
+        groups_without_spread=sum(not has_signal(per_token) for per_token in advantages),
         groups_with_binary_masks=sum(group.masks_were_binary for group in groups),
     )
 

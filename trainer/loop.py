@@ -1,0 +1,347 @@
+"""The run: batch -> samples -> step -> checkpoint -> publish -> next batch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trainer.checkpoint import (
+    RunState,
+    checkpoint_path,
+    collect_random_states,
+    numpy_random_state,
+    prune_checkpoints,
+    python_random_state,
+    trained_parameter_names,
+    write_checkpoint,
+)
+from trainer.config import TrainerConfig
+from trainer.errors import CheckpointError, NonFiniteError
+from trainer.exchange import BatchExchange, Stopped
+from trainer.metrics import MetricsFile, Row, batch_metrics, step_metrics
+from trainer.model_directory import write_model_directory
+from trainer.preparation import PreparedBatch, prepare_batch
+from trainer.schedule import learning_rate
+from trainer.set_aside import SetAsideStore
+from trainer.setup import Prepared, checkpoint_directory, library_versions
+from trainer.sources import BatchSource, EndOfBatches, IncomingBatch
+from trainer.step import StepRunner
+from trainer.weighted_sft import Alignment, compute_advantage_weighted_sft_loss
+
+logger = logging.getLogger(__name__)
+
+
+class WeightPublisher(Protocol):
+    """What the loop asks of a publisher; see `trainer.publish.Publisher`."""
+
+    def start(self, version: int) -> Any:
+        """Make sure that `version` is served before anything is trained."""
+
+    def publish(self, version: int) -> Any:
+        """Publish `version` and prove that it is served; returns a report with `metrics()`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a run ended."""
+
+    step: int
+    """Optimizer steps done."""
+    stopped_early: str | None
+    """Why it ended before its last step; None if it did not."""
+    final_model: Path | None
+    """The finished model; None if the run stopped early."""
+    checkpoint: Path
+    """The newest checkpoint."""
+    counters: dict[str, int]
+    """Everything set aside, by reason."""
+
+
+class Trainer:
+    """Trains a policy on batches and publishes it.
+
+    Args:
+        config: The run's configuration.
+        prepared: See `trainer.setup.prepare_run`.
+        source: Where batches come from; asked on process 0 only.
+        publisher: How weights reach the inference servers; None trains only.
+        on_row: Called with every metrics row on process 0, e.g. to show progress.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        prepared: Prepared,
+        *,
+        source: BatchSource,
+        publisher: WeightPublisher | None = None,
+        on_row: Callable[[Row], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._accelerator = prepared.accelerator
+        self._source = source
+        self._publisher = publisher if prepared.accelerator.is_main_process else None
+        self._on_row = on_row
+        state = prepared.checkpoint.state if prepared.checkpoint is not None else None
+        self.step = state.step if state else 0
+        """Optimizer steps done; also the policy version: every step makes new weights."""
+        self._batches = state.batches if state else 0
+        self._counters = Counter(state.counters if state else {})
+        self._checkpointed_step = state.step if state else -1
+        self._published_step = -1
+        self._skips_in_a_row = 0
+        self._stop_reason: str | None = None
+        self._weights_whole = True
+        self._set_aside = SetAsideStore(config.train.output_dir / "set_aside")
+        self._run_step = StepRunner(
+            prepared.accelerator,
+            prepared.model,
+            prepared.optimizer,
+            loss=config.loss,
+            packing=prepared.packing,
+            tokens_per_micro_batch=config.data.tokens_per_micro_batch,
+            max_grad_norm=config.optimizer.max_grad_norm,
+        )
+        if self._accelerator.is_main_process:
+            self._metrics = MetricsFile(config.train.output_dir / "metrics.jsonl", resumed_step=self.step)
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the run to write a checkpoint and end before its next batch; safe from a signal handler."""
+        self._stop_reason = reason
+
+    def compute_advantage_weighted_sft_loss(
+        self, input_ids: Tensor, advantages: Tensor, loss_mask: Tensor, *, alignment: Alignment = "prediction"
+    ) -> Tensor:
+        """The seed's loss on this trainer's model; see `trainer.compute_advantage_weighted_sft_loss`."""
+        with self._accelerator.autocast():
+            return compute_advantage_weighted_sft_loss(
+                self._prepared.model, input_ids, advantages, loss_mask, alignment=alignment
+            )
+
+    def run(self) -> RunSummary:
+        """Train until `train.steps`, or until asked to stop.
+
+        Whatever ends the run, a checkpoint of the last whole step is written first.
+
+        Raises:
+            TrainerError: See `trainer.errors`.
+            AtroposClientError: The API refuses us for good.
+        """
+        stopped_early: str | None = None
+        try:
+            if self._checkpointed_step != self.step:
+                self.write_checkpoint()
+            if self._publisher is not None:
+                self._publisher.start(self.step)
+                self._published_step = self.step
+            stopped_early = self._train()
+            if self._publisher is not None and self._published_step != self.step:
+                self._publisher.publish(self.step)
+        except BaseException:
+            self._save_what_there_is()
+            raise
+        finally:
+            self._keep_unused_batches()
+        if self._checkpointed_step != self.step:
+            self.write_checkpoint()
+        final = self._write_final_model() if stopped_early is None else None
+        self._accelerator.end_training()
+        return RunSummary(
+            step=self.step,
+            stopped_early=stopped_early,
+            final_model=final,
+            checkpoint=checkpoint_path(checkpoint_directory(self._config), self._checkpointed_step),
+            counters=self._all_counters(),
+        )
+
+    def _train(self) -> str | None:
+        """Run steps until the last; returns why it ended early, if it did."""
+        exchange = BatchExchange(
+            self._accelerator,
+            self._source,
+            timeout=self._config.atropos.batch_timeout,
+            stop_requested=lambda: self._stop_reason is not None,
+        )
+        if self._accelerator.is_main_process:
+            self._source.start()
+        while self.step < self._config.train.steps:
+            started = time.monotonic()
+            try:
+                incoming = exchange.next()
+            except Stopped:
+                return self._stop_reason or "asked to stop"
+            except EndOfBatches:
+                return "there are no more batches"
+            self._batches += 1
+            self._train_on(incoming, waited=time.monotonic() - started)
+        return None
+
+    def _train_on(self, incoming: IncomingBatch, *, waited: float) -> None:
+        """Train on one batch, or set it aside with a reason."""
+        started = time.monotonic()
+        batch = prepare_batch(
+            incoming.reply,
+            limits=self._prepared.policy.limits,
+            data=self._config.data,
+            loss=self._config.loss,
+            normalizer=self._prepared.normalizer,
+        )
+        self._count(batch)
+        if not batch.samples:
+            reason = "no group has a usable sequence" if not batch.scores else "no advantage differs from 0"
+            self._skip(incoming, reason, counter="batches_without_signal")
+            return
+        rate = learning_rate(self._config.optimizer, self.step, self._config.train.steps)
+        for group in self._prepared.optimizer.param_groups:
+            group["lr"] = rate
+        self._weights_whole = False
+        result = self._run_step(batch)
+        self._weights_whole = True
+        if not result.applied:
+            reason = f"loss {result.loss} or gradient norm {result.grad_norm} is not finite"
+            self._skip(incoming, reason, counter="batches_not_finite")
+            return
+        self._skips_in_a_row = 0
+        staleness = self.step - incoming.served_version if incoming.served_version >= 0 else None
+        self.step += 1
+        training_seconds = time.monotonic() - started
+        if self.step % self._config.checkpoint.every == 0:
+            self.write_checkpoint()
+        published = self._publish()
+        self._write_row(
+            {
+                "kind": "step",
+                "step": self.step,
+                "policy_version": self.step,
+                "batch": self._batches,
+                "served_version": incoming.served_version,
+                "staleness": staleness,
+                "learning_rate": rate,
+                **batch_metrics(batch),
+                **step_metrics(result, padded=self._prepared.packing == "padded"),
+                "waiting_seconds": waited,
+                "training_seconds": training_seconds,
+                "tokens_per_second": batch.trained_tokens / training_seconds,
+                "total_tokens_per_second": result.sequence_tokens / training_seconds,
+                **published,
+                **self._all_counters(),
+            }
+        )
+
+    def _publish(self) -> Row:
+        if self._publisher is None or self.step % self._config.publish.every:
+            return {}
+        metrics: Row = self._publisher.publish(self.step).metrics()
+        self._published_step = self.step
+        return metrics
+
+    def _save_what_there_is(self) -> None:
+        """After a failure: a checkpoint of the last whole step, if this process can write one alone."""
+        if self._checkpointed_step == self.step:
+            return
+        if not self._weights_whole or self._accelerator.num_processes > 1:
+            logger.warning("No checkpoint of step %d: it cannot be written now", self.step)
+            return
+        try:
+            self.write_checkpoint()
+        except CheckpointError:  # the failure under way matters more than this one
+            logger.exception("No checkpoint of step %d", self.step)
+
+    def _keep_unused_batches(self) -> None:
+        """Stop the source; what it fetched early and nobody trained on is kept, not lost."""
+        for number, body in enumerate(self._source.stop(), start=self._batches + 1):
+            self._counters["batches_unused"] += 1
+            self._set_aside.keep_batch(body, batch=number, reason="the run ended before it was trained on")
+
+    def _count(self, batch: PreparedBatch) -> None:
+        self._counters["set_aside_groups_total"] += len(batch.set_aside)
+        self._counters["groups_without_spread_total"] += batch.groups_without_spread
+        self._counters["groups_with_binary_masks_total"] += batch.groups_with_binary_masks
+        if self._accelerator.is_main_process:
+            self._set_aside.keep_groups(batch.set_aside, batch=self._batches)
+
+    def _skip(self, incoming: IncomingBatch, reason: str, *, counter: str) -> None:
+        """Set a whole batch aside; too many in a row end the run."""
+        self._counters[counter] += 1
+        self._skips_in_a_row += 1
+        if self._accelerator.is_main_process:
+            self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
+            self._write_row(
+                {
+                    "kind": "skipped",
+                    "step": self.step,
+                    "batch": self._batches,
+                    "reason": reason,
+                    **self._all_counters(),
+                }
+            )
+        if self._skips_in_a_row >= self._config.train.max_consecutive_skips:
+            raise NonFiniteError(
+                f"{self._skips_in_a_row} batches in a row could not be trained "
+                f"(train.max_consecutive_skips), the last because {reason}; they are kept in "
+                f"{self._config.train.output_dir / 'set_aside'}"
+            )
+
+    def _write_row(self, row: Row) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        self._metrics.write(row)
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        self._accelerator.log(numbers, step=self.step)
+        if self._on_row is not None:
+            self._on_row(row)
+
+    def _all_counters(self) -> dict[str, int]:
+        return {**self._counters, **self._source.counters()}
+
+    def write_checkpoint(self) -> None:
+        """Write a checkpoint of the current step, on process 0, and delete the oldest."""
+        random_states = collect_random_states(self._accelerator.gather)
+        if self._accelerator.is_main_process:
+            directory = checkpoint_directory(self._config)
+            write_checkpoint(
+                checkpoint_path(directory, self.step),
+                model=self._prepared.policy.model,
+                tokenizer=self._prepared.policy.tokenizer,
+                optimizer=self._prepared.optimizer,
+                random_states=random_states,
+                state=self._state(),
+            )
+            prune_checkpoints(directory, self._config.checkpoint.keep)
+        self._checkpointed_step = self.step
+        self._accelerator.wait_for_everyone()
+
+    def _state(self) -> RunState:
+        return RunState(
+            step=self.step,
+            policy_version=self.step,
+            batches=self._batches,
+            counters=dict(self._counters),
+            normalizer=self._prepared.normalizer.state_dict(),
+            stored_dtype=str(self._prepared.policy.stored_dtype).removeprefix("torch."),
+            parameter_names=trained_parameter_names(self._prepared.policy.model),
+            python_random=python_random_state(),
+            numpy_random=numpy_random_state(),
+            configuration=self._config.model_dump(mode="json"),
+            versions=library_versions(),
+        )
+
+    def _write_final_model(self) -> Path:
+        path = self._config.train.output_dir / "final"
+        if self._accelerator.is_main_process:
+            write_model_directory(
+                path,
+                model=self._prepared.policy.model,
+                tokenizer=self._prepared.policy.tokenizer,
+                dtype=self._prepared.policy.stored_dtype,
+                replace=True,
+            )
+        return path

@@ -1,0 +1,92 @@
+"""What each step did, as one row of numbers: in metrics.jsonl always, in experiment trackers by choice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from trainer.preparation import PreparedBatch
+from trainer.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class MetricsFile:
+    """A JSON Lines file, one row a line, each on the disk before the next step begins.
+
+    Args:
+        path: Created if missing.
+        resumed_step: Rows of later steps, which a resumed run computes again, are dropped.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._drop_rows_after(resumed_step)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row. Numbers that are not finite become null, which JSON can carry."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def _drop_rows_after(self, step: int) -> None:
+        kept, dropped = [], 0
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                later = json.loads(line).get("step", 0) > step
+            except (ValueError, AttributeError):
+                later = True  # a line cut off when the process died
+            dropped += later
+            kept += [] if later else [line]
+        if dropped:
+            logger.warning(
+                "%s: dropped %d rows after step %d, they are computed again", self._path, dropped, step
+            )
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial.replace(self._path)
+
+
+def batch_metrics(batch: PreparedBatch) -> Row:
+    """Rewards, advantages and counts of a batch."""
+    return {
+        "reward_mean": fmean(batch.scores) if batch.scores else None,
+        "reward_std": pstdev(batch.scores) if batch.scores else None,
+        "advantage_mean": fmean(batch.advantages) if batch.advantages else None,
+        "advantage_std": pstdev(batch.advantages) if batch.advantages else None,
+        "advantage_min": min(batch.advantages, default=None),
+        "advantage_max": max(batch.advantages, default=None),
+        "groups": batch.groups,
+        "sequences": len(batch.scores),
+        "trained_tokens": round(batch.trained_tokens),
+        "groups_without_spread": batch.groups_without_spread,
+        "groups_with_binary_masks": batch.groups_with_binary_masks,
+        "set_aside_groups": len(batch.set_aside),
+    }
+
+
+def step_metrics(result: StepResult, *, padded: bool) -> Row:
+    """Loss, gradient and token counts of a step."""
+    waste = result.computed_tokens - result.sequence_tokens
+    return {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        **result.per_token,
+        "computed_tokens": result.computed_tokens,
+        "sequence_tokens": result.sequence_tokens,
+        "padding_share": waste / result.computed_tokens if padded else 0.0,
+        "prefix_tokens_saved_share": 0.0 if padded else -waste / result.sequence_tokens,
+        "micro_batches": result.micro_batches,
+    }

@@ -1,0 +1,45 @@
+"""What is not trained on is kept, with the reason: `<output_dir>/set_aside/`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from trainer.samples import SetAside
+
+logger = logging.getLogger(__name__)
+
+
+class SetAsideStore:
+    """Keeps groups and whole batches that were not trained on, for inspection.
+
+    Args:
+        directory: Created when the first thing is set aside.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def keep_groups(self, groups: list[SetAside], *, batch: int) -> None:
+        """Append groups to groups.jsonl and log each reason."""
+        for group in groups:
+            logger.warning(
+                "Set aside group %d of batch %d from environment %s: %s",
+                group.group_index,
+                batch,
+                group.env_id,
+                group.reason,
+            )
+        if groups:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with (self._directory / "groups.jsonl").open("a", encoding="utf-8") as file:
+                for group in groups:
+                    file.write(json.dumps({"batch": batch, **vars(group)}) + "\n")
+
+    def keep_batch(self, body: bytes, *, batch: int, reason: str) -> None:
+        """Write a whole batch as it came and log the reason."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path = self._directory / f"batch-{batch:06d}.json"
+        path.write_bytes(body)
+        logger.warning("Set aside batch %d, kept as %s: %s", batch, path, reason)

@@ -1,0 +1,140 @@
+"""Putting a run together: Accelerate, the policy, the optimizer, and the state they start from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from torch import nn
+
+from trainer.advantages import AdvantageNormalizer
+from trainer.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    restore_optimizer,
+    restore_random_states,
+    trained_parameter_names,
+)
+from trainer.config import OptimizerSettings, TrainerConfig
+from trainer.errors import ConfigurationError
+from trainer.model import Policy, choose_mixed_precision, choose_packing, load_policy
+from trainer.packing import Packing
+
+logger = logging.getLogger(__name__)
+
+# Processes wait for process 0 while it publishes, which may take as long as its deadlines add up to.
+_PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that is ready for its first step."""
+
+    accelerator: Accelerator
+    policy: Policy
+    """Its `model` is the unwrapped one."""
+    model: nn.Module
+    """As Accelerate wrapped it."""
+    optimizer: torch.optim.Optimizer
+    normalizer: AdvantageNormalizer
+    packing: Packing
+    checkpoint: Checkpoint | None
+    """What the run goes on from."""
+
+
+def checkpoint_directory(config: TrainerConfig) -> Path:
+    """Where the run's checkpoints lie."""
+    return config.train.output_dir / "checkpoints"
+
+
+def prepare_run(config: TrainerConfig) -> Prepared:
+    """Build everything that a run computes with.
+
+    Raises:
+        ConfigurationError: The model cannot be loaded, or output_dir holds a run that may not be resumed.
+        CheckpointError: The newest checkpoint cannot be read.
+    """
+    checkpoint = find_checkpoint(config)
+    device = torch.device("cpu") if config.train.device == "cpu" else _default_device()
+    accelerator = Accelerator(
+        mixed_precision=choose_mixed_precision(config.train, device),
+        cpu=config.train.device == "cpu",
+        log_with=list(config.logging.trackers) or None,
+        project_dir=str(config.train.output_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_GROUP_TIMEOUT)],
+    )
+    # Equal weights everywhere (adapters are drawn at random), then different random numbers per process.
+    set_seed(config.train.seed)
+    policy = load_policy(config.model, config.data, checkpoint)
+    policy.model.to(accelerator.device)
+    packing = choose_packing(policy.model, config.data.packing)
+    set_seed(config.train.seed, device_specific=True)
+    optimizer = make_optimizer(policy.model, config.optimizer)
+    normalizer = AdvantageNormalizer(config.data.advantage_normalization)
+    if checkpoint is not None:
+        restore_optimizer(checkpoint, optimizer, trained_parameter_names(policy.model))
+        restore_random_states(checkpoint, accelerator.process_index)
+        normalizer.load_state_dict(checkpoint.state.normalizer)
+    model, wrapped_optimizer = accelerator.prepare(policy.model, optimizer)
+    return Prepared(
+        accelerator=accelerator,
+        policy=policy,
+        model=model,
+        optimizer=wrapped_optimizer,
+        normalizer=normalizer,
+        packing=packing,
+        checkpoint=checkpoint,
+    )
+
+
+def find_checkpoint(config: TrainerConfig) -> Checkpoint | None:
+    """Find what the run goes on from.
+
+    Raises:
+        ConfigurationError: There is something, and `train.resume` forbids to use it.
+        CheckpointError: The newest checkpoint cannot be read.
+    """
+    existing = list_checkpoints(checkpoint_directory(config))
+    if not existing:
+        return None
+    if config.train.resume == "never":
+        raise ConfigurationError(
+            f"{config.train.output_dir} holds a run already ({existing[-1].name}) and train.resume is never; "
+            "choose another train.output_dir, or train.resume auto to go on with it"
+        )
+    checkpoint = read_checkpoint(existing[-1])
+    logger.info("Going on from checkpoint %s", checkpoint.path)
+    return checkpoint
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, in the model's order."""
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a run's numbers."""
+    names = ("atropos-trainer", "torch", "transformers", "accelerate", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
