@@ -1,0 +1,57 @@
+"""Publishing weights to the inference servers, and proving that they are served."""
+
+from trainer.publish._procedure import ServerOutcome
+from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
+from trainer.publish._report import PublishReport
+from trainer.publish._vllm import VllmRoutes
+from trainer.publish.comparison import TOLERANCES, Baseline, Comparison, Verdict, compare
+from trainer.publish.errors import (
+    CacheResetFailed,
+    LoadFailed,
+    PauseFailed,
+    Phase,
+    PhaseDeadlineExceeded,
+    PublishError,
+    PublishFailed,
+    ResumeFailed,
+    ScoringFailed,
+    ServerFailure,
+    ServerNotReady,
+    StagingFailed,
+    TagFailed,
+    VerificationFailed,
+)
+from trainer.publish.probes import make_probes
+from trainer.publish.publisher import Publisher
+from trainer.publish.scoring import score_with_model
+
+__all__ = [
+    "TOLERANCES",
+    "Baseline",
+    "CacheResetFailed",
+    "Comparison",
+    "InferenceServer",
+    "LoadFailed",
+    "PauseFailed",
+    "Phase",
+    "PhaseDeadlineExceeded",
+    "PublishError",
+    "PublishFailed",
+    "PublishReport",
+    "Publisher",
+    "ResumeFailed",
+    "ScoringFailed",
+    "ServerFailure",
+    "ServerNotReady",
+    "ServerOutcome",
+    "StagedWeights",
+    "StagingFailed",
+    "TagFailed",
+    "Verdict",
+    "VerificationFailed",
+    "VllmRoutes",
+    "WeightTransport",
+    "compare",
+    "make_probes",
+    "score_with_model",
+]

@@ -1,0 +1,242 @@
+"""The dialect of vLLM's HTTP server (0.32): its development-mode weight routes and its completions route."""
+
+from __future__ import annotations
+
+import logging
+from http import HTTPStatus
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from schemas.inference import (
+    CacheResetReply,
+    CollectiveRpcRequest,
+    CompletionReply,
+    CompletionRequest,
+    ModelList,
+    PauseState,
+    PromptLogProbs,
+    WeightInfo,
+    WeightVersionRequest,
+)
+from trainer.config import PublishSettings
+from trainer.publish._http import Deadline, ServerConnection
+from trainer.publish._protocol import StagedWeights
+from trainer.publish._retry import Repeatability
+from trainer.publish.errors import Phase, ScoringFailed, ServerFailure, ServerNotReady
+
+logger = logging.getLogger(__name__)
+
+Reply = TypeVar("Reply", bound=BaseModel)
+
+
+class VllmRoutes:
+    """One vLLM server, or one that speaks like it."""
+
+    def __init__(self, url: str, settings: PublishSettings, *, served_model_name: str | None = None) -> None:
+        self._connection = ServerConnection(url, token=settings.token)
+        self._settings = settings
+        self._model_name = served_model_name
+
+    @property
+    def url(self) -> str:
+        """Base URL without credentials."""
+        return self._connection.url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._connection.close()
+
+    def wait_until_ready(self) -> None:
+        """Wait for `/health`, then find the model's name in `/v1/models`."""
+        deadline = Deadline(self._settings.ready_timeout)
+        self._connection.call(
+            "GET",
+            "/health",
+            phase=Phase.READY,
+            version=None,
+            deadline=deadline,
+            repeatability=Repeatability.STARTUP,
+        )
+        models = self._get("/v1/models", ModelList, phase=Phase.READY, version=None, deadline=deadline)
+        names = [card.id for card in models.data if card.parent is None]
+        if self._model_name is None and len(names) == 1:
+            self._model_name = names[0]
+        if self._model_name not in names:
+            raise ServerNotReady(
+                f"it serves {names}, and we look for {self._model_name or 'exactly one model'}",
+                server=self.url,
+                phase=Phase.READY,
+            )
+
+    def is_paused(self) -> bool:
+        """Ask `/is_paused`; a server without that route counts as running."""
+        deadline = Deadline(self._settings.pause_timeout)
+        try:
+            state = self._get("/is_paused", PauseState, phase=Phase.READY, version=None, deadline=deadline)
+        except ServerNotReady as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return False
+            raise
+        return state.is_paused
+
+    def pause(self, version: int) -> None:
+        """Pause generation, in the mode that the configuration names."""
+        self._post(
+            "/pause",
+            phase=Phase.PAUSE,
+            version=version,
+            seconds=self._settings.pause_timeout,
+            query={"mode": self._settings.pause_mode},
+        )
+
+    def load_directory(self, staged: StagedWeights) -> None:
+        """Let every worker reload its weights from the directory."""
+        request = CollectiveRpcRequest(
+            method="reload_weights", kwargs={"weights_path": str(staged.path.absolute())}
+        )
+        self._post(
+            "/collective_rpc",
+            phase=Phase.LOAD,
+            version=staged.version,
+            seconds=self._settings.load_timeout,
+            body=request,
+            repeatability=Repeatability.ONCE,
+        )
+
+    def reset_caches(self, version: int) -> None:
+        """Empty the prefix cache.
+
+        Requests that a pause has frozen hold cache blocks, and vLLM refuses the reset while they do.
+        They are therefore sent back to the queue: on resuming, the new weights compute their cache anew.
+        """
+        content = self._post(
+            "/reset_prefix_cache",
+            phase=Phase.RESET_CACHES,
+            version=version,
+            seconds=self._settings.pause_timeout,
+            query={"reset_running_requests": "true"},
+        )
+        if content.strip():  # vLLM before 0.12 answered with an empty body
+            self._connection.parse(content, CacheResetReply, phase=Phase.RESET_CACHES, version=version)
+
+    def tag(self, version: int) -> None:
+        """Set the label; without the route there is none, which is no failure."""
+        try:
+            self._post(
+                "/update_weight_version",
+                phase=Phase.TAG,
+                version=version,
+                seconds=self._settings.pause_timeout,
+                body=WeightVersionRequest(new_version=str(version)),
+            )
+        except ServerFailure as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            logger.info("%s has no route for version labels; verification does not need them", self.url)
+
+    def resume(self, version: int | None) -> None:
+        """Go on generating. `version` is for messages; None outside a publish."""
+        self._post("/resume", phase=Phase.RESUME, version=version, seconds=self._settings.pause_timeout)
+
+    def score(self, token_id_lists: list[list[int]], version: int) -> list[list[float]]:
+        """Score all probes with one request: prompt log-probs, and one generated token that is ignored."""
+        request = CompletionRequest(
+            model=self._model_name,
+            prompt=token_id_lists,
+            max_tokens=1,
+            temperature=1.0,
+            prompt_logprobs=0,
+        )
+        content = self._post(
+            "/v1/completions",
+            phase=Phase.VERIFY,
+            version=version,
+            seconds=self._settings.verify_timeout,
+            body=request,
+        )
+        reply = self._connection.parse(content, CompletionReply, phase=Phase.VERIFY, version=version)
+        try:
+            return _prompt_scores(reply, token_id_lists)
+        except ValueError as error:
+            raise ScoringFailed(
+                f"POST /v1/completions: {error}", server=self.url, phase=Phase.VERIFY, version=version
+            ) from error
+
+    def weight_version(self, version: int) -> str | None:
+        """Read the label from `/weight_info`."""
+        deadline = Deadline(self._settings.verify_timeout)
+        try:
+            info = self._get(
+                "/weight_info", WeightInfo, phase=Phase.VERIFY, version=version, deadline=deadline
+            )
+        except ScoringFailed as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        return info.weight_version
+
+    def _get(
+        self, path: str, kind: type[Reply], *, phase: Phase, version: int | None, deadline: Deadline
+    ) -> Reply:
+        content = self._connection.call(
+            "GET",
+            path,
+            phase=phase,
+            version=version,
+            deadline=deadline,
+            repeatability=Repeatability.IDEMPOTENT,
+        )
+        return self._connection.parse(content, kind, phase=phase, version=version)
+
+    def _post(
+        self,
+        path: str,
+        *,
+        phase: Phase,
+        version: int | None,
+        seconds: float,
+        body: BaseModel | None = None,
+        query: dict[str, str] | None = None,
+        repeatability: Repeatability = Repeatability.IDEMPOTENT,
+    ) -> bytes:
+        return self._connection.call(
+            "POST",
+            path,
+            phase=phase,
+            version=version,
+            deadline=Deadline(seconds),
+            repeatability=repeatability,
+            body=None if body is None else body.model_dump(mode="json", exclude_unset=True),
+            query=query,
+        )
+
+
+def _prompt_scores(reply: CompletionReply, token_id_lists: list[list[int]]) -> list[list[float]]:
+    """Pick the log-probs of the prompts' own tokens.
+
+    Raises:
+        ValueError: The reply does not speak of exactly these prompts and tokens.
+    """
+    choices = sorted(reply.choices, key=lambda choice: choice.index)
+    if len(choices) != len(token_id_lists):
+        raise ValueError(f"{len(choices)} choices for {len(token_id_lists)} prompts")
+    return [
+        _token_scores(choice.prompt_logprobs, token_ids, prompt=number)
+        for number, (choice, token_ids) in enumerate(zip(choices, token_id_lists, strict=True))
+    ]
+
+
+def _token_scores(logprobs: PromptLogProbs | None, token_ids: list[int], *, prompt: int) -> list[float]:
+    if logprobs is None:
+        raise ValueError("the reply has no prompt_logprobs")
+    if len(logprobs) != len(token_ids):
+        raise ValueError(f"{len(logprobs)} prompt_logprobs for prompt {prompt} of {len(token_ids)} tokens")
+    scores = []
+    for position in range(1, len(token_ids)):
+        entry = logprobs[position]
+        token_id = token_ids[position]
+        if entry is None or token_id not in entry:
+            raise ValueError(f"prompt {prompt} has no log-prob for its token {token_id} at {position}")
+        scores.append(entry[token_id].logprob)
+    return scores

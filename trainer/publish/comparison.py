@@ -1,0 +1,217 @@
+"""Does a server serve the weights it was given? Numbers in, verdict out; no I/O.
+
+Two questions are asked of the probes' log-probs, in nats:
+
+1. **Close enough?** The mean absolute difference between the server's numbers and the trainer's own must
+   not exceed a tolerance that follows from the precision the server computes in.
+2. **Did it move?** One small optimizer step moves log-probs by far less than that tolerance, so a server
+   that quietly kept its old weights would pass the first question. The second one compares *movements*
+   since an earlier version that was proven on the same server (the baseline). With `d` the trainer's
+   movement and `m` the server's, the fraction of the update that arrived is
+
+       fraction = <m, d> / <d, d>        about 1 for the new weights, 0 for the old ones
+
+   Rounding that the server does the same way each time cancels in `m`. What does not cancel blurs the
+   fraction by about `noise / |d|`, where `noise` is estimated from how far the server was from the trainer
+   when the baseline was proven. The question is only answered where that blur is small; otherwise the two
+   versions are not distinguishable at the server's precision, and the result says so. The baseline then
+   stays, and the movement grows with every version until it is measurable: a server that never updates is
+   found after a few publishes at the latest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.1}
+"""Largest mean absolute log-prob difference, in nats, that is still "the same weights", by the type that
+the server computes in."""
+
+DEFAULT_DTYPE = "bfloat16"
+"""What a server computes in when the checkpoint does not say."""
+
+LEAST_NOISE = 5e-6
+"""Nats. A float32 server that agrees with the trainer on nearly every digit still rounds."""
+
+NOISE_FACTOR = 3.0
+"""How much larger the next difference at equal weights may be than the last one. Half-precision rounding
+is heavy-tailed: between two consecutive versions of a 135M model in bfloat16 it grew up to threefold."""
+
+MAX_BLUR = 0.1
+"""Largest uncertainty of the fraction at which the second question is answered."""
+
+MIN_FRACTION = 0.5
+"""An update counts as arrived from this fraction on: below it the server is closer to the old weights than
+to the new ones. With `MAX_BLUR` both 0 and 1 are five times the blur away."""
+
+UNMOVED_ABOVE = 1e-4
+"""Nats, root mean square. When the trainer moved by this much and not one bit of the server's numbers did,
+the weights are the old ones, whatever the precision: in any precision some weights round differently."""
+
+Scores = list[list[float]]
+"""[probe][token]: log-probs of tokens 1..T-1 of each probe, in nats."""
+
+
+class Verdict(StrEnum):
+    """The outcome of a comparison."""
+
+    MATCH = "match"
+    OVER_TOLERANCE = "over tolerance"
+    STALE = "stale"
+    NOT_FINITE = "not finite"
+    WRONG_COUNT = "wrong count"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """An earlier version that was proven on a server: what the trainer expected and what the server said."""
+
+    version: int
+    expected: Scores
+    served: Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a comparison found. Differences and movements are in nats, over all probe tokens."""
+
+    verdict: Verdict
+    tolerance: float
+    """Largest mean difference accepted."""
+    tokens: int = 0
+    """Log-probs compared."""
+    mean_difference: float = math.nan
+    """Mean of |served - expected|."""
+    max_difference: float = math.nan
+    """Largest |served - expected|."""
+    expected_movement: float | None = None
+    """Mean of |expected - baseline's expected|. None without a baseline."""
+    served_movement: float | None = None
+    """Mean of |served - baseline's served|. None without a baseline."""
+    fraction: float | None = None
+    """Share of the movement that arrived at the server. None where it is not measurable."""
+    detail: str = ""
+    """What is wrong with the numbers, when they cannot be compared."""
+
+    @property
+    def matches(self) -> bool:
+        """Whether the server serves these weights, as far as the probes can tell."""
+        return self.verdict is Verdict.MATCH
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the second question was answered: old weights would not have passed."""
+        return self.fraction is not None
+
+    def describe(self) -> str:
+        """Say the verdict and its numbers in one line."""
+        if self.detail:
+            return f"{self.verdict}: {self.detail}"
+        text = (
+            f"{self.verdict}: {self.tokens} log-probs differ by {self.mean_difference:.2g} nats on average "
+            f"(tolerance {self.tolerance:.2g}), {self.max_difference:.2g} at most"
+        )
+        if self.expected_movement is None or self.served_movement is None:
+            return text
+        text += (
+            f"; the update moved the trainer's by {self.expected_movement:.2g} and the server's by "
+            f"{self.served_movement:.2g}"
+        )
+        if self.fraction is None:
+            return f"{text}, too little to tell old from new at the server's precision"
+        return f"{text}: {self.fraction:.0%} of it arrived"
+
+
+def compare(
+    served: Scores, expected: Scores, *, tolerance: float, baseline: Baseline | None = None
+) -> Comparison:
+    """Judge whether `served` comes from the weights that `expected` comes from.
+
+    Args:
+        served: The server's log-probs of the probes.
+        expected: The trainer's own.
+        tolerance: Largest mean absolute difference accepted, in nats.
+        baseline: The same two for an earlier version, proven on the same server. None: only the first
+            question is asked.
+    """
+    if lengths(served) != lengths(expected):
+        detail = f"log-probs per probe: the server gave {lengths(served)}, expected {lengths(expected)}"
+        return Comparison(verdict=Verdict.WRONG_COUNT, tolerance=tolerance, detail=detail)
+    now, want = flatten(served), flatten(expected)
+    if not want:
+        detail = "there is not a single probe token to compare"
+        return Comparison(verdict=Verdict.WRONG_COUNT, tolerance=tolerance, detail=detail)
+    for who, numbers in (("the server", now), ("the trainer", want)):
+        if broken := sum(not math.isfinite(number) for number in numbers):
+            detail = f"{broken} of {len(numbers)} log-probs of {who} are not finite"
+            return Comparison(verdict=Verdict.NOT_FINITE, tolerance=tolerance, detail=detail)
+    differences = [abs(a - b) for a, b in zip(now, want, strict=True)]
+    mean = math.fsum(differences) / len(differences)
+    verdict = Verdict.MATCH if mean <= tolerance else Verdict.OVER_TOLERANCE
+    expected_movement = served_movement = fraction = None
+    if baseline is not None and lengths(baseline.expected) == lengths(expected):
+        trainer_moved = subtract(want, flatten(baseline.expected))
+        server_moved = subtract(now, flatten(baseline.served))
+        expected_movement = mean_absolute(trainer_moved)
+        served_movement = mean_absolute(server_moved)
+        noise = root_mean_square(subtract(flatten(baseline.served), flatten(baseline.expected)))
+        fraction = arrived(trainer_moved, server_moved, noise=noise)
+        if fraction is not None and fraction < MIN_FRACTION:
+            verdict = Verdict.STALE
+    return Comparison(
+        verdict=verdict,
+        tolerance=tolerance,
+        tokens=len(differences),
+        mean_difference=mean,
+        max_difference=max(differences),
+        expected_movement=expected_movement,
+        served_movement=served_movement,
+        fraction=fraction,
+    )
+
+
+def arrived(trainer: list[float], server: list[float], *, noise: float) -> float | None:
+    """Return the fraction of the trainer's movement found at the server.
+
+    Args:
+        trainer: The trainer's movement, per token.
+        server: The server's movement, per token.
+        noise: Root mean square distance between server and trainer when they had equal weights.
+
+    Returns:
+        About 1 if the server has the new weights, about 0 if it has the old ones; None where the two
+        cannot be told apart.
+    """
+    if not any(server) and root_mean_square(trainer) >= UNMOVED_ABOVE:
+        return 0.0
+    length = math.sqrt(math.fsum(number * number for number in trainer))
+    if length == 0.0 or NOISE_FACTOR * max(noise, LEAST_NOISE) / length > MAX_BLUR:
+        return None
+    return math.fsum(a * b for a, b in zip(server, trainer, strict=True)) / length**2
+
+
+def lengths(scores: Scores) -> list[int]:
+    """Log-probs per probe."""
+    return [len(row) for row in scores]
+
+
+def flatten(scores: Scores) -> list[float]:
+    """All log-probs in one list."""
+    return [number for row in scores for number in row]
+
+
+def subtract(one: list[float], other: list[float]) -> list[float]:
+    """Element-wise difference."""
+    return [a - b for a, b in zip(one, other, strict=True)]
+
+
+def mean_absolute(numbers: list[float]) -> float:
+    """Mean of the absolute values."""
+    return math.fsum(abs(number) for number in numbers) / len(numbers)
+
+
+def root_mean_square(numbers: list[float]) -> float:
+    """Square root of the mean of the squares."""
+    return math.sqrt(math.fsum(number * number for number in numbers) / len(numbers))
