@@ -38,8 +38,8 @@ def has_spread(scores: Sequence[float]) -> bool:
     Raises:
         DataError: if there is no score, or one that is not finite.
     """
-    relative, _ = _in_units_of_the_largest(scores)
-    return max(relative) - min(relative) > RELATIVE_EPSILON
+    scaled, _ = _scaled(scores)
+    return max(scaled) - min(scaled) > RELATIVE_EPSILON * _magnitude(scaled)
 
 
 def group_norm(scores: Sequence[float]) -> list[float]:
@@ -50,12 +50,13 @@ def group_norm(scores: Sequence[float]) -> list[float]:
     Raises:
         DataError: if there is no score, or one that is not finite.
     """
-    relative, _ = _in_units_of_the_largest(scores)
     if not has_spread(scores):
-        return [0.0] * len(relative)
-    deviations = _deviations(relative)
+        return [0.0] * len(scores)
+    scaled, _ = _scaled(scores)
+    deviations = _deviations(scaled)
     spread = math.sqrt(math.fsum(value * value for value in deviations) / len(deviations))
-    return [value / (spread + RELATIVE_EPSILON) for value in deviations]
+    divisor = spread + RELATIVE_EPSILON * _magnitude(scaled)
+    return [value / divisor for value in deviations]
 
 
 def group_center(scores: Sequence[float]) -> list[float]:
@@ -67,10 +68,10 @@ def group_center(scores: Sequence[float]) -> list[float]:
     Raises:
         DataError: if there is no score, or one that is not finite.
     """
-    relative, unit = _in_units_of_the_largest(scores)
     if not has_spread(scores):
-        return [0.0] * len(relative)
-    return [value * unit for value in _deviations(relative)]
+        return [0.0] * len(scores)
+    scaled, unit = _scaled(scores)
+    return [value * unit for value in _deviations(scaled)]
 
 
 def leave_one_out(scores: Sequence[float]) -> list[float]:
@@ -81,9 +82,9 @@ def leave_one_out(scores: Sequence[float]) -> list[float]:
     Raises:
         DataError: if there is no score, or one that is not finite.
     """
+    if not has_spread(scores):
+        return [0.0] * len(scores)
     count = len(scores)
-    if count == 1:
-        return [0.0 for _ in _in_units_of_the_largest(scores)[0]]
     return [value * count / (count - 1) for value in group_center(scores)]
 
 
@@ -93,7 +94,7 @@ def raw(scores: Sequence[float]) -> list[float]:
     Raises:
         DataError: if there is no score, or one that is not finite.
     """
-    _in_units_of_the_largest(scores)
+    _refuse_unusable(scores)
     return [float(score) for score in scores]
 
 
@@ -114,17 +115,26 @@ def resolve_estimator(name: EstimatorName) -> Estimator:
     return estimator
 
 
-def _in_units_of_the_largest(scores: Sequence[float]) -> tuple[list[float], float]:
-    """Divide by the largest magnitude, so that epsilons are relative and no sum can overflow."""
+def _scaled(scores: Sequence[float]) -> tuple[list[float], float]:
+    """Divide by the power of two just below the largest magnitude: exact, and then no sum can overflow."""
+    _refuse_unusable(scores)
+    largest = _magnitude(scores)
+    if largest == 0.0:
+        return [0.0] * len(scores), 1.0
+    unit = math.ldexp(1.0, math.frexp(largest)[1] - 1)
+    return [score / unit for score in scores], unit
+
+
+def _refuse_unusable(scores: Sequence[float]) -> None:
     if not scores:
         raise DataError("a group has no scores; it needs one per sequence")
     for index, score in enumerate(scores):
         if not math.isfinite(score):
             raise DataError(f"scores[{index}] is {score}; scores must be finite numbers")
-    unit = max(abs(score) for score in scores)
-    if unit == 0.0:
-        return [0.0] * len(scores), 0.0
-    return [score / unit for score in scores], unit
+
+
+def _magnitude(values: Sequence[float]) -> float:
+    return max(abs(value) for value in values)
 
 
 def _deviations(values: Sequence[float]) -> list[float]:

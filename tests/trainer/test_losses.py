@@ -1,0 +1,437 @@
+"""The three losses against references in plain Python, their gradients, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainer.errors import ConfigurationError, DataError, MissingLogProbsError, ShapeMismatchError
+from trainer.losses import (
+    LOSS_NAMES,
+    LossInputs,
+    policy_gradient,
+    ppo_clip,
+    resolve_loss,
+    weighted_sft,
+)
+
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+ALL_LOSSES: tuple[Loss, ...] = (weighted_sft, policy_gradient, ppo_clip)
+RATIO_LOSSES: tuple[Loss, ...] = (policy_gradient, ppo_clip)
+EVERY_LOSS = pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: loss.__name__)
+
+
+def make_inputs(
+    *, seed: int = 0, shape: tuple[int, ...] = (3, 7), spread: float = 0.5, **changes: Any
+) -> LossInputs:
+    """Float64 inputs with log-probs near each other, a ragged float mask, and filler of 1.0 where masked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    logprobs = -normal().abs()
+    loss_mask = torch.rand(shape, generator=generator).double() * (
+        torch.rand(shape, generator=generator) < 0.6
+    )
+    fields: dict[str, Any] = {
+        "logprobs": logprobs.requires_grad_(),
+        "advantages": normal(),
+        "loss_mask": loss_mask,
+        "inference_logprobs": torch.where(loss_mask > 0, logprobs.detach() + spread * normal(), 1.0),
+        "ref_logprobs": torch.where(loss_mask > 0, logprobs.detach() + spread * normal(), 1.0),
+    }
+    return LossInputs(**(fields | changes))
+
+
+def one_token(advantage: float, ratio: float, **changes: Any) -> LossInputs:
+    """A single token of which the trainer's probability is `ratio` times the sampler's."""
+    sampler = math.log(0.1)
+    fields: dict[str, Any] = {
+        "logprobs": torch.tensor([sampler + math.log(ratio)], dtype=torch.float64, requires_grad=True),
+        "advantages": torch.tensor([advantage], dtype=torch.float64),
+        "loss_mask": torch.ones(1, dtype=torch.float64),
+        "inference_logprobs": torch.tensor([sampler], dtype=torch.float64),
+        "denominator": 1.0,
+    }
+    return LossInputs(**(fields | changes))
+
+
+def value_and_gradient(loss: Loss, inputs: LossInputs, **options: float) -> tuple[float, Tensor]:
+    value, _ = loss(inputs, **options)
+    (gradient,) = torch.autograd.grad(value, inputs.logprobs)
+    return value.item(), gradient
+
+
+def by_hand(loss: Loss, inputs: LossInputs, kl_coefficient: float) -> float:
+    """The definitions, token by token, in Python floats; default options."""
+    assert inputs.inference_logprobs is not None
+    assert inputs.ref_logprobs is not None
+    numerator = denominator = 0.0
+    for logprob, advantage, weight, sampler, reference in zip(
+        inputs.logprobs.flatten().tolist(),
+        inputs.advantages.flatten().tolist(),
+        inputs.loss_mask.flatten().tolist(),
+        inputs.inference_logprobs.flatten().tolist(),
+        inputs.ref_logprobs.flatten().tolist(),
+        strict=True,
+    ):
+        if weight == 0:
+            continue
+        ratio = math.exp(logprob - sampler)
+        if loss is weighted_sft:
+            term = -logprob * advantage
+        elif loss is policy_gradient:
+            term = -min(ratio, 2.0) * advantage * logprob
+        else:
+            term = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+        kl = math.exp(reference - logprob) - 1 - (reference - logprob)
+        numerator += weight * (term + kl_coefficient * kl)
+        denominator += weight
+    return numerator / (denominator + 1e-8)
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_its_definition(loss: Loss, kl_coefficient: float, seed: int) -> None:
+    inputs = make_inputs(seed=seed)
+    value, _ = loss(inputs, kl_coefficient=kl_coefficient)
+    assert value.item() == pytest.approx(by_hand(loss, inputs, kl_coefficient), rel=1e-12)
+
+
+# policy_gradient is left out: its weight is held constant, so its gradient is not its value's derivative.
+@pytest.mark.parametrize("loss", [weighted_sft, ppo_clip], ids=lambda loss: loss.__name__)
+def test_gradient_is_that_of_finite_differences(loss: Loss) -> None:
+    base = make_inputs(seed=4)
+
+    def run(logprobs: Tensor) -> Tensor:
+        return loss(LossInputs(**(vars_of(base) | {"logprobs": logprobs})), kl_coefficient=0.2)[0]
+
+    assert torch.autograd.gradcheck(run, (base.logprobs,))
+
+
+def vars_of(inputs: LossInputs) -> dict[str, Any]:
+    names = ("logprobs", "advantages", "loss_mask", "inference_logprobs", "ref_logprobs", "denominator")
+    return {name: getattr(inputs, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "expected_loss", "expected_gradient"),
+    [
+        # inside the bounds: the plain surrogate, gradient -r A
+        (+1.0, 1.0, -1.0, -1.0),
+        (-1.0, 1.0, +1.0, +1.0),
+        # the four regions outside
+        (+1.0, 2.0, -1.2, 0.0),  # already likelier than allowed: stop
+        (+1.0, 0.5, -0.5, -0.5),  # praised but rarer: keep pushing up
+        (-1.0, 2.0, +2.0, +2.0),  # blamed but likelier: keep pushing down (not 1.2 without gradient)
+        (-1.0, 0.5, +0.8, 0.0),  # already rarer than allowed: stop
+    ],
+)
+def test_ppo_has_the_textbook_sign_in_every_region(
+    advantage: float, ratio: float, expected_loss: float, expected_gradient: float
+) -> None:
+    value, gradient = value_and_gradient(ppo_clip, one_token(advantage, ratio))
+    assert value == pytest.approx(expected_loss)
+    assert gradient.item() == pytest.approx(expected_gradient)
+
+
+def test_ppo_bounds_are_separate_and_count_what_they_clip() -> None:
+    inputs = LossInputs(
+        logprobs=torch.log(torch.tensor([1.25, 1.35, 0.85, 0.75, 1.35, 0.75])).requires_grad_(),
+        advantages=torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0, 1.0]),
+        loss_mask=torch.tensor([1.0, 1.0, 1.0, 0.5, 1.0, 1.0]),
+        inference_logprobs=torch.zeros(6),
+    )
+    _, metrics = ppo_clip(inputs, epsilon_low=0.2, epsilon_high=0.3)
+    assert metrics["clipped_high"].item() == 1.0  # only the second
+    assert metrics["clipped_low"].item() == 0.5  # only the fourth, by its weight
+    assert metrics["clipped"].item() == 1.5
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(0.5, 0.5), (1.9, 1.9), (2.1, 2.0), (50.0, 2.0)])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_policy_gradient_weighs_by_the_truncated_ratio_held_constant(
+    ratio: float, weight: float, advantage: float
+) -> None:
+    inputs = one_token(advantage, ratio)
+    value, gradient = value_and_gradient(policy_gradient, inputs)
+    assert gradient.item() == pytest.approx(-weight * advantage)
+    assert value == pytest.approx(-weight * advantage * inputs.logprobs.item())
+    assert policy_gradient(inputs)[1]["capped"].item() == (1.0 if ratio > 2 else 0.0)
+
+
+def test_on_policy_all_three_losses_have_one_gradient() -> None:
+    inputs = make_inputs(spread=0.0)
+    gradients = [value_and_gradient(loss, inputs)[1] for loss in ALL_LOSSES]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+
+
+def test_kl_is_zero_with_zero_gradient_between_equal_policies() -> None:
+    inputs = make_inputs(advantages=torch.zeros(3, 7), spread=0.0)
+    value, gradient = value_and_gradient(weighted_sft, inputs, kl_coefficient=1.0)
+    assert value == 0.0
+    assert not gradient.any()
+    metrics = policy_gradient(inputs)[1]
+    assert metrics["kl_ref"].item() == metrics["mismatch_kl"].item() == 0.0
+    assert metrics["ratio"].item() == pytest.approx(inputs.loss_mask.sum().item())
+
+
+@pytest.mark.parametrize("difference", [-3.0, -1e-4, 1e-4, 3.0])
+def test_kl_is_positive_elsewhere_and_pulls_towards_the_reference(difference: float) -> None:
+    inputs = one_token(0.0, 1.0)
+    inputs = LossInputs(**(vars_of(inputs) | {"ref_logprobs": inputs.logprobs.detach() + difference}))
+    value, gradient = value_and_gradient(weighted_sft, inputs, kl_coefficient=0.5)
+    assert value == pytest.approx(0.5 * (math.expm1(difference) - difference), rel=1e-6)
+    assert value > 0
+    assert math.copysign(1, -gradient.item()) == math.copysign(1, difference)
+
+
+def test_small_kl_keeps_its_digits_in_float32() -> None:
+    logprobs = torch.full((4,), -0.5, requires_grad=True)
+    inputs = LossInputs(
+        logprobs=logprobs,
+        advantages=torch.zeros(4),
+        loss_mask=torch.ones(4),
+        ref_logprobs=torch.full((4,), -0.5 + 2**-10),
+    )
+    # exp(x) - 1 - x in float32 would be 30% off here.
+    assert weighted_sft(inputs)[1]["kl_ref"].item() == pytest.approx(4 * (2**-10) ** 2 / 2, rel=2e-3)
+
+
+def test_kl_estimate_is_unbiased_over_the_policys_own_samples() -> None:
+    policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    reference = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64).log()
+    # Each token once, weighted by its probability under the policy: the expectation, exactly.
+    inputs = LossInputs(
+        logprobs=policy, advantages=torch.zeros(3), loss_mask=policy.exp(), ref_logprobs=reference
+    )
+    expected = (policy.exp() * (policy - reference)).sum()
+    assert weighted_sft(inputs)[1]["kl_ref"].item() == pytest.approx(expected.item())
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("poison", [1.0, 1e30, math.inf, -math.inf, math.nan])
+def test_nothing_at_a_masked_position_matters(loss: Loss, poison: float) -> None:
+    clean = make_inputs()
+    masked = clean.loss_mask == 0
+    poisoned = {
+        name: value.detach().masked_fill(masked, poison)
+        for name, value in vars_of(clean).items()
+        if isinstance(value, Tensor) and name != "loss_mask"
+    }
+    poisoned["logprobs"].requires_grad_()
+    inputs = LossInputs(loss_mask=clean.loss_mask, **poisoned)
+    value, gradient = value_and_gradient(loss, inputs, kl_coefficient=0.1)
+    expected_value, expected_gradient = value_and_gradient(loss, clean, kl_coefficient=0.1)
+    assert value == expected_value
+    assert torch.equal(gradient, expected_gradient)
+    assert not gradient[masked].any()
+    metrics, expected_metrics = loss(inputs)[1], loss(clean)[1]
+    assert {name: sum_.item() for name, sum_ in metrics.items()} == {
+        name: sum_.item() for name, sum_ in expected_metrics.items()
+    }
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("difference", [-1e4, 1e4])
+def test_wildly_different_policies_stay_finite_in_float32(loss: Loss, difference: float) -> None:
+    logprobs = torch.full((3,), -1.0, requires_grad=True)
+    inputs = LossInputs(
+        logprobs=logprobs,
+        advantages=torch.tensor([1.0, -1.0, 0.0]),
+        loss_mask=torch.ones(3),
+        inference_logprobs=torch.full((3,), -1.0 + difference),
+        ref_logprobs=torch.full((3,), -1.0 + difference),
+    )
+    value, metrics = loss(inputs, kl_coefficient=0.1)
+    value.backward()
+    assert value.isfinite()
+    assert logprobs.grad is not None
+    assert logprobs.grad.isfinite().all()
+    assert all(total.isfinite() for total in metrics.values())
+
+
+@EVERY_LOSS
+def test_an_all_zero_mask_gives_zero_with_zero_gradients(loss: Loss) -> None:
+    for denominator in (None, 12.0, torch.zeros(3, 1)):
+        inputs = make_inputs(loss_mask=torch.zeros(3, 7), denominator=denominator)
+        value, gradient = value_and_gradient(loss, inputs, kl_coefficient=0.1)
+        assert value == 0.0
+        assert torch.equal(gradient, torch.zeros(3, 7, dtype=torch.float64))
+        assert all(total.item() == 0.0 for total in loss(inputs)[1].values())
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("sizes", [(1,) * 6, (2, 4), (5, 1), (3, 3)])
+def test_micro_batches_add_up_under_a_common_denominator(loss: Loss, sizes: tuple[int, ...]) -> None:
+    whole = make_inputs(shape=(6, 9))
+    count = whole.loss_mask.sum().item()
+    expected_value, expected_gradient = value_and_gradient(
+        loss, LossInputs(**(vars_of(whole) | {"denominator": count})), kl_coefficient=0.1
+    )
+    expected_metrics = loss(whole)[1]
+    values, gradients, metrics = [], [], []
+    for rows in torch.arange(6).split(list(sizes)):
+        part = {name: value[rows] for name, value in vars_of(whole).items() if isinstance(value, Tensor)}
+        part["logprobs"] = part["logprobs"].detach().requires_grad_()
+        inputs = LossInputs(**part, denominator=count)
+        value, gradient = value_and_gradient(loss, inputs, kl_coefficient=0.1)
+        values.append(value)
+        gradients.append(gradient)
+        metrics.append(loss(inputs)[1])
+    assert sum(values) == pytest.approx(expected_value, rel=1e-12)
+    torch.testing.assert_close(torch.cat(gradients), expected_gradient, rtol=1e-12, atol=0)
+    for name, expected in expected_metrics.items():
+        assert sum(part[name].item() for part in metrics) == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_denominator_per_token_or_per_sequence_reduces_by_sequence() -> None:
+    inputs = make_inputs()
+    per_sequence = inputs.loss_mask.sum(1, keepdim=True) * 3
+    expected = sum(
+        weighted_sft(
+            LossInputs(
+                logprobs=inputs.logprobs[row],
+                advantages=inputs.advantages[row],
+                loss_mask=inputs.loss_mask[row],
+                denominator=per_sequence[row, 0],
+            )
+        )[0].item()
+        for row in range(3)
+    )
+    for denominator in (per_sequence, per_sequence.expand(3, 7)):
+        value, _ = weighted_sft(LossInputs(**(vars_of(inputs) | {"denominator": denominator})))
+        assert value.item() == pytest.approx(expected, rel=1e-12)
+
+
+@EVERY_LOSS
+def test_metrics_are_detached_sums(loss: Loss) -> None:
+    inputs = make_inputs()
+    metrics = loss(inputs)[1]
+    assert {"negative_logprob", "ratio", "mismatch_kl", "kl_ref"} <= set(metrics)
+    assert all(total.ndim == 0 and not total.requires_grad for total in metrics.values())
+    assert metrics["negative_logprob"].item() == pytest.approx(
+        -(inputs.logprobs * inputs.loss_mask).sum().item()
+    )
+
+
+@pytest.mark.parametrize("loss", RATIO_LOSSES, ids=lambda loss: loss.__name__)
+def test_losses_with_a_ratio_refuse_to_run_without_the_samplers_logprobs(loss: Loss) -> None:
+    with pytest.raises(MissingLogProbsError, match=f"{loss.__name__} needs inference_logprobs"):
+        loss(make_inputs(inference_logprobs=None))
+
+
+@EVERY_LOSS
+def test_a_kl_penalty_refuses_to_run_without_reference_logprobs(loss: Loss) -> None:
+    with pytest.raises(MissingLogProbsError, match="needs ref_logprobs"):
+        loss(make_inputs(ref_logprobs=None), kl_coefficient=0.1)
+    assert "kl_ref" not in loss(make_inputs(ref_logprobs=None))[1]
+
+
+def test_weighted_sft_needs_no_logprobs_but_the_trainers() -> None:
+    value, metrics = weighted_sft(make_inputs(inference_logprobs=None, ref_logprobs=None))
+    assert value.isfinite()
+    assert set(metrics) == {"negative_logprob"}
+
+
+def test_unequal_shapes_are_refused_and_all_are_listed() -> None:
+    with pytest.raises(
+        ShapeMismatchError, match=r"logprobs \[3, 7\].*advantages \[3, 1\].*ref_logprobs \[3, 7\]"
+    ):
+        make_inputs(advantages=torch.zeros(3, 1))
+
+
+def test_half_precision_logprobs_are_refused() -> None:
+    with pytest.raises(DataError, match="bfloat16"):
+        make_inputs(logprobs=torch.zeros(3, 7, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("denominator", [0.0, -1.0, math.nan])
+def test_a_denominator_that_is_not_positive_is_refused(denominator: float) -> None:
+    with pytest.raises(DataError, match="denominator"):
+        make_inputs(denominator=denominator)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (4,), (2, 3, 7)])
+def test_a_denominator_of_a_foreign_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeMismatchError, match="does not broadcast"):
+        make_inputs(denominator=torch.ones(shape))
+
+
+@pytest.mark.parametrize("name", LOSS_NAMES)
+def test_a_resolved_loss_is_the_function_with_its_options(name: Any) -> None:
+    function = {loss.__name__: loss for loss in ALL_LOSSES}[name]
+    resolved = resolve_loss(name, kl_coefficient=0.25)
+    inputs = make_inputs()
+    assert resolved(inputs)[0].item() == function(inputs, kl_coefficient=0.25)[0].item()
+    assert resolved.needs_ref_logprobs
+    assert not resolve_loss(name).needs_ref_logprobs
+    assert resolved.needs_inference_logprobs == (name != "weighted_sft")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ppo", {}, "loss.name is 'ppo'; allowed are weighted_sft, policy_gradient, ppo_clip"),
+        ("weighted_sft", {"ratio_cap": 2.0}, "no option ratio_cap; its options are kl_coefficient"),
+        ("policy_gradient", {"ratio_cap": 0.0}, "ratio_cap is 0"),
+        ("ppo_clip", {"epsilon_low": 1.5}, "epsilon_low is 1.5; allowed are finite numbers from 0 to 1"),
+        ("ppo_clip", {"epsilon_high": math.nan}, "epsilon_high is nan"),
+        ("ppo_clip", {"kl_coefficient": -0.1}, "kl_coefficient is -0.1"),
+    ],
+)
+def test_what_cannot_be_resolved_is_refused(name: Any, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        resolve_loss(name, **options)
+
+
+@EVERY_LOSS
+def test_options_are_checked_on_a_direct_call_too(loss: Loss) -> None:
+    with pytest.raises(ConfigurationError, match="kl_coefficient"):
+        loss(make_inputs(), kl_coefficient=math.inf)
+
+
+seeds = st.integers(0, 10_000)
+losses = st.sampled_from(ALL_LOSSES)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, loss=losses)
+def test_the_order_of_tokens_does_not_matter(seed: int, loss: Loss) -> None:
+    inputs = make_inputs(seed=seed, shape=(12,))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    shuffled = LossInputs(
+        **{name: value[order] for name, value in vars_of(inputs).items() if isinstance(value, Tensor)}
+    )
+    assert loss(shuffled)[0].item() == pytest.approx(loss(inputs)[0].item(), rel=1e-10, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, loss=losses, factor=st.floats(0.0, 100.0))
+def test_scaling_the_advantages_scales_the_loss(seed: int, loss: Loss, factor: float) -> None:
+    inputs = make_inputs(seed=seed)
+    scaled = LossInputs(**(vars_of(inputs) | {"advantages": inputs.advantages * factor}))
+    assert loss(scaled)[0].item() == pytest.approx(factor * loss(inputs)[0].item(), rel=1e-10, abs=1e-10)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=seeds, loss=losses)
+def test_masked_columns_can_be_dropped(seed: int, loss: Loss) -> None:
+    inputs = make_inputs(seed=seed, shape=(20,))
+    kept = inputs.loss_mask != 0
+    packed = LossInputs(
+        **{name: value[kept] for name, value in vars_of(inputs).items() if isinstance(value, Tensor)}
+    )
+    assert loss(packed, kl_coefficient=0.1)[0].item() == pytest.approx(
+        loss(inputs, kl_coefficient=0.1)[0].item(), rel=1e-10, abs=1e-12
+    )
