@@ -44,6 +44,7 @@ class ChildProcess:
         log_path: File that standard output and standard error are appended to.
         environment: Variables set on top of the launcher's own.
         stop_signal: What asks it to end by itself.
+        may_finish: Whether ending with status 0 is what it should do some time.
     """
 
     def __init__(
@@ -54,10 +55,12 @@ class ChildProcess:
         log_path: Path,
         environment: Mapping[str, str] | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
+        may_finish: bool = False,
     ) -> None:
         self.name = name
         self.log_path = log_path
         self._stop_signal = stop_signal
+        self._may_finish = may_finish
         self._returncode: int | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         tied = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_tied_exec.py")), str(os.getpid())]
@@ -89,10 +92,10 @@ class ChildProcess:
         """Whether it still runs."""
         return self.returncode is None
 
-    def require_running(self) -> None:
-        """Raise `ProcessDiedError`, with the end of the log, if the process has ended."""
+    def require_healthy(self) -> None:
+        """Raise `ProcessDiedError`, with the end of the log, if the process has ended as it should not."""
         status = self.returncode
-        if status is not None:
+        if status is not None and not (status == 0 and self._may_finish):
             raise ProcessDiedError(f"the {self.name} {describe_status(status)}.\n{self.log_tail()}")
 
     def ask_to_stop(self) -> None:
@@ -107,27 +110,25 @@ class ChildProcess:
             self._process.wait()
             self._returncode = self._process.returncode
 
-    def stop(self, patience: float, *, hurry: Callable[[], bool] = lambda: False) -> int:
-        """Ask the process to end, wait at most `patience` seconds, then kill it with its group.
+    def stop(self, patience: float) -> int:
+        """Ask the process to end, wait at most `patience` seconds, then kill it; returns its exit status."""
+        self.ask_to_stop()
+        return self.wait_or_kill(patience)
+
+    def wait_or_kill(self, patience: float, *, hurry: Callable[[], bool] = lambda: False) -> int:
+        """Wait until the process has ended, then return its exit status.
 
         Args:
-            patience: Seconds between the stop signal and SIGKILL.
+            patience: Seconds after which it is killed, with its group.
             hurry: Checked while waiting; once true, the process is killed without waiting on.
-
-        Returns:
-            The exit status.
         """
-        self.ask_to_stop()
         deadline = time.monotonic() + patience
-        while self.is_running:
+        while (status := self.returncode) is None:
             if hurry() or time.monotonic() > deadline:
-                logger.warning("%s (process %d) did not end in time; killing it", self.name, self.pid)
+                logger.warning("the %s (process %d) did not end in time; killing it", self.name, self.pid)
                 self.kill()
-                break
-            time.sleep(WATCH_SECONDS)
-        status = self.returncode
-        if status is None:  # the loop above ends only when it has a status
-            raise AssertionError(f"{self.name} has ended without a status")
+            else:
+                time.sleep(WATCH_SECONDS)
         return status
 
     def log_tail(self, lines: int = _TAIL_LINES) -> str:
@@ -157,29 +158,22 @@ class ChildProcess:
 
 
 def wait_until(
-    child: ChildProcess,
-    is_ready: Callable[[], bool],
-    *,
-    timeout: float,
-    what: str,
-    watch: Callable[[], None] = lambda: None,
+    child: ChildProcess, is_ready: Callable[[], bool], *, timeout: float, what: str, watch: Callable[[], None]
 ) -> None:
     """Return once `is_ready()`.
 
     Args:
-        child: The process that is waited for; its death ends the wait.
+        child: The process that is waited for, named in the message if it takes too long.
         is_ready: Asked about every tenth of a second.
         timeout: Seconds to wait.
         what: What is waited for, in words that complete "did not ... within".
-        watch: Called just as often; what it raises ends the wait.
+        watch: Called just as often; what it raises, e.g. that a process has died, ends the wait.
 
     Raises:
-        ProcessDiedError: The process ended first.
         NotReadyError: It was not ready in time.
     """
     deadline = time.monotonic() + timeout
     while not is_ready():
-        child.require_running()
         watch()
         if time.monotonic() > deadline:
             raise NotReadyError(f"the {child.name} did not {what} within {timeout:g} s.\n{child.log_tail()}")

@@ -29,7 +29,7 @@ class RunState:
     heldout_after: float | None = None
     started_at: float = field(default_factory=time.monotonic)
     training_since: tuple[float, int] | None = None
-    """When training began or went on, by the monotonic clock, and the steps done until then."""
+    """When the first step of this session was done, by the monotonic clock, and its number."""
 
     @property
     def seconds(self) -> float:
@@ -43,7 +43,7 @@ class RunState:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimate of the seconds until the last step; None until two steps of this session are done."""
+        """Estimate of the seconds until the last step; None until three steps of this session are done."""
         if self.training_since is None:
             return None
         since, done_before = self.training_since

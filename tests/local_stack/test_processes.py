@@ -63,7 +63,7 @@ def test_a_child_that_ended_is_named_with_its_status_and_the_end_of_its_log(star
     child = start("import sys; [print('line', i) for i in range(40)]; sys.exit('the model is too large')")
     wait_for(lambda: not child.is_running, "the child ended")
     with pytest.raises(ProcessDiedError) as caught:
-        child.require_running()
+        child.require_healthy()
     message = str(caught.value)
     assert "the sample service ended with exit status 1" in message
     assert "the model is too large" in message
@@ -82,7 +82,7 @@ def test_a_program_that_does_not_exist_is_reported_by_its_log(tmp_path: Path) ->
     child = ChildProcess("absent", ["/does/not/exist"], log_path=tmp_path / "log")
     wait_for(lambda: not child.is_running, "the child ended")
     with pytest.raises(ProcessDiedError, match="No such file or directory"):
-        child.require_running()
+        child.require_healthy()
 
 
 def test_a_child_gets_the_variables_given_and_the_launcher_own_ones(start: Start) -> None:
@@ -135,7 +135,7 @@ def test_a_child_that_ignores_the_stop_signal_is_killed_after_the_stated_time(
 def test_impatience_cuts_the_waiting_short(start: Start, tmp_path: Path) -> None:
     child = start(deaf_script(tmp_path))
     wait_for((tmp_path / "ready").exists, "the child runs")
-    assert child.stop(patience=3600, hurry=lambda: True) == -signal.SIGKILL
+    assert child.wait_or_kill(patience=3600, hurry=lambda: True) == -signal.SIGKILL
 
 
 def test_stopping_a_child_that_has_ended_keeps_its_status(start: Start) -> None:
@@ -181,16 +181,30 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     wait_for(lambda: is_gone(child), "the child is gone")
 
 
+def test_a_child_that_may_finish_is_healthy_after_it_did(start: Start) -> None:
+    child = start("pass", may_finish=True)
+    wait_for(lambda: not child.is_running, "the child ended")
+    child.require_healthy()
+
+
+def test_a_child_that_may_finish_is_not_healthy_after_it_failed(start: Start) -> None:
+    child = start("raise SystemExit(4)", may_finish=True)
+    wait_for(lambda: not child.is_running, "the child ended")
+    with pytest.raises(ProcessDiedError, match="ended with exit status 4"):
+        child.require_healthy()
+
+
 def test_waiting_ends_when_the_child_is_ready(start: Start, tmp_path: Path) -> None:
     child = start(deaf_script(tmp_path))
-    wait_until(child, (tmp_path / "ready").exists, timeout=30, what="touch its file")
-    assert (tmp_path / "ready").exists()
+    is_ready = (tmp_path / "ready").exists
+    wait_until(child, is_ready, timeout=30, what="touch its file", watch=child.require_healthy)
+    assert is_ready()
 
 
 def test_waiting_for_a_child_that_dies_ends_at_once_with_its_log(start: Start) -> None:
     child = start("import sys; sys.exit('no memory left')")
     with pytest.raises(ProcessDiedError, match="no memory left"):
-        wait_until(child, lambda: False, timeout=3600, what="answer")
+        wait_until(child, lambda: False, timeout=3600, what="answer", watch=child.require_healthy)
 
 
 def test_waiting_too_long_says_for_what_and_how_long(start: Start) -> None:
@@ -199,7 +213,7 @@ def test_waiting_too_long_says_for_what_and_how_long(start: Start) -> None:
     with pytest.raises(
         NotReadyError, match=r"did not answer at /health within 0\.2 s\.\n.*\n  still loading"
     ):
-        wait_until(child, lambda: False, timeout=0.2, what="answer at /health")
+        wait_until(child, lambda: False, timeout=0.2, what="answer at /health", watch=child.require_healthy)
 
 
 def test_what_watches_can_end_the_waiting(start: Start) -> None:

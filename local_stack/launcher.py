@@ -1,0 +1,287 @@
+"""The whole loop on one machine: API, inference server, environment and trainer, started, watched, reported.
+
+::
+
+    model -> API, inference server, environment, trainer     all started at once, each waits for the others
+          -> held-out score of the untrained model           by the environment, before its first rollout
+          -> training                                        until the trainer has done its steps
+          -> held-out score again, from the served weights
+          -> report.json, report.png
+
+The trainer is the same `atropos-train run` that anyone else runs. The launcher only looks at processes and
+at files in the run directory. Whatever happens, it ends with no process left behind.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from signal import SIGINT
+
+from rich.console import Console
+
+from local_stack.commands import (
+    Address,
+    api_command,
+    evaluate_command,
+    inference_command,
+    prepare_model_command,
+    serve_command,
+    train_command,
+)
+from local_stack.display import Display, make_display
+from local_stack.errors import LocalStackError, RunDirectoryError, StoppedByUserError
+from local_stack.picture import draw_picture
+from local_stack.processes import ChildProcess, wait_until
+from local_stack.records import MetricsReader, newest_checkpoint, read_accuracy
+from local_stack.report import Report, draw_report, make_report
+from local_stack.services import Services, answers, free_addresses
+from local_stack.signals import StopRequests
+from local_stack.state import RunState
+
+Watch = Callable[[], None]
+"""Called ten times a second, whatever is waited for: reads progress, shows it, raises what ends the run."""
+
+BUILT_IN_MODELS = ("demo", "tiny")
+
+API = "Atropos API"
+INFERENCE = "inference server"
+ENVIRONMENT = "environment"
+TRAINER = "trainer"
+_EVALUATION = "evaluation"
+_MODEL = "model preparation"
+
+_MODEL_TIMEOUT = 600.0
+"""Reading the packaged model and writing it as a checkpoint takes half a minute; a slow disk more."""
+_READY_TIMEOUT = 300.0
+"""Importing torch in four processes at once and loading a small model takes 20 s on two cores."""
+_EVALUATION_TIMEOUT = 900.0
+_PATIENCE = {TRAINER: 120.0, ENVIRONMENT: 5.0, INFERENCE: 10.0, API: 10.0, _EVALUATION: 5.0, _MODEL: 5.0}
+"""Seconds to end after being asked. The trainer finishes its step and writes a checkpoint."""
+_EXIT_STOPPED = 130
+"""What a shell reports for a program that Ctrl-C ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions:
+    """What the user chose."""
+
+    model: str
+    """demo, tiny, a directory, or a hub id."""
+    steps: int
+    seed: int
+    run_dir: Path
+    config: Path
+    """YAML file with the trainer's settings."""
+    trainer_arguments: tuple[str, ...] = ()
+    """Further settings for the trainer, e.g. `("--optimizer.learning_rate", "1e-5")`."""
+
+
+def run_local(options: LocalOptions, console: Console) -> int:
+    """Run the whole loop; returns the exit status of the command (0 done, 1 failed, 130 stopped)."""
+    run = _LocalRun(options)
+    with StopRequests() as stop:
+        try:
+            run.check_directory()
+            with make_display(console) as display:
+                report = run.run(display, stop)
+        except StoppedByUserError:
+            console.print("[bold]Stopped.[/] No process is left.", highlight=False)
+            console.print(run.how_to_go_on(), markup=False, highlight=False, soft_wrap=True)
+            return _EXIT_STOPPED
+        except LocalStackError as error:
+            console.print("[bold red]The run failed:[/]", end=" ")
+            console.print(f"{error}", markup=False, highlight=False, soft_wrap=True)
+            console.print(run.how_to_go_on(), markup=False, highlight=False, soft_wrap=True)
+            return 1
+    console.print(draw_report(report, picture=run.picture_path))
+    return 0
+
+
+class _LocalRun:
+    def __init__(self, options: LocalOptions) -> None:
+        self._options = options
+        self._directory = options.run_dir.absolute()
+        self._metrics = MetricsReader(self._directory / "metrics.jsonl")
+        self._before = self._directory / "evaluations" / "before"
+        self._after = self._directory / "evaluations" / "after"
+        self._state = RunState(
+            model=options.model, steps=options.steps, seed=options.seed, run_dir=options.run_dir
+        )
+        self.picture_path = options.run_dir / "report.png"
+
+    def check_directory(self) -> None:
+        """Refuse a run directory whose run is complete, and a configuration that is not there."""
+        if (self._directory / "report.json").exists():
+            raise RunDirectoryError(
+                f"{self._options.run_dir} holds a finished run already; choose another --run-dir"
+            )
+        if not self._options.config.is_file():
+            raise RunDirectoryError(
+                f"the trainer's configuration {self._options.config} does not exist; name one with --config"
+            )
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def how_to_go_on(self) -> str:
+        """Say where the newest checkpoint is and how to go on from it."""
+        checkpoint = newest_checkpoint(self._options.run_dir)
+        if checkpoint is None:
+            return f"There is no checkpoint yet. Logs: {self._options.run_dir / 'logs'}"
+        again = [
+            "atropos-train",
+            "local",
+            "--model",
+            self._options.model,
+            "--steps",
+            str(self._options.steps),
+        ]
+        again += ["--seed", str(self._options.seed), "--run-dir", str(self._options.run_dir)]
+        return (
+            f"The newest checkpoint is {checkpoint} (its model: {checkpoint / 'model'}).\n"
+            f"Go on from it with: {shlex.join(again)}\n"
+            f"Logs: {self._options.run_dir / 'logs'}"
+        )
+
+    def run(self, display: Display, stop: StopRequests) -> Report:
+        """Do everything; raises `LocalStackError` if it cannot be finished."""
+        services = Services(self._directory / "logs", environment=self._environment())
+
+        def watch() -> None:
+            self._read_progress()
+            display.update(self._state)
+            stop.raise_if_requested()
+            services.require_all_healthy()
+
+        try:
+            model = self._prepare_model(services, watch)
+            inference = self._start_services(services, model, watch)
+            self._train(services, watch)
+            score = self._evaluate(services, inference, model, watch)
+        finally:
+            self._stop_services(services, display, stop)
+        report = make_report(self._state, model=model, heldout_after=score)
+        draw_picture(report, self._directory / "report.png")
+        report.write(self._directory / "report.json")
+        return report
+
+    def _environment(self) -> dict[str, str]:
+        variables = {"TOKENIZERS_PARALLELISM": "false"}
+        if self._options.model in BUILT_IN_MODELS or Path(self._options.model).is_dir():
+            variables["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
+        return variables
+
+    def _read_progress(self) -> None:
+        state = self._state
+        if self._metrics.read_new() and state.phase != "training" and TRAINER in state.services:
+            state.phase = "training"
+            state.services |= {ENVIRONMENT: "ready", TRAINER: "ready"}
+            state.training_since = (time.monotonic(), self._metrics.rows[-1].step)
+        state.rows = self._metrics.rows
+        if state.heldout_before is None:
+            state.heldout_before = read_accuracy(self._before)
+
+    def _prepare_model(self, services: Services, watch: Watch) -> str:
+        """Return the directory or hub id of the model, made ready if it is a built-in one."""
+        name = self._options.model
+        if name not in BUILT_IN_MODELS:
+            return str(Path(name).resolve()) if Path(name).is_dir() else name
+        self._state.phase = "preparing the model"
+        link = self._directory / "base-model"
+        cache = self._directory if name == "tiny" else None
+        command = prepare_model_command(name, link=link, cache_dir=cache)
+        child = services.start(_MODEL, command, may_finish=True)
+        wait_until(child, _finished(child), timeout=_MODEL_TIMEOUT, what="finish", watch=watch)
+        return str(link.resolve())
+
+    def _start_services(self, services: Services, model: str, watch: Watch) -> Address:
+        """Start everything, wait for the two servers, and return the inference server's address."""
+        self._state.phase = "starting"
+        api, inference = free_addresses(2)
+        api_child = services.start(API, api_command(api))
+        inference_child = services.start(
+            INFERENCE, inference_command(inference, model=model, seed=self._options.seed)
+        )
+        services.start(ENVIRONMENT, self._serve_command(api, inference, model))
+        services.start(
+            TRAINER, self._train_command(api, inference, model), stop_signal=SIGINT, may_finish=True
+        )
+        self._state.services = dict.fromkeys((API, INFERENCE, ENVIRONMENT, TRAINER), "starting")
+        for child, url in ((api_child, f"{api.url}/status"), (inference_child, f"{inference.url}/health")):
+            wait_until(
+                child, partial(answers, url), timeout=_READY_TIMEOUT, what=f"answer at {url}", watch=watch
+            )
+            self._state.services[child.name] = "ready"
+        return inference
+
+    def _serve_command(self, api: Address, inference: Address, model: str) -> list[str]:
+        # A run that goes on from a checkpoint has been measured, and its weights are no longer untrained.
+        measured = read_accuracy(self._before) is not None or newest_checkpoint(self._directory) is not None
+        return serve_command(
+            api=api,
+            inference=inference,
+            model=model,
+            seed=self._options.seed,
+            evaluations=None if measured else self._before,
+        )
+
+    def _train_command(self, api: Address, inference: Address, model: str) -> list[str]:
+        command = train_command(
+            config=self._options.config,
+            api=api,
+            inference=inference,
+            model=model,
+            steps=self._options.steps,
+            seed=self._options.seed,
+            output_dir=self._directory,
+        )
+        return [*command, *self._options.trainer_arguments]
+
+    def _train(self, services: Services, watch: Watch) -> None:
+        """Wait until the trainer has done its steps, then end the environment."""
+        self._state.phase = "waiting for the first step"
+        trainer = services[TRAINER]
+        wait_until(trainer, _finished(trainer), timeout=math.inf, what="finish", watch=watch)
+        watch()  # its last rows
+        if not (self._directory / "final").is_dir():
+            raise LocalStackError(f"the trainer ended without a final model.\n{trainer.log_tail()}")
+        self._state.services[TRAINER] = "stopped"
+        services.stop([ENVIRONMENT], patience=_PATIENCE, hurry=lambda: False)
+        self._state.services[ENVIRONMENT] = "stopped"
+
+    def _evaluate(self, services: Services, inference: Address, model: str, watch: Watch) -> float:
+        """Measure the held-out score of what the inference server serves now."""
+        self._state.phase = "measuring the trained model"
+        shutil.rmtree(self._after, ignore_errors=True)  # of an earlier attempt
+        command = evaluate_command(inference=inference, model=model, evaluations=self._after)
+        child = services.start(_EVALUATION, command, may_finish=True)
+        wait_until(child, _finished(child), timeout=_EVALUATION_TIMEOUT, what="finish", watch=watch)
+        score = read_accuracy(self._after)
+        if score is None:
+            raise LocalStackError(f"the evaluation ended without a result.\n{child.log_tail()}")
+        self._state.heldout_after = score
+        self._state.phase = "done"
+        return score
+
+    def _stop_services(self, services: Services, display: Display, stop: StopRequests) -> None:
+        """End everything: first who still has something to save, then those it may need for that."""
+        try:
+            if self._state.phase != "done":
+                self._state.phase = "stopping; the trainer writes a checkpoint"
+            for names in ((TRAINER, ENVIRONMENT, _EVALUATION, _MODEL), (INFERENCE, API)):
+                self._state.services |= dict.fromkeys(set(names) & set(self._state.services), "stopping")
+                display.update(self._state)
+                services.stop(names, patience=_PATIENCE, hurry=lambda: stop.hurry)
+                self._state.services |= dict.fromkeys(set(names) & set(self._state.services), "stopped")
+            display.update(self._state)
+        finally:
+            services.kill_all()
+
+
+def _finished(child: ChildProcess) -> Callable[[], bool]:
+    return lambda: child.returncode == 0
