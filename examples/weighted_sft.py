@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from trainer.weighted_sft import compute_advantage_weighted_sft_loss
+from trainer import compute_advantage_weighted_sft_loss
 
 CONVERSATIONS = (
     "User: What is 2+2?\nAssistant: 2+2 equals 4.",
@@ -60,8 +60,8 @@ def small_random_gpt2() -> PreTrainedModel:
 
 
 def numbers(values: Tensor) -> str:
-    """The first few values of a tensor, readable."""
-    return "[" + ", ".join(f"{value:.2f}" for value in values[:SHOWN].tolist()) + "]"
+    """The first few values of a tensor, readable (adding 0.0 turns -0.0 into 0.0)."""
+    return "[" + ", ".join(f"{value + 0.0:.2f}" for value in values[:SHOWN].tolist()) + "]"
 
 
 def show_the_steps(model: PreTrainedModel, input_ids: Tensor, advantages: Tensor, loss_mask: Tensor) -> None:

@@ -1,0 +1,100 @@
+"""The worked example in docs/losses.md, recomputed by the library and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from schemas import ScoredGroup
+from trainer.advantages import token_advantages
+from trainer.losses import LossInputs, policy_gradient, ppo_clip, weighted_sft
+from trainer.weighted_sft import compute_advantage_weighted_sft_loss
+
+PAGE = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
+VOCABULARY = 50257
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    (block,) = re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)
+    return json.loads(block)
+
+
+@pytest.fixture(scope="module")
+def group(example: Any) -> ScoredGroup:
+    fields = {name: value for name, value in example.items() if name != "trainer_logprobs"}
+    return ScoredGroup.model_validate(fields)
+
+
+@pytest.fixture(scope="module")
+def inputs(example: Any, group: ScoredGroup) -> LossInputs:
+    return LossInputs(
+        logprobs=torch.tensor(example["trainer_logprobs"]),
+        advantages=torch.tensor(token_advantages(group, estimator="group_center")),
+        loss_mask=torch.tensor(group.masks) != -100,
+        inference_logprobs=torch.tensor(example["inference_logprobs"]),
+    )
+
+
+def documented_loss(row_starts_with: str) -> float:
+    """The last cell of a row of the page's table of results."""
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| {row_starts_with}"))
+    return float(row.strip("| ").split("|")[-1])
+
+
+def model_with_these_logprobs(input_ids: Tensor, logprobs: Tensor) -> Any:
+    """A model that gives each token the log-prob listed for it, and shares the rest among all others."""
+    probability = logprobs[:, 1:].clamp(max=-0.01).double().exp()  # [B, T - 1]
+    others = ((1 - probability) / (VOCABULARY - 1)).log()
+    logits = others[..., None].repeat(1, 1, VOCABULARY)
+    logits.scatter_(2, input_ids[:, 1:, None], probability.log()[..., None])
+    logits = torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1)
+    return lambda *, input_ids: SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("loss", "row"),
+    [(weighted_sft, "`weighted_sft`"), (policy_gradient, "`policy_gradient` |"), (ppo_clip, "`ppo_clip` |")],
+)
+def test_each_loss_has_its_documented_value(loss: Any, row: str, inputs: LossInputs) -> None:
+    assert loss(inputs)[0].item() == pytest.approx(documented_loss(row), abs=5e-5)
+
+
+def test_the_documented_values_are_those_of_arithmetic_by_hand() -> None:
+    by_hand = {
+        "`weighted_sft`": (0.5 * (0.9 + 0.2 + 0.1) - 0.5 * (2.0 + 0.3 + 0.1)) / 6,
+        'the function with `alignment="prediction"` and': (0.5 * (0.2 + 0.1) - 0.5 * (0.3 + 0.1)) / 4,
+        "`policy_gradient` |": (0.5 * (math.exp(0.3) * 0.9 + 0.3) - 0.5 * (math.exp(-0.3) * 2.0 + 0.4)) / 6,
+        "`ppo_clip` |": (-0.5 * (1.2 + 1 + 1) + 0.5 * (0.8 + 1 + 1)) / 6,
+    }
+    assert {row: documented_loss(row) for row in by_hand} == pytest.approx(by_hand, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "columns_to_the_left", "row"),
+    [
+        ("token", 0, "`weighted_sft`, and the function"),
+        ("prediction", 1, 'the function with `alignment="prediction"`, arrays moved'),
+        ("prediction", 0, 'the function with `alignment="prediction"` and the arrays as they are'),
+    ],
+)
+def test_the_function_has_its_documented_value_under_each_alignment(
+    alignment: Any, columns_to_the_left: int, row: str, inputs: LossInputs, group: ScoredGroup
+) -> None:
+    input_ids = torch.tensor(group.tokens)
+    loss = compute_advantage_weighted_sft_loss(
+        model_with_these_logprobs(input_ids, inputs.logprobs),
+        input_ids,
+        inputs.advantages.roll(-columns_to_the_left, dims=1),
+        inputs.loss_mask.roll(-columns_to_the_left, dims=1),
+        alignment=alignment,
+    )
+    assert loss.item() == pytest.approx(documented_loss(row), abs=1e-6)
