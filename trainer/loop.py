@@ -241,7 +241,10 @@ class Trainer:
             return {}
         metrics: Row = self._publisher.publish(self.step).metrics()
         self._published_step = self.step
-        return metrics
+        row = {name.replace("/", "_"): value for name, value in metrics.items()}
+        row["publish_seconds"] = row.pop("publish_total_seconds")
+        row["publish_verified"] = bool(row["publish_verified"])
+        return row
 
     def _save_what_there_is(self) -> None:
         """After a failure: a checkpoint of the last whole step, if this process can write one alone."""

@@ -1,0 +1,15 @@
+"""Probing every party of a run before it starts: what is wrong, and what to do about it."""
+
+from trainer.check._api import check_api
+from trainer.check._inference import check_inference_server
+from trainer.check._local import check_model, check_writable
+from trainer.check._result import CheckResult, CheckStatus
+
+__all__ = [
+    "CheckResult",
+    "CheckStatus",
+    "check_api",
+    "check_inference_server",
+    "check_model",
+    "check_writable",
+]

@@ -1,0 +1,91 @@
+"""An inference server: health, model, the routes that publishing needs, and its tokenizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from trainer.check._result import CheckResult, failed, passed, warned
+from trainer.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SAMPLE = "What is 17+4? Answer with one number.\nÄpfel — 猫 — def f(x): return x"
+
+# Routes that publishing calls. A GET changes nothing: a route that takes POST answers 405, a missing one 404.
+_PUBLISH_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version")
+
+
+def check_inference_server(
+    url: str, config: TrainerConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> list[CheckResult]:
+    """Probe one server; changes nothing there."""
+    name = f"inference {url}"
+    token = config.publish.token
+    headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+    with httpx.Client(base_url=url, headers=headers, timeout=config.atropos.connect_timeout) as client:
+        try:
+            client.get("/health").raise_for_status()
+            served = client.get("/v1/models").raise_for_status().json()["data"][0]
+        except (httpx.HTTPError, KeyError, IndexError, ValueError, TypeError) as error:
+            return [failed(name, f"{type(error).__name__}: {error}", "start it, or correct publish.servers")]
+        return [
+            passed(name, f"healthy, serves {served.get('id')}"),
+            *_check_length(name, served, config),
+            _check_routes(name, client),
+            *_check_environment_route(name, client),
+            *_check_tokenizer(name, client, served, tokenizer),
+        ]
+
+
+def _check_length(name: str, served: dict[str, Any], config: TrainerConfig) -> list[CheckResult]:
+    longest, wanted = served.get("max_model_len"), config.atropos.max_token_length
+    if not isinstance(longest, int) or longest >= wanted:
+        return []
+    found = f"takes {longest} tokens, environments may send {wanted} (atropos.max_token_length)"
+    return [warned(name, found, f"start it with --max-model-len {wanted}, or lower the setting")]
+
+
+def _check_routes(name: str, client: httpx.Client) -> CheckResult:
+    try:
+        missing = [
+            route for route in _PUBLISH_ROUTES if client.get(route).status_code == httpx.codes.NOT_FOUND
+        ]
+    except httpx.HTTPError as error:
+        return failed(name, f"{type(error).__name__}: {error}", "look at the server's log")
+    if missing:
+        return failed(
+            name,
+            f"lacks the routes {', '.join(missing)}",
+            "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment",
+        )
+    return passed(name, "has every route that publishing needs")
+
+
+def _check_environment_route(name: str, client: httpx.Client) -> list[CheckResult]:
+    """Whether environments of server_type vllm can sample from it with log-probs."""
+    if client.get("/generate").status_code != httpx.codes.NOT_FOUND:
+        return [passed(name, "has the route /generate that Atropos environments call")]
+    return [
+        warned(
+            name,
+            "has no route /generate, which environments of server_type vllm call",
+            "stock vLLM lacks it; see docs/your-own-stack.md",
+        )
+    ]
+
+
+def _check_tokenizer(
+    name: str, client: httpx.Client, served: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> list[CheckResult]:
+    """Compare token ids of a text, where the server has a route for that."""
+    if tokenizer is None:
+        return []
+    reply = client.post("/tokenize", json={"model": served.get("id"), "prompt": _SAMPLE})
+    if reply.status_code != httpx.codes.OK:
+        return [warned(name, "has no route /tokenize", "make sure it serves the model that is trained")]
+    if reply.json().get("tokens") == tokenizer.encode(_SAMPLE):
+        return [passed(name, "tokenizes as the trainer does")]
+    return [failed(name, "tokenizes differently from the trainer", "let both use the same tokenizer files")]

@@ -1,0 +1,71 @@
+"""`atropos-train check`: probe every party of a run and say what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from trainer.cli._logging import configure_logging
+from trainer.cli._settings import add_settings, read_settings
+from trainer.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from trainer.check import CheckResult
+
+MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "failed": "[red]failed [/]"}
+
+# float32 weights, and two moments of the same size.
+_CHECKPOINT_COPIES = 3
+
+
+class CheckCommand:
+    """Probes API, environments, inference servers, model and directories; see `Command`."""
+
+    name = "check"
+    help = "probe every party of a run and say what is wrong"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Take all settings."""
+        add_settings(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Print one line a probe; returns 1 if any failed."""
+        config = read_settings(args)
+        configure_logging("ERROR")
+        console = Console(soft_wrap=True, highlight=False)
+        any_failed = False
+        for result in run_checks(config):
+            console.print(f"{MARKS[result.status]}  {escape(result.name)}: {escape(result.found)}")
+            if result.remedy:
+                console.print(f"         -> {escape(result.remedy)}")
+            any_failed |= result.status == "failed"
+        console.print("Something failed." if any_failed else "A run can start.")
+        return 1 if any_failed else 0
+
+
+def run_checks(config: TrainerConfig) -> Iterator[CheckResult]:
+    """Run all probes that this configuration calls for, one after the other."""
+    from trainer.check import check_api, check_inference_server, check_model, check_writable
+
+    model, tokenizer = check_model(config)
+    yield model
+    size = weight_bytes(Path(config.model.path))
+    checkpoints = (config.checkpoint.keep + 1) * _CHECKPOINT_COPIES * size
+    yield check_writable("output", config.train.output_dir, bytes_needed=checkpoints)
+    yield from check_api(config)
+    if config.publish.transport != "none":
+        directory = config.publish.directory or config.train.output_dir / "published"
+        yield check_writable("published weights", directory, bytes_needed=(config.publish.keep + 1) * size)
+        for url in config.publish.servers:
+            yield from check_inference_server(url, config, tokenizer)
+
+
+def weight_bytes(path: Path) -> int:
+    """Size of the safetensors files in a directory; 0 for a hub id, whose size is not known here."""
+    files: Iterable[Path] = path.glob("*.safetensors") if path.is_dir() else ()
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,40 @@
+"""One line a step on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from trainer.metrics import Row
+
+_console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def show_step(row: Row) -> None:
+    """Print a metrics row as one line."""
+    _console.print(format_row(row))
+
+
+def format_row(row: Row) -> str:
+    """The line for a row of metrics.jsonl."""
+    if row["kind"] == "skipped":
+        return f"step {row['step']:>5}  batch {row['batch']} skipped: {row['reason']}"
+    parts = [
+        f"step {row['step']:>5}",
+        f"reward {_number(row.get('reward_mean'), '.3f')}",
+        f"loss {_number(row.get('loss'), '+.4f')}",
+        f"grad {_number(row.get('grad_norm'), '.2f')}",
+        f"kl {_number(row.get('mismatch_kl'), '.4f')}",
+        f"{_number(row.get('tokens_per_second'), '.0f')} tok/s",
+        f"wait {_number(row.get('waiting_seconds'), '.1f')}s",
+        f"train {_number(row.get('training_seconds'), '.1f')}s",
+    ]
+    if "publish_seconds" in row:
+        verified = "verified" if row.get("publish_verified") else "not verified"
+        parts.append(f"publish {_number(row['publish_seconds'], '.1f')}s {verified}")
+    if row.get("set_aside_groups"):
+        parts.append(f"{row['set_aside_groups']} groups set aside")
+    return "  ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,97 @@
+"""`atropos-train run`: train against a running Atropos API."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from trainer.cli._logging import configure_logging
+from trainer.cli._settings import add_settings, read_settings
+
+if TYPE_CHECKING:
+    from trainer.config import TrainerConfig
+    from trainer.loop import RunSummary
+
+logger = logging.getLogger(__name__)
+
+
+class RunCommand:
+    """Trains until train.steps, SIGINT or SIGTERM; see `Command`."""
+
+    name = "run"
+    help = "train against a running Atropos API"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Take all settings."""
+        add_settings(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Run, and say how it ended."""
+        config = read_settings(args)
+        configure_logging(config.logging.level)
+        from atropos_client import AtroposClientError
+        from trainer.errors import ConfigurationError, TrainerError
+
+        try:
+            summary = train(config)
+        except ConfigurationError:
+            raise
+        except (TrainerError, AtroposClientError) as error:
+            logger.error("The run failed: %s: %s", type(error).__name__, error)  # noqa: TRY400 - expected
+            return 1
+        return report(summary)
+
+
+def train(config: TrainerConfig) -> RunSummary:
+    """Build a run from its configuration and run it, stopping cleanly at the first signal."""
+    # torch and transformers take seconds to load.
+    from trainer.assembly import build_trainer
+    from trainer.cli._progress import show_step
+
+    trainer = build_trainer(config, on_row=show_step if config.logging.progress else None)
+    with stop_on_signals(trainer.request_stop):
+        return trainer.run()
+
+
+@contextmanager
+def stop_on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a request to stop; a second one interrupts at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        name = signal.Signals(number).name
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, _interrupt)
+        logger.warning("%s: stopping after the current step with a checkpoint; again to stop at once", name)
+        request_stop(name)
+
+    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def report(summary: RunSummary) -> int:
+    """Say how a run ended; returns the exit code."""
+    set_aside = {name: count for name, count in summary.counters.items() if count}
+    sys.stderr.write(
+        f"{'Stopped' if summary.stopped_early else 'Done'} after {summary.step} optimizer steps"
+        f"{f' ({summary.stopped_early})' if summary.stopped_early else ''}.\n"
+        f"  checkpoint   {summary.checkpoint}\n"
+        + (f"  final model  {summary.final_model}\n" if summary.final_model else "")
+        + (f"  counted      {', '.join(f'{k} {v}' for k, v in set_aside.items())}\n" if set_aside else "")
+    )
+    return 130 if summary.stopped_early and summary.stopped_early.startswith("SIG") else 0
