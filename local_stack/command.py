@@ -9,23 +9,13 @@ from __future__ import annotations
 import argparse
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.cli import Command
 
 DEFAULT_STEPS = 30
 _DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
-
-
-class Command(Protocol):
-    """One sub-command of `atropos-train`."""
-
-    name: str
-    help: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the command's own arguments."""
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Run the command and return its exit status."""
 
 
 class LocalCommand:
@@ -60,30 +50,27 @@ class LocalCommand:
         parser.add_argument(
             "--config", type=Path, default=_DEFAULT_CONFIG, help="the trainer's settings; default: the demo's"
         )
-        parser.add_argument(
-            "--set",
-            dest="settings",
-            action="append",
-            default=[],
-            metavar="SECTION.KEY=VALUE",
-            type=_setting,
-            help="a further setting for the trainer, e.g. optimizer.learning_rate=1e-5; may be repeated",
+        parser.epilog = (
+            "Every setting of `atropos-train run` can be given too, e.g. --optimizer.learning_rate 1e-5"
         )
+        parser.set_defaults(settings=[])  # `trainer.cli` puts the arguments that are none of these here
 
-    def run(self, arguments: argparse.Namespace) -> int:
+    def run(self, args: argparse.Namespace) -> int:
         """Run the stack; 0 done, 1 failed, 130 stopped by the user."""
+        # Every `atropos-train` command loads this module; only this one needs these.
         from rich.console import Console
 
-        from local_stack.launcher import LocalOptions, run_local
+        from local_stack.launcher import LocalOptions, check_settings, run_local
 
         options = LocalOptions(
-            model=arguments.model,
-            steps=arguments.steps,
-            seed=arguments.seed,
-            run_dir=arguments.run_dir or new_run_directory(),
-            config=arguments.config,
-            trainer_arguments=tuple(word for setting in arguments.settings for word in setting),
+            model=args.model,
+            steps=args.steps,
+            seed=args.seed,
+            run_dir=args.run_dir or new_run_directory(),
+            config=args.config,
+            settings=tuple(args.settings),
         )
+        check_settings(options)
         return run_local(options, Console())
 
 
@@ -98,13 +85,6 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
     return number
-
-
-def _setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or "." not in name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form SECTION.KEY=VALUE")
-    return f"--{name}", value
 
 
 LOCAL_COMMAND: Command = LocalCommand()

@@ -44,6 +44,7 @@ from local_stack.report import Report, draw_report, make_report
 from local_stack.services import Services, answers, free_addresses
 from local_stack.signals import StopRequests
 from local_stack.state import RunState
+from trainer.config import load_config
 
 Watch = Callable[[], None]
 """Called ten times a second, whatever is waited for: reads progress, shows it, raises what ends the run."""
@@ -79,8 +80,19 @@ class LocalOptions:
     run_dir: Path
     config: Path
     """YAML file with the trainer's settings."""
-    trainer_arguments: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     """Further settings for the trainer, e.g. `("--optimizer.learning_rate", "1e-5")`."""
+
+
+def check_settings(options: LocalOptions) -> None:
+    """Refuse wrong settings before anything is started.
+
+    Raises:
+        trainer.errors.ConfigurationError: As `atropos-train run` would.
+    """
+    # Addresses are found later; any will do for a check.
+    words = ["--model.path", options.model, "--publish.servers", Address(port=1).url]
+    load_config(options.config, [*words, *options.settings])
 
 
 def run_local(options: LocalOptions, console: Console) -> int:
@@ -117,14 +129,10 @@ class _LocalRun:
         self.picture_path = options.run_dir / "report.png"
 
     def check_directory(self) -> None:
-        """Refuse a run directory whose run is complete, and a configuration that is not there."""
+        """Refuse a run directory whose run is complete."""
         if (self._directory / "report.json").exists():
             raise RunDirectoryError(
                 f"{self._options.run_dir} holds a finished run already; choose another --run-dir"
-            )
-        if not self._options.config.is_file():
-            raise RunDirectoryError(
-                f"the trainer's configuration {self._options.config} does not exist; name one with --config"
             )
         self._directory.mkdir(parents=True, exist_ok=True)
 
@@ -240,7 +248,7 @@ class _LocalRun:
             seed=self._options.seed,
             output_dir=self._directory,
         )
-        return [*command, *self._options.trainer_arguments]
+        return [*command, *self._options.settings]
 
     def _train(self, services: Services, watch: Watch) -> None:
         """Wait until the trainer has done its steps, then end the environment."""
