@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trainer.atomic_directory import atomic_directory
@@ -57,10 +58,10 @@ def write_model_directory(
     try:
         with atomic_directory(path, replace=replace) as directory:
             _save(inner, weights, directory)
-            _state_dtype(directory / "config.json", _dtype_of(weights))
+            _finish_config(directory / "config.json", _dtype_of(weights))
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the model to {path}: {error}") from error
 
 
@@ -205,7 +206,7 @@ def _save(inner: Any, weights: dict[str, Tensor], directory: Path) -> None:
     """Let transformers write, because only it knows how an architecture's names map to checkpoint names."""
     before = inner.config.dtype
     try:
-        inner.save_pretrained(directory, state_dict=weights)
+        inner.save_pretrained(directory, state_dict=dict(weights))  # it empties what it is given
     finally:
         inner.config.dtype = before  # save_pretrained overwrites it with the training dtype
 
@@ -219,14 +220,20 @@ def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
     return max(numbers, key=lambda dtype: numbers[dtype])
 
 
-def _state_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Make the configuration say the dtype of the weights beside it; servers choose theirs by it."""
+def _finish_config(config_file: Path, dtype: torch.dtype) -> None:
+    """Make the configuration agree with the weights beside it, for every reader.
+
+    Servers choose their computing type by `dtype`. transformers 4 and what builds on it look for
+    `rope_theta` at the top, where version 5 no longer writes it, and would quietly take a default.
+    """
     config = json.loads(config_file.read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("dtype", "torch_dtype"):
-            if section is config or key in section:
-                section.pop(key, None)
-                if key == "dtype" or section is not config:
-                    section["dtype"] = name
+    config.pop("torch_dtype", None)
+    config["dtype"] = name
+    for section in config.values():  # e.g. the text part of a multi-modal model
+        if isinstance(section, dict) and "dtype" in section:
+            section["dtype"] = name
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

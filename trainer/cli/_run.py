@@ -51,9 +51,12 @@ class RunCommand:
 def train(config: TrainerConfig) -> RunSummary:
     """Build a run from its configuration and run it, stopping cleanly at the first signal."""
     # torch and transformers take seconds to load.
+    from transformers.utils import logging as transformers_logging
+
     from trainer.assembly import build_trainer
     from trainer.cli._progress import show_step
 
+    transformers_logging.disable_progress_bar()
     trainer = build_trainer(config, on_row=show_step if config.logging.progress else None)
     with stop_on_signals(trainer.request_stop):
         return trainer.run()

@@ -74,8 +74,12 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def _clip_is_ordered(self) -> Self:
-        if self.advantage_clip is not None and self.advantage_clip[0] >= self.advantage_clip[1]:
-            raise ValueError(f"advantage_clip must be [low, high] with low < high, got {self.advantage_clip}")
+        if self.advantage_clip is not None:
+            low, high = self.advantage_clip
+            if not (low <= 0 <= high and low < high):
+                raise ValueError(
+                    f"advantage_clip must be [low, high] around 0, e.g. [-5, 5], got [{low}, {high}]"
+                )
         return self
 
 

@@ -1,0 +1,251 @@
+"""The run as a whole, on recorded batches and a real tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.trainer.batches import make_bodies, make_body, make_group
+from tests.trainer.runs import assert_equal_tensors, rows, run, weights
+from trainer.errors import ConfigurationError, MissingLogProbsError, NonFiniteError
+
+
+def test_a_run_changes_the_weights_and_leaves_metrics_checkpoints_and_a_final_model(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    summary = run(tiny_model_directory, tmp_path, make_bodies(4))
+    assert summary.step == 4
+    assert summary.stopped_early is None
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000002",
+        "step-000004",
+    ]
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_directory).state_dict()
+    assert all(not torch.equal(final[name], base[name]) for name in base)
+
+
+def test_every_step_row_carries_the_numbers_that_are_promised(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(1), steps=1)
+    (row,) = rows(tmp_path)
+    promised = set(
+        [
+            "loss",
+            "reward_mean",
+            "reward_std",
+            "advantage_mean",
+            "advantage_std",
+            "ratio",
+            "mismatch_kl",
+            "capped",
+            "entropy",
+            "grad_norm",
+            "learning_rate",
+            "tokens_per_second",
+            "total_tokens_per_second",
+            "trained_tokens",
+            "padding_share",
+            "prefix_tokens_saved_share",
+            "staleness",
+            "served_version",
+            "waiting_seconds",
+            "training_seconds",
+            "set_aside_groups",
+            "set_aside_groups_total",
+            "groups_without_spread",
+        ]
+    )
+    assert promised <= row.keys()
+    assert row["prefix_tokens_saved_share"] > 0
+    assert row["staleness"] == 0
+
+
+def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    bodies = make_bodies(6)
+    options = ("--data.advantage_normalization", "global", "--optimizer.schedule", "cosine")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(tiny_model_directory, whole, bodies, *options, steps=6)
+
+    def interrupted_after(count: int):
+        yield from bodies[:count]
+
+    first = run(tiny_model_directory, halves, interrupted_after(3), *options, steps=6)
+    assert first.stopped_early == "there are no more batches"
+    second = run(tiny_model_directory, halves, bodies[3:], *options, steps=6)
+    assert second.step == 6
+    newest = "checkpoints/step-000006"
+    assert_equal_tensors(weights(halves / newest / "model"), weights(whole / newest / "model"))
+    for name in ("optimizer.safetensors", "random.safetensors"):
+        assert_equal_tensors(load_file(halves / newest / name), load_file(whole / newest / name))
+    assert [row["loss"] for row in rows(halves)] == [row["loss"] for row in rows(whole)]
+
+
+def test_the_same_seed_gives_the_same_weights_with_adapters_and_dropout(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    lora = ("--model.lora.rank", "4", "--model.lora.dropout", "0.3")
+    for name in ("a", "b"):
+        run(tiny_model_directory, tmp_path / name, make_bodies(3), *lora, steps=3)
+    run(tiny_model_directory, tmp_path / "c", make_bodies(3), *lora, "--train.seed", "1", steps=3)
+    assert_equal_tensors(weights(tmp_path / "a/final"), weights(tmp_path / "b/final"))
+    a, c = weights(tmp_path / "a/final"), weights(tmp_path / "c/final")
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+def test_adapters_resume_bit_for_bit_and_merge_into_an_ordinary_model(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    lora = ("--model.lora.rank", "4", "--model.lora.dropout", "0.1")
+    bodies = make_bodies(4)
+    run(tiny_model_directory, tmp_path / "whole", bodies, *lora)
+    run(tiny_model_directory, tmp_path / "halves", bodies[:2], *lora)
+    run(tiny_model_directory, tmp_path / "halves", bodies[2:], *lora)
+    assert_equal_tensors(weights(tmp_path / "halves/final"), weights(tmp_path / "whole/final"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole/final")
+    assert sum("lora" in name for name in merged.state_dict()) == 0
+
+
+def test_results_do_not_depend_on_packing_or_token_budget(tiny_model_directory: Path, tmp_path: Path) -> None:
+    for name, options in {
+        "tree": ("--data.packing", "prefix_tree"),
+        "padded": ("--data.packing", "padded"),
+        "small": ("--data.tokens_per_micro_batch", "20"),
+    }.items():
+        run(tiny_model_directory, tmp_path / name, make_bodies(1), *options, steps=1)
+    losses = {name: rows(tmp_path / name)[0] for name in ("tree", "padded", "small")}
+    assert losses["small"]["micro_batches"] > losses["tree"]["micro_batches"]
+    for row in losses.values():
+        assert row["loss"] == pytest.approx(losses["padded"]["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(losses["padded"]["grad_norm"], rel=1e-4)
+
+
+def test_learning_rate_zero_changes_nothing(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(2), "--optimizer.learning_rate", "0", steps=2)
+    assert_equal_tensors(weights(tmp_path / "final"), weights(tiny_model_directory))
+
+
+@pytest.mark.parametrize("loss", ["weighted_sft", "policy_gradient", "ppo_clip"])
+def test_every_loss_raises_the_log_prob_of_what_was_rewarded(
+    loss: str, tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    body = make_body(5, groups=1, scores=[1.0, 0.0, 0.0, 0.0])
+    generous = ("--loss.epsilon_high", "1e6") if loss == "ppo_clip" else ()
+    run(tiny_model_directory, tmp_path, [body] * 6, "--loss.name", loss, *generous, steps=6)
+    tokens = json.loads(body)["batch"][0]["tokens"][0]
+    mask = json.loads(body)["batch"][0]["masks"][0]
+
+    def log_prob(directory: Path) -> float:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        with torch.no_grad():
+            scores = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        return sum(float(scores[t - 1, tokens[t]]) for t in range(1, len(tokens)) if mask[t] != -100)
+
+    assert log_prob(tmp_path / "final") > log_prob(tiny_model_directory) + 0.1
+
+
+def test_bad_groups_are_set_aside_with_a_reason_and_the_rest_is_trained(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    generator = random.Random(1)
+    ragged = make_group(generator, env_id=7)
+    ragged["masks"][2] = ragged["masks"][2][:-1]
+    foreign = make_group(generator, env_id=8)
+    foreign["tokens"][0][0] = 5000
+    good = make_group(generator)
+    run(tiny_model_directory, tmp_path, [json.dumps({"batch": [ragged, good, foreign]}).encode()], steps=1)
+    (row,) = rows(tmp_path)
+    assert row["set_aside_groups"] == 2
+    assert row["groups"] == 1
+    kept = [json.loads(line) for line in (tmp_path / "set_aside/groups.jsonl").read_text().splitlines()]
+    assert {group["env_id"] for group in kept} == {7, 8}
+    assert any("vocabulary" in group["reason"] for group in kept)
+    assert any("masks[2]" in group["reason"] for group in kept)
+    assert kept[0]["group"]["tokens"] == ragged["tokens"]
+
+
+def test_groups_without_spread_do_not_shift_the_denominator(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    generator = random.Random(3)
+    spread, flat = make_group(generator), make_group(generator, scores=[0.5] * 4)
+    center = ("--data.advantage_estimator", "group_center")
+    run(
+        tiny_model_directory,
+        tmp_path / "both",
+        [json.dumps({"batch": [spread, flat]}).encode()],
+        *center,
+        steps=1,
+    )
+    run(
+        tiny_model_directory, tmp_path / "alone", [json.dumps({"batch": [spread]}).encode()], *center, steps=1
+    )
+    (both,), (alone,) = rows(tmp_path / "both"), rows(tmp_path / "alone")
+    assert both["groups_without_spread"] == 1
+    assert both["computed_tokens"] == alone["computed_tokens"]
+    assert both["loss"] * both["trained_tokens"] == pytest.approx(
+        alone["loss"] * alone["trained_tokens"], rel=1e-5
+    )
+
+
+def test_a_batch_that_makes_the_loss_infinite_is_skipped_kept_and_counted(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    bodies = make_bodies(3)
+    bodies[1] = make_body(9, advantages=None, scores=[1e38, -1e38, 1e38, 3e37])
+    options = ("--data.advantage_estimator", "raw", "--loss.name", "weighted_sft")
+    summary = run(tiny_model_directory, tmp_path, bodies, *options, steps=2)
+    assert summary.step == 2
+    (skipped,) = rows(tmp_path, "skipped")
+    assert "not finite" in skipped["reason"]
+    assert summary.counters["batches_not_finite"] == 1
+    assert (tmp_path / "set_aside/batch-000002.json").read_bytes() == bodies[1]
+    final = weights(tmp_path / "final")
+    assert all(bool(tensor.isfinite().all()) for tensor in final.values())
+
+
+def test_too_many_untrainable_batches_in_a_row_end_the_run_with_a_checkpoint(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    flat = make_body(1, scores=[0.5] * 4)
+    bodies = [*make_bodies(1), *[flat] * 5]
+    with pytest.raises(NonFiniteError, match="3 batches in a row"):
+        run(tiny_model_directory, tmp_path, bodies, "--train.max_consecutive_skips", "3")
+    assert (tmp_path / "checkpoints/step-000001/state.json").is_file()
+
+
+def test_a_loss_with_an_importance_ratio_refuses_batches_without_log_probs(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    body = make_body(1, env_id=4, inference_logprobs=None)
+    with pytest.raises(MissingLogProbsError, match=r"environment 4.*ManagedServer"):
+        run(tiny_model_directory, tmp_path / "refused", [body])
+    assert (
+        run(tiny_model_directory, tmp_path / "sft", [body], "--loss.name", "weighted_sft", steps=1).step == 1
+    )
+
+
+def test_resume_never_refuses_a_directory_that_holds_a_run(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(2), steps=2)
+    with pytest.raises(ConfigurationError, match=r"train\.resume"):
+        run(tiny_model_directory, tmp_path, make_bodies(2), "--train.resume", "never", steps=2)
+
+
+def test_no_file_of_a_run_is_a_pickle(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(2), "--model.lora.rank", "4", steps=2)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
+    assert all(path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04") for path in files)
