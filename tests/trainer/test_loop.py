@@ -37,33 +37,31 @@ def test_every_step_row_carries_the_numbers_that_are_promised(
 ) -> None:
     run(tiny_model_directory, tmp_path, make_bodies(1), steps=1)
     (row,) = rows(tmp_path)
-    promised = set(
-        [
-            "loss",
-            "reward_mean",
-            "reward_std",
-            "advantage_mean",
-            "advantage_std",
-            "ratio",
-            "mismatch_kl",
-            "capped",
-            "entropy",
-            "grad_norm",
-            "learning_rate",
-            "tokens_per_second",
-            "total_tokens_per_second",
-            "trained_tokens",
-            "padding_share",
-            "prefix_tokens_saved_share",
-            "staleness",
-            "served_version",
-            "waiting_seconds",
-            "training_seconds",
-            "set_aside_groups",
-            "set_aside_groups_total",
-            "groups_without_spread",
-        ]
-    )
+    promised = {
+        "loss",
+        "reward_mean",
+        "reward_std",
+        "advantage_mean",
+        "advantage_std",
+        "ratio",
+        "mismatch_kl",
+        "capped",
+        "entropy",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "total_tokens_per_second",
+        "trained_tokens",
+        "padding_share",
+        "prefix_tokens_saved_share",
+        "staleness",
+        "served_version",
+        "waiting_seconds",
+        "training_seconds",
+        "set_aside_groups",
+        "set_aside_groups_total",
+        "groups_without_spread",
+    }
     assert promised <= row.keys()
     assert row["prefix_tokens_saved_share"] > 0
     assert row["staleness"] == 0
