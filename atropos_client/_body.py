@@ -69,13 +69,16 @@ class BodyReader:
         else:
             self._inflate(self._inflater, chunk)
 
-    def finish(self) -> bytes:
-        """Return the whole body.
+    def finish(self, *, whole: bool) -> bytes:
+        """Return what came.
+
+        Args:
+            whole: Whether the body was read to its end.
 
         Raises:
-            InvalidReply: If the gzip data ends too early.
+            InvalidReply: If it was, and the gzip data ends too early.
         """
-        if self._inflater is not None and self._wire_size and not self._inflater.eof:
+        if whole and self._inflater is not None and self._wire_size and not self._inflater.eof:
             raise InvalidReply(f"the gzip data is cut off after {self._wire_size} bytes")
         return b"".join(self._pieces)
 

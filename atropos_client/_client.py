@@ -16,7 +16,15 @@ from pydantic import SecretStr
 from atropos_client import _calls
 from atropos_client._body import BodyReader
 from atropos_client._calls import Call
-from atropos_client._exchange import Flow, Pause, Reply, encode_request, exchange, wait_until_ready
+from atropos_client._exchange import (
+    Flow,
+    Pause,
+    Reply,
+    encode_request,
+    exchange,
+    wait_until_ready,
+    worth_keeping,
+)
 from atropos_client._retry import RetryPolicy
 from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, connection_settings
 from atropos_client._translate import translated_errors
@@ -221,4 +229,7 @@ class AtroposClient:
             reader.begin(response.headers)
             for chunk in response.iter_raw():
                 reader.feed(chunk)
-            return Reply(response.status_code, response.headers, reader.finish())
+                if not worth_keeping(response):
+                    break
+            content = reader.finish(whole=worth_keeping(response))
+            return Reply(response.status_code, response.headers, content)

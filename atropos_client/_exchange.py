@@ -76,6 +76,17 @@ def encode_request(call: Call[Any]) -> tuple[dict[str, str], bytes | None]:
     return headers, gzip.compress(call.body, compresslevel=1, mtime=0)
 
 
+def worth_keeping(response: httpx.Response) -> bool:
+    """Whether the connection of a reply may carry another request.
+
+    After an unhandled exception uvicorn answers 500 and closes the connection without announcing it. A
+    request sent into such a connection is reset, which would look like a second lost batch. A driver
+    therefore leaves these replies before their end, which makes httpx close the connection; the first piece
+    is enough for the error message.
+    """
+    return response.status_code < 500
+
+
 def exchange(call: Call[T], policy: RetryPolicy, settings: ConnectionSettings) -> Flow[T]:
     """Send one call, repeating it within the policy where that is safe.
 

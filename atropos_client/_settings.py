@@ -88,6 +88,13 @@ class ConnectionSettings:
             raise ValueError(f"the address of the API must not have a query or fragment: {url.host}")
         if self.max_body_bytes < 1:
             raise ValueError(f"max_body_bytes must be at least 1, found {self.max_body_bytes}")
+        for name, secret in [("token", self.token), *self.headers.items()]:
+            value = secret.get_secret_value() if secret else ""
+            # httpx would quote the value in its own complaint.
+            if not (value.isascii() and value.isprintable()):
+                raise ValueError(
+                    f"the value of {name!r} holds a character that cannot stand in an HTTP header"
+                )
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         if self.has_credentials and url.scheme == "http" and not _is_loopback(url.host):
             logger.warning("Credentials for the Atropos API travel unencrypted to %s: use https.", url.host)
@@ -101,8 +108,7 @@ class ConnectionSettings:
 
     def redact(self, text: str) -> str:
         """Remove every secret of ours from a text that a server sent back."""
-        secrets = [self.token, *self.headers.values()] if self.token else [*self.headers.values()]
-        for secret in secrets:
+        for secret in [self.token, *self.headers.values()]:
             value = secret.get_secret_value() if secret else ""
             text = text.replace(value, "***") if value else text
         return text

@@ -34,7 +34,7 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
         "masks": [row["masks"] for row in rows],
         "scores": draw(st.lists(scores, min_size=len(rows), max_size=len(rows))),
     }
-    absent = st.sampled_from([None, [], {}])
+    absent: st.SearchStrategy[Any] = st.sampled_from([None, [], {}])
     optional: dict[str, Any] = {
         "inference_logprobs": [row["logprobs"] for row in rows],
         "ref_logprobs": [list(row["logprobs"]) for row in rows],

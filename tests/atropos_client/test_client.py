@@ -1,0 +1,304 @@
+"""Both clients over a real HTTP server that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import inspect
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from atropos_client import (
+    NO_RETRIES,
+    AccessDenied,
+    ApiUnreachable,
+    AsyncAtroposClient,
+    AtroposClient,
+    BatchPossiblyLost,
+    ConnectionLost,
+    ErrorStatus,
+    InvalidReply,
+    ReplyTimeout,
+    ReplyTooLarge,
+    ServerError,
+    Timeouts,
+)
+from schemas import ScoredGroup
+from tests.atropos_client.conftest import Ask
+from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, closed_port, zipped
+from tests.schemas.test_group import GOOD
+
+BATCH = json.dumps({"batch": [GOOD]}).encode()
+STATUS = Answer(body=b'{"current_step":3,"queue_size":2}')
+TIGER = "tiger-token"
+LION = "lion-header"
+IMPATIENT = Timeouts(connect=2.0, read=0.2, batch_read=0.2, total=5.0)
+
+
+def test_a_batch_arrives_parsed_and_as_bytes(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/batch", Answer(body=BATCH))
+    assert ask(server.url, "fetch_batch").groups == [ScoredGroup.model_validate(GOOD)]
+    assert ask(server.url, "fetch_batch_body") == BATCH
+
+
+def test_null_and_unregistered_are_states_and_not_errors(ask: Ask, server: MisbehavingServer) -> None:
+    forgotten = b'{"status":"error","message":"register first","batch":[]}'
+    server.script("/batch", Answer(body=b'{"batch":null}'), Answer(body=forgotten))
+    assert ask(server.url, "fetch_batch").state == "waiting"
+    assert ask(server.url, "fetch_batch").state == "unregistered"
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (Answer(status=500, body=b"Internal Server Error"), ServerError),
+        (Answer(status=502, body=b"bad gateway"), ServerError),
+        (Answer(status=503), ServerError),
+        (Answer(body=BATCH, cut_at=40), ConnectionLost),
+        (Answer(hang_up=True), ConnectionLost),
+        (Answer(body=BATCH, delay=30.0), ReplyTimeout),
+        (Answer(body=BATCH, content_type="text/html"), InvalidReply),
+        (Answer(body=BATCH, content_type=None), InvalidReply),
+        (Answer(body=b"<html>not json"), InvalidReply),
+        (Answer(body=BATCH[:-3]), InvalidReply),
+        (Answer(body=b'{"other":1}'), InvalidReply),
+        (Answer(body=BATCH, headers={"Content-Encoding": "br"}), InvalidReply),
+        (Answer(body=BATCH, headers={"Content-Encoding": "gzip"}), InvalidReply),
+        (
+            Answer(body=gzip.compress(BATCH)[:-12], headers={"Content-Encoding": "gzip"}),
+            InvalidReply,
+        ),
+    ],
+)
+def test_whatever_spoils_a_batch_is_a_possible_loss_and_never_repeated(
+    ask: Ask, server: MisbehavingServer, answer: Answer, cause: type[Exception]
+) -> None:
+    server.script("/batch", answer, Answer(body=BATCH))
+    with pytest.raises(BatchPossiblyLost, match="possibly lost") as caught:
+        ask(server.url, "fetch_batch", timeouts=IMPATIENT)
+    assert isinstance(caught.value.__cause__, cause)
+    assert caught.value.url == f"{server.url}/batch"
+    assert server.paths("/batch") == ["/batch"]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(401, AccessDenied), (403, AccessDenied), (404, ErrorStatus)])
+def test_a_poll_that_was_turned_away_is_no_loss(
+    ask: Ask, server: MisbehavingServer, status: int, kind: type[ErrorStatus]
+) -> None:
+    server.script("/batch", Answer(status=status, body=b"go away"))
+    with pytest.raises(kind, match="go away") as caught:
+        ask(server.url, "fetch_batch")
+    assert caught.value.status_code == status
+
+
+def test_a_batch_that_was_never_asked_for_is_no_loss(ask: Ask) -> None:
+    with pytest.raises(ApiUnreachable, match="run-api"):
+        ask(f"http://127.0.0.1:{closed_port()}", "fetch_batch")
+
+
+def test_a_body_that_drips_for_ever_ends_at_the_total(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/batch", Answer(body=BATCH, drip=0.05))
+    with pytest.raises(BatchPossiblyLost, match="in time"):
+        ask(server.url, "fetch_batch", timeouts=Timeouts(total=0.3))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(body=b" " * 10_001),
+        Answer(body=b" " * 10_001, announce_length=False),
+        zipped(b" " * 10_001),
+        zipped(b" " * 50_000_000, announce_length=False),
+        Answer(
+            body=gzip.compress(b"", 0) * 1_000,
+            headers={"Content-Encoding": "gzip"},
+            announce_length=False,
+        ),
+    ],
+    ids=["announced", "streamed", "gzip", "gzip bomb", "endless empty gzip"],
+)
+def test_no_reply_grows_beyond_the_maximum(ask: Ask, server: MisbehavingServer, answer: Answer) -> None:
+    server.script("/status", answer)
+    with pytest.raises(ReplyTooLarge):
+        ask(server.url, "status", max_body_bytes=10_000)
+    assert len(server.paths()) == 1
+
+
+def test_a_gzip_reply_of_exactly_the_maximum_is_read(ask: Ask, server: MisbehavingServer) -> None:
+    body = b'{"batch":null' + b" " * 5_000 + b"}"
+    server.script("/batch", zipped(body))
+    assert ask(server.url, "fetch_batch_body", max_body_bytes=len(body)) == body
+    with pytest.raises(BatchPossiblyLost):
+        ask(server.url, "fetch_batch_body", max_body_bytes=len(body) - 1)
+
+
+def test_a_gzip_reply_of_several_members_is_one_body(ask: Ask, server: MisbehavingServer) -> None:
+    body = gzip.compress(BATCH[:30]) + gzip.compress(BATCH[30:])
+    server.script("/batch", Answer(body=body, headers={"Content-Encoding": "gzip"}))
+    assert ask(server.url, "fetch_batch_body") == BATCH
+
+
+@pytest.mark.parametrize("answer", [Answer(status=503), Answer(hang_up=True), Answer(status=429)])
+def test_a_read_is_repeated_after_a_passing_failure(
+    ask: Ask, server: MisbehavingServer, answer: Answer
+) -> None:
+    server.script("/status", answer, answer, STATUS)
+    assert ask(server.url, "status").queue_size == 2
+    assert len(server.paths("/status")) == 3
+
+
+def test_repeating_ends_with_the_last_error(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/status", Answer(status=503), Answer(status=502), Answer(status=504, body=b"last"))
+    with pytest.raises(ServerError, match=r"504.*last"):
+        ask(server.url, "status")
+    assert len(server.paths("/status")) == 3
+
+
+def test_no_retries_means_one_sending(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/status", Answer(status=503), STATUS)
+    with pytest.raises(ServerError):
+        ask(server.url, "status", retries=NO_RETRIES)
+
+
+def test_a_group_is_never_pushed_twice(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/scored_data", Answer(hang_up=True), Answer(body=b'{"status":"received"}'))
+    with pytest.raises(ConnectionLost):
+        ask(server.url, "push_group", ScoredGroup.model_validate(GOOD))
+    assert len(server.paths("/scored_data")) == 1
+
+
+def test_large_requests_travel_as_gzip_and_small_ones_do_not(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/scored_data", Answer(body=b'{"status":"received"}'))
+    small = ScoredGroup.model_validate(GOOD)
+    n = 1_000
+    large = ScoredGroup(tokens=[[7] * n], masks=[[7] * n], scores=[0.5])
+    for group in (small, large):
+        ask(server.url, "push_group", group)
+    assert [seen.headers.get("content-encoding") for seen in server.seen] == [None, "gzip"]
+    assert ScoredGroup.model_validate_json(server.seen[1].body) == large
+
+
+def test_a_redirect_is_refused_and_its_query_not_shown(ask: Ask, server: MisbehavingServer) -> None:
+    with MisbehavingServer() as other:
+        other.script("/status", STATUS)
+        server.script(
+            "/status", Answer(status=307, headers={"Location": f"{other.url}/status?secret=hunter2"})
+        )
+        with pytest.raises(ErrorStatus, match="redirects are not followed") as caught:
+            ask(server.url, "status", token=TIGER)
+        assert other.seen == []
+    assert other.url in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_token_and_headers_reach_the_server_and_nothing_else(
+    ask: Ask, server: MisbehavingServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    options: dict[str, Any] = {"token": TIGER, "headers": {"X-Team": LION}}
+    echo = b"you sent Bearer tiger-token and lion-header"
+    server.script("/status", STATUS, Answer(status=401, body=echo))
+    assert ask(server.url, "status", **options).current_step == 3
+    with pytest.raises(AccessDenied) as caught:
+        ask(server.url, "status", **options)
+    assert server.seen[0].headers["authorization"] == f"Bearer {TIGER}"
+    assert server.seen[0].headers["x-team"] == LION
+    with AtroposClient(server.url, **options) as client:
+        texts = [caplog.text, str(caught.value), repr(caught.value), repr(client), repr(vars(client))]
+    assert not [text for text in texts if TIGER in text or LION in text]
+
+
+@pytest.mark.parametrize("ending", ["\nX: y", "\x00", "é", " \r"])
+def test_an_illegal_secret_is_refused_without_showing_it(ending: str) -> None:
+    for options in ({"token": TIGER + ending}, {"headers": {"X-Team": TIGER + ending}}):
+        with pytest.raises(ValueError, match="cannot stand in an HTTP header") as caught:
+            AtroposClient("http://127.0.0.1:1", **options)
+        assert TIGER not in repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://user:pw@host:1", "ftp://host", "host:8000", "http://", "http://h/?a=1", "http://h/#x"]
+)
+def test_an_address_that_makes_no_sense_is_refused_without_its_password(address: str) -> None:
+    with pytest.raises(ValueError, match="address of the API") as caught:
+        AtroposClient(address)
+    assert "pw" not in str(caught.value)
+
+
+def test_credentials_over_plain_http_to_another_host_are_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    AtroposClient("http://api.example:8000", token=TIGER).close()
+    assert "unencrypted" in caplog.text
+    caplog.clear()
+    AtroposClient("http://127.0.0.1:8000", token=TIGER).close()
+    assert caplog.text == ""
+
+
+def test_a_path_prefix_is_kept(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/team/a/status", STATUS)
+    assert ask(f"{server.url}/team/a/", "status").current_step == 3
+
+
+def test_waiting_until_ready_outlasts_a_starting_server(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/", Answer(status=503), Answer(hang_up=True), Answer())
+    ask(server.url, "wait_until_ready", 20.0)
+    assert len(server.paths("/")) == 3
+
+
+def test_waiting_until_ready_ends_at_its_deadline_and_says_why(ask: Ask) -> None:
+    with pytest.raises(ApiUnreachable, match=r"not ready within 0\.3 s: .*cannot connect"):
+        ask(f"http://127.0.0.1:{closed_port()}", "wait_until_ready", 0.3)
+
+
+def test_waiting_does_not_mend_a_refused_token(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/", Answer(status=401))
+    with pytest.raises(AccessDenied):
+        ask(server.url, "wait_until_ready", 20.0)
+
+
+def test_no_latest_example_is_none(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/latest_example", Answer(body=b'{"tokens":[],"masks":[],"scores":[]}'))
+    assert ask(server.url, "latest_example") is None
+
+
+def test_one_client_reuses_its_connection(server: MisbehavingServer) -> None:
+    server.script("/status", STATUS)
+    with AtroposClient(server.url) as client:
+        for _ in range(3):
+            client.status()
+    assert len({seen.client_port for seen in server.seen}) == 1
+
+
+def test_a_connection_is_not_trusted_after_a_server_error(ask: Ask, server: MisbehavingServer) -> None:
+    # Twice the same client: the second sending is its retry.
+    server.script("/status", Answer(status=503, body=b"x" * 10), STATUS)
+    ask(server.url, "status")
+    assert len({seen.client_port for seen in server.seen}) == 2
+
+
+def test_a_compressed_error_page_is_still_a_server_error(ask: Ask, server: MisbehavingServer) -> None:
+    server.script("/status", zipped(b"the proxy is sorry " * 20_000, status=500))
+    with pytest.raises(ServerError, match="the proxy is sorry"):
+        ask(server.url, "status")
+
+
+def test_both_clients_offer_the_same_calls() -> None:
+    def calls(kind: type) -> dict[str, list[str]]:
+        return {
+            name: list(inspect.signature(member).parameters)
+            for name, member in inspect.getmembers(kind, inspect.isfunction)
+            if not name.startswith("_")
+        }
+
+    assert calls(AtroposClient) == calls(AsyncAtroposClient)
+
+
+async def test_the_async_client_serves_many_tasks_at_once(server: MisbehavingServer) -> None:
+    server.script("/status", STATUS)
+    async with AsyncAtroposClient(server.url) as client:
+        replies = await asyncio.gather(*(client.status() for _ in range(8)))
+    assert [reply.queue_size for reply in replies] == [2] * 8

@@ -1,0 +1,182 @@
+"""Client and poller against the real Atropos API server, in a process of its own."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, Self
+
+import httpx
+import pytest
+
+from atropos_client import AtroposClient, BatchPoller, BatchPossiblyLost, ServerError
+from schemas import EnvironmentRegistration, Registration, ScoredGroup
+from tests.atropos_client.conftest import Ask
+from tests.atropos_client.misbehaving_server import closed_port, eventually
+
+pytestmark = pytest.mark.slow
+
+REGISTRATION = Registration(batch_size=4, max_token_len=4096, num_steps=10, wandb_group="g", starting_step=5)
+ENVIRONMENT = EnvironmentRegistration(max_token_length=4096, desired_name="sums", group_size=2)
+PATIENCE = 60.0  # seconds; only ends a hang
+
+
+def group(token: int, *, length: int = 3, env_id: int | None = 0, **more: Any) -> ScoredGroup:
+    """A group of two sequences whose tokens say which group it is."""
+    tokens = [[token] * length, [token] * length]
+    masks = [[-100, *row[1:]] for row in tokens]
+    logprobs = [[1.0] + [-0.5] * (length - 1)] * 2
+    return ScoredGroup(
+        tokens=tokens, masks=masks, scores=[1.0, 0.0], inference_logprobs=logprobs, env_id=env_id, **more
+    )
+
+
+class RealApi:
+    """The real server on a loopback port; can be killed and started again at the same address."""
+
+    def __init__(self) -> None:
+        self._port = closed_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "uvicorn", "atroposlib.api.server:app", "--host", "127.0.0.1"]
+        command += ["--port", str(self._port), "--log-level", "warning"]
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
+        with AtroposClient(self.url) as client:
+            client.wait_until_ready(PATIENCE)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def shared_api() -> Iterator[RealApi]:
+    with RealApi() as running:
+        yield running
+
+
+@pytest.fixture
+def api(shared_api: RealApi) -> RealApi:
+    """The module's server, with nothing in it."""
+    with AtroposClient(shared_api.url) as client:
+        client.reset_data()
+        client.register(REGISTRATION)
+    return shared_api
+
+
+def test_the_whole_life_of_a_batch_through_both_clients(api: RealApi, ask: Ask) -> None:
+    assert ask(api.url, "register", REGISTRATION).uuid > 0
+    early = ask(api.url, "register_environment", ENVIRONMENT)
+    assert not early.accepted, "environments must wait for the trainer's first poll"
+    assert ask(api.url, "fetch_batch").state == "waiting"
+
+    environment = ask(api.url, "register_environment", ENVIRONMENT)
+    assert environment.accepted
+    assert (environment.env_id, environment.starting_step, environment.num_steps) == (0, 5, 10)
+    assert ask(api.url, "environment_status", 0).env_weight == 1.0
+    assert ask(api.url, "info").batch_size == 4
+    assert ask(api.url, "wandb_info").group == "g"
+
+    first, second = group(11), group(22, length=1_000, overrides=[{}, {"set_advantage_to_zero": True}])
+    assert ask(api.url, "push_group", first).status == "received"
+    assert ask(api.url, "push_groups", [second]).groups_processed == 1
+    assert ask(api.url, "latest_example") == second
+    assert ask(api.url, "status").queue_size == 2
+
+    reply = ask(api.url, "fetch_batch")
+    assert (reply.groups, reply.rejected) == ([first, second], [])
+    assert ask(api.url, "status").current_step == 6
+    assert ask(api.url, "fetch_batch").state == "waiting"
+    assert ask(api.url, "disconnect_environment", 0).status == "success"
+    assert ask(api.url, "disconnect_environment", 9).status == "failure"
+
+
+def test_a_group_smaller_than_its_environments_is_buffered(api: RealApi) -> None:
+    with AtroposClient(api.url) as client:
+        client.fetch_batch()
+        client.register_environment(ENVIRONMENT)
+        half = ScoredGroup(tokens=[[1]], masks=[[1]], scores=[1.0], env_id=0)
+        reply = client.push_group(half)
+        assert (reply.status, reply.buffer_size) == ("buffered", 1)
+        assert client.push_groups([half]).buffered == 1
+
+
+def test_the_status_of_an_unknown_environment_is_a_server_error_at_once(api: RealApi) -> None:
+    with AtroposClient(api.url) as client, pytest.raises(ServerError, match="500"):
+        client.environment_status(7)
+
+
+def test_one_nan_score_loses_the_batch_on_the_server_and_the_client_says_so(api: RealApi, ask: Ask) -> None:
+    push_with_nan(api.url)
+    with pytest.raises(BatchPossiblyLost, match="500"):
+        ask(api.url, "fetch_batch")
+    assert ask(api.url, "fetch_batch").state == "waiting"
+
+
+def push_with_nan(url: str) -> None:
+    """Push a whole batch of which one score is NaN, as an environment with a defect would."""
+    bodies = [group(1).model_dump(exclude_none=True), group(2).model_dump(exclude_none=True)]
+    bodies[0]["scores"] = [float("nan"), 0.0]
+    content = gzip.compress(json.dumps(bodies).encode())
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    httpx.post(f"{url}/scored_data_list", content=content, headers=headers).raise_for_status()
+
+
+def test_the_poller_outlives_a_lost_batch(api: RealApi) -> None:
+    with AtroposClient(api.url) as client, BatchPoller(client, REGISTRATION, first_pause=0.01) as poller:
+        eventually(lambda: poller.counters.empty_replies)
+        push_with_nan(api.url)
+        eventually(lambda: poller.counters.possibly_lost)
+        client.push_groups([group(3), group(4)])
+        polled = poller.get(PATIENCE)
+        assert poller.counters.possibly_lost == 1
+        assert poller.counters.re_registrations == 0
+    assert [g.tokens[0][0] for g in polled.reply.groups] == [3, 4]
+
+
+def test_the_poller_registers_again_after_a_reset(api: RealApi) -> None:
+    with AtroposClient(api.url) as client, BatchPoller(client, REGISTRATION, first_pause=0.01) as poller:
+        eventually(lambda: poller.counters.empty_replies)
+        client.reset_data()
+        eventually(lambda: poller.counters.re_registrations)
+        client.push_groups([group(5), group(6)])
+        assert poller.get(PATIENCE).sequence_count == 4
+
+
+def test_the_poller_registers_again_after_the_api_was_killed_and_restarted() -> None:
+    with RealApi() as api, AtroposClient(api.url) as client:
+        poller = BatchPoller(client, REGISTRATION, first_pause=0.01, longest_failure_pause=0.2)
+        with poller:
+            client.push_groups([group(7), group(8)])
+            assert poller.get(PATIENCE).sequence_count == 4
+            api.kill()
+            failures = poller.counters
+            eventually(
+                lambda: (
+                    poller.counters.failed_requests + poller.counters.possibly_lost
+                    > failures.failed_requests + failures.possibly_lost
+                )
+            )
+            api.start()
+            eventually(lambda: poller.counters.re_registrations, PATIENCE)
+            eventually(lambda: client.register_environment(ENVIRONMENT).accepted)
+            client.push_groups([group(9), group(10)])
+            polled = poller.get(PATIENCE)
+    assert [g.tokens[0][0] for g in polled.reply.groups] == [9, 10]
+    assert polled.number == 2
