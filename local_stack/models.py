@@ -153,7 +153,7 @@ def _plain_copy(quantized: Any) -> Any:
 
 def _demo_tokenizer(source: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # The file names its splitting rule "smollm" (every digit alone, then byte-level words); the reader drops it.
+    # The file's splitting rule is "smollm": every digit alone, then byte-level words. The reader drops it.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -183,7 +183,7 @@ def _byte_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
 
 
 def _make_portable(directory: Path) -> None:
-    """Let transformers 4 read what version 5 wrote: it knows another tokenizer class and another rope setting.
+    """Let transformers 4 read what version 5 wrote: it knows another tokenizer class and rope setting.
 
     Without the latter it would quietly fall back to its default base and compute a different model.
     """

@@ -12,7 +12,7 @@ from local_stack.models import make_tiny_model
 
 @pytest.fixture(scope="session")
 def tiny_model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama with a byte-level tokenizer (259 tokens), shared by the session: do not write."""
+    """A random two-layer Llama with a byte-level tokenizer (259 tokens); shared, so do not write to it."""
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
