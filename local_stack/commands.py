@@ -136,8 +136,6 @@ def _sampling(inference: Address, model: str) -> tuple[str, ...]:
         *("--openai.model_name", SERVED_MODEL_NAME),
         *("--openai.tokenizer_name", model),
         *("--openai.server_type", "vllm"),
-        # The OpenAI client that atroposlib builds insists on a key; the servers of the stack ask for none.
-        *("--openai.api_key", "unused"),
     )
 
 

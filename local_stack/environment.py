@@ -67,7 +67,12 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
     def config_init(cls) -> tuple[ArithmeticConfig, list[APIServerConfig]]:
         """Return the defaults that the command line overrides."""
         server = APIServerConfig(
-            server_type="vllm", base_url="http://127.0.0.1:9001/v1", model_name="policy", timeout=600
+            server_type="vllm",
+            base_url="http://127.0.0.1:9001/v1",
+            model_name="policy",
+            timeout=600,
+            # The OpenAI client that atroposlib builds insists on a key; the servers of the stack ask for none.
+            api_key="unused",
         )
         return ArithmeticConfig(), [server]
 

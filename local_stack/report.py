@@ -75,10 +75,21 @@ def describe_machine() -> dict[str, Any]:
     """Return what a measured time depends on."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
     }
+
+
+def _cpu_name() -> str:
+    """Return the processor's own name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or "unknown"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
 
 
 def draw_report(report: Report, *, picture: Path) -> RenderableType:
