@@ -151,4 +151,6 @@ def _hint(name: str) -> str:
     siblings = [field.removeprefix(section) for field in known if field.startswith(section)]
     if siblings:
         return f"; {section.rstrip('.')} has: {', '.join(siblings)}"
-    return f"; the sections are: {', '.join(TrainerConfig.model_fields)}"
+    sections = list(TrainerConfig.model_fields)
+    close = difflib.get_close_matches(name, sections, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; the sections are: {', '.join(sections)}"

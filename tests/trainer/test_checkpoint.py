@@ -1,0 +1,119 @@
+"""Checkpoints: whole or not at all, readable by everybody, and never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.trainer.batches import make_bodies
+from tests.trainer.runs import rows, run
+from trainer.checkpoint import list_checkpoints, read_checkpoint
+from trainer.errors import CheckpointError
+
+
+def test_the_model_part_is_an_ordinary_directory(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(2), steps=2)
+    checkpoint = read_checkpoint(tmp_path / "checkpoints/step-000002")
+    AutoModelForCausalLM.from_pretrained(checkpoint.model_path)
+    AutoTokenizer.from_pretrained(checkpoint.model_path)
+    assert checkpoint.state.policy_version == 2
+    assert checkpoint.state.configuration["train"]["steps"] == 2
+
+
+def test_only_the_newest_are_kept(tiny_model_directory: Path, tmp_path: Path) -> None:
+    keep = ("--checkpoint.every", "1", "--checkpoint.keep", "2")
+    run(tiny_model_directory, tmp_path, make_bodies(4), *keep)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
+        "step-000003",
+        "step-000004",
+    ]
+
+
+def test_damage_is_named(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(1), steps=1)
+    path = tmp_path / "checkpoints/step-000001"
+    whole = (path / "state.json").read_text()
+    (path / "state.json").write_text(whole[:50])
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        read_checkpoint(path)
+    (path / "state.json").write_text(json.dumps(json.loads(whole) | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        read_checkpoint(path)
+    (path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        read_checkpoint(path)
+
+
+def test_a_cut_off_optimizer_file_is_named(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(1), steps=1)
+    path = tmp_path / "checkpoints/step-000001/optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
+        run(tiny_model_directory, tmp_path, make_bodies(2), steps=2)
+
+
+def test_resuming_with_other_adapters_is_refused(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(1), steps=1)
+    with pytest.raises(CheckpointError, match="holds no adapters"):
+        run(tiny_model_directory, tmp_path, make_bodies(2), "--model.lora.rank", "4", steps=2)
+
+
+def test_a_metrics_line_cut_off_by_a_crash_is_dropped_on_resume(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(2), steps=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 3, "loss": 0.1}\n{"kind": "step", "st')
+    run(tiny_model_directory, tmp_path, make_bodies(1), steps=3)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert rows(tmp_path)[2]["loss"] != 0.1
+
+
+def newest_step(output: Path) -> int:
+    checkpoints = list_checkpoints(output / "checkpoints")
+    return int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else -1
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.trainer.batches import make_bodies
+from tests.trainer.runs import run
+print("ready", flush=True)
+run(Path(sys.argv[1]), Path(sys.argv[2]), make_bodies(400), "--checkpoint.every", "1", steps=400)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_resumes(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    seen = 0
+    for delay in (0.6, 0.25, 0.4):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tiny_model_directory), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while newest_step(tmp_path) <= seen and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(delay)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+        newest = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+        assert newest.state.step > seen
+        seen = newest.state.step
+    summary = run(tiny_model_directory, tmp_path, make_bodies(1), steps=seen + 1)
+    assert summary.step == seen + 1
