@@ -71,7 +71,7 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
             base_url="http://127.0.0.1:9001/v1",
             model_name="policy",
             timeout=600,
-            # The OpenAI client that atroposlib builds insists on a key; the servers of the stack ask for none.
+            # The OpenAI client that atroposlib builds insists on a key; our servers ask for none.
             api_key="unused",
         )
         return ArithmeticConfig(), [server]
