@@ -1,13 +1,48 @@
-"""Fixtures for every test: a tiny model on disk and a free port."""
+"""Fixtures for every test: a tiny model on disk, a free port, and a real inference server."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from local_stack.inference import Engine, EngineSettings, InferenceServer, create_app
 from local_stack.models import make_tiny_model
+
+_START_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class RunningInferenceServer:
+    """An embedded inference server that listens on loopback, in a thread of this process."""
+
+    url: str
+    """Base URL without `/v1`."""
+    model_name: str
+    model_directory: Path
+    engine: Engine
+    client: httpx.Client
+    """A client with `url` as its base."""
+
+    def post(self, path: str, body: Any = None, **parameters: Any) -> httpx.Response:
+        """Post JSON and return the response, whatever its status."""
+        return self.client.post(path, json=body, params=parameters)
+
+    def complete(self, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
+        """Choices of a completion with token ids and log-probs."""
+        body = {"model": self.model_name, "prompt": prompt, "return_token_ids": True, "logprobs": 0, **fields}
+        response = self.post("/v1/completions", body)
+        assert response.status_code == 200, response.text
+        choices: list[dict[str, Any]] = response.json()["choices"]
+        return choices
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +57,51 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def start_inference_server() -> Iterator[Callable[..., RunningInferenceServer]]:
+    """Start servers for one test: call it with a model directory and fields of `EngineSettings`."""
+    with contextlib.ExitStack() as stack:
+
+        def start(directory: Path, *, model_name: str = "tiny", **settings: Any) -> RunningInferenceServer:
+            return stack.enter_context(_running_server(directory, model_name, settings))
+
+        yield start
+
+
+@pytest.fixture
+def inference_server(
+    tiny_model_directory: Path, start_inference_server: Callable[..., RunningInferenceServer]
+) -> RunningInferenceServer:
+    """A server of its own for every test, with the tiny model under the name `tiny`."""
+    return start_inference_server(tiny_model_directory)
+
+
+@contextlib.contextmanager
+def _running_server(
+    directory: Path, model_name: str, settings: dict[str, Any]
+) -> Iterator[RunningInferenceServer]:
+    engine = Engine(EngineSettings(model=str(directory), **settings))
+    app = create_app(engine, model_name=model_name)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = InferenceServer(app, engine, host="127.0.0.1", port=0)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="inference-server")
+        thread.start()
+        try:
+            with httpx.Client(base_url=url, timeout=60.0) as client:
+                _wait_until(lambda: server.started or not thread.is_alive())
+                yield RunningInferenceServer(url, model_name, directory, engine, client)
+        finally:
+            server.stop()
+            thread.join(_START_TIMEOUT)
+            assert not thread.is_alive(), "the inference server did not stop"
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, "the inference server did not start"
+        time.sleep(0.01)

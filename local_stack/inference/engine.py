@@ -84,6 +84,11 @@ class Engine:
         return self._flow is not _Flow.RUNNING
 
     @property
+    def running(self) -> int:
+        """Sequences in the batch at the moment."""
+        return self._scheduler.running
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
