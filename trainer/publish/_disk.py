@@ -64,14 +64,16 @@ class DiskTransport:
         """Let the server read the directory."""
         server.load_directory(staged)
 
-    def prune(self, keep_always: int | None) -> None:
-        """Delete all but the newest versions; never `keep_always`, which the servers hold.
+    def prune(self, served: int) -> None:
+        """Delete all but the newest versions up to `served`, which the servers hold.
 
-        A version that cannot be deleted costs space and nothing else, so it is logged.
+        Higher versions that this process has not written are from an earlier run that went further; they
+        go as well. A version that cannot be deleted costs space and nothing else, so it is logged.
         """
         versions = staged_versions(self._directory)
-        newest = sorted(versions, reverse=True)[: self._keep]
-        for version in versions - set(newest) - {keep_always}:
+        newest = sorted((version for version in versions if version <= served), reverse=True)[: self._keep]
+        ahead = {version for version in self._written if version > served}
+        for version in versions - set(newest) - ahead:
             path = self._directory / version_name(version)
             try:
                 shutil.rmtree(path)

@@ -87,6 +87,6 @@ class WeightTransport(Protocol):
         """Bring the staged weights into one paused server. Called from one thread per server."""
         ...
 
-    def prune(self, keep_always: int | None) -> None:
-        """Delete old versions, but never the one given; called after a publish that succeeded."""
+    def prune(self, served: int) -> None:
+        """Delete old versions, but never the one that is served; called after a publish that succeeded."""
         ...

@@ -36,8 +36,8 @@ models are closer. The margins are for other kernels and hardware; a wrong model
 DEFAULT_DTYPE = "bfloat16"
 """What a server computes in when the checkpoint does not say."""
 
-LEAST_NOISE = 5e-6
-"""Nats. A float32 server that agrees with the trainer on nearly every digit still rounds."""
+LEAST_NOISE = 1e-6
+"""Nats. Even a server that agreed with the trainer on every digit once may round differently next time."""
 
 NOISE_FACTOR = 5.0
 """From the distance at the baseline to the uncertainty of a movement. Two independent roundings give the

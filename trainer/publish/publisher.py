@@ -200,7 +200,7 @@ class Publisher:
     ) -> PublishReport:
         with self._lock:
             self._served_version = version
-        self._transport.prune(keep_always=version)
+        self._transport.prune(version)
         return PublishReport(
             version=version,
             already_served=already_served,

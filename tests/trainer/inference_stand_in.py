@@ -1,0 +1,175 @@
+"""A stand-in inference server in a thread, whose model is two numbers, and which misbehaves on demand.
+
+The log-prob of a token is a smooth function of both numbers, so two versions of the "weights" differ at
+every token, and an update that is applied to one number only is half applied.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from schemas.inference import CollectiveRpcRequest, CompletionRequest, WeightVersionRequest
+
+PROBES = [list(range(7, 47)), list(range(90, 40, -1)), [3, 1, 4, 1, 5, 9, 2, 6]]
+
+Weights = tuple[float, float]
+Answer = tuple[int, Any]
+
+
+def scores(weights: Weights, token_id_lists: list[list[int]]) -> list[list[float]]:
+    one, other = weights
+    return [
+        [
+            -2.0 + one * math.sin(3.0 * token + position) + other * math.cos(5.0 * token - position)
+            for position, token in enumerate(tokens)
+        ][1:]
+        for tokens in token_id_lists
+    ]
+
+
+class Policy:
+    """What the trainer holds: the weights, how to write them, and what it expects of a server."""
+
+    def __init__(self, weights: Weights, dtype: str = "float32") -> None:
+        self.weights = weights
+        self.dtype = dtype
+
+    def write(self, path: Path) -> None:
+        path.mkdir()
+        (path / "weights.json").write_text(json.dumps(self.weights))
+        (path / "config.json").write_text(json.dumps({"dtype": self.dtype}))
+
+    def score(self, token_id_lists: list[list[int]]) -> list[list[float]]:
+        return scores(self.weights, token_id_lists)
+
+
+class StandIn:
+    """Speaks vLLM's routes. `faults` maps a path to what it does instead of its job."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.label = "default"
+        self.paused = False
+        self.calls: list[str] = []
+        """`METHOD path?query`, in order."""
+        self.authorizations: set[str | None] = set()
+        self.faults: dict[str, Callable[[], Answer | None]] = {}
+        """An answer to give instead; None goes on to do the job."""
+        self.load: Callable[[Weights, Weights], Weights] = lambda old, new: new
+        """What loading makes of the old and the new weights."""
+        self.released = threading.Event()
+        """Ends every hang."""
+        self.noise: Callable[[], float] = lambda: 0.0
+        self.url = ""
+
+    def paths(self) -> list[str]:
+        return [call.split(" ")[1].split("?")[0] for call in self.calls]
+
+    def hang(self) -> Answer:
+        self.released.wait(30)
+        return 500, {"error": "woken"}
+
+    def answer(self, path: str, body: bytes) -> Answer:
+        if fault := self.faults.get(path):
+            instead = fault()
+            if instead is not None:
+                return instead
+        match path:
+            case "/health":
+                return 200, None
+            case "/v1/models":
+                return 200, {"object": "list", "data": [{"id": "policy"}, {"id": "x", "parent": "policy"}]}
+            case "/is_paused":
+                return 200, {"is_paused": self.paused}
+            case "/pause" | "/resume":
+                self.paused = path == "/pause"
+                return 200, {"status": "ok"}
+            case "/collective_rpc":
+                request = CollectiveRpcRequest.model_validate_json(body)
+                assert request.method == "reload_weights"
+                directory = Path(request.kwargs["weights_path"])
+                one, other = json.loads((directory / "weights.json").read_text())
+                self.weights = self.load(self.weights, (one, other))
+                return 200, {"results": [None]}
+            case "/reset_prefix_cache":
+                return 200, {"success": True}
+            case "/update_weight_version":
+                self.label = WeightVersionRequest.model_validate_json(body).new_version
+                return 200, {"success": True, "new_version": self.label}
+            case "/weight_info":
+                return 200, {"weight_version": self.label}
+            case "/v1/completions":
+                return 200, self.complete(CompletionRequest.model_validate_json(body))
+        return 404, {"detail": "Not Found"}
+
+    def complete(self, request: CompletionRequest) -> dict[str, Any]:
+        assert request.model == "policy"
+        assert request.prompt_logprobs == 0
+        prompts: Any = request.prompt
+        choices = []
+        for index, (prompt, row) in enumerate(zip(prompts, scores(self.weights, prompts), strict=True)):
+            logprobs = [
+                {str(token): {"logprob": score + self.noise(), "rank": 1}}
+                for token, score in zip(prompt[1:], row, strict=True)
+            ]
+            choices.append({"index": index, "text": "", "prompt_logprobs": [None, *logprobs]})
+        return {"model": "policy", "choices": choices[::-1], "usage": {}}
+
+
+@contextmanager
+def serving(*stand_ins: StandIn) -> Iterator[None]:
+    """Serve each stand-in on its own port until the block ends."""
+    servers = [_server(stand_in) for stand_in in stand_ins]
+    threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in servers]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for stand_in, server, thread in zip(stand_ins, servers, threads, strict=True):
+            stand_in.released.set()
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+def _server(stand_in: StandIn) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_GET(self) -> None:
+            self.reply()
+
+        def do_POST(self) -> None:
+            self.reply()
+
+        def reply(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            stand_in.calls.append(f"{self.command} {self.path}")
+            stand_in.authorizations.add(self.headers.get("Authorization"))
+            status, content = stand_in.answer(urlsplit(self.path).path, body)
+            data = b"" if content is None else json.dumps(content).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            except ConnectionError:
+                self.close_connection = True
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    stand_in.url = f"http://127.0.0.1:{server.server_address[1]}"
+    return server

@@ -1,0 +1,134 @@
+"""Publishing to the real embedded server, in its own process, with a tiny real model."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from local_stack.models import make_tiny_model
+from trainer.config import PublishSettings
+from trainer.model_directory import write_model_directory
+from trainer.publish import LoadFailed, Publisher, Verdict, VerificationFailed, make_probes, score_with_model
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def server_url(tiny_model_directory: Path, free_port: int) -> Iterator[str]:
+    command = [sys.executable, "-m", "local_stack.inference", "--model", str(tiny_model_directory)]
+    with subprocess.Popen([*command, "--served-model-name", "policy", "--port", str(free_port)]) as process:
+        try:
+            yield f"http://127.0.0.1:{free_port}"
+        finally:
+            process.terminate()
+
+
+class Run:
+    """A model, its tokenizer and a publisher, as a trainer holds them."""
+
+    def __init__(self, model_directory: Path, url: str, directory: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model_directory)
+        tokenizer = AutoTokenizer.from_pretrained(model_directory)
+        self.url = url
+        self.directory = directory
+        self.write = partial(write_model_directory, model=self.model, tokenizer=tokenizer)
+        self.publisher = Publisher(
+            PublishSettings(transport="disk", servers=[url], keep=2),
+            probes=make_probes(tokenizer),
+            score=partial(score_with_model, self.model, device="cpu"),
+            write=lambda path: self.write(path),
+            directory=directory,
+        )
+
+    def train(self, size: float) -> None:
+        """Change every weight a little."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += size * torch.randn_like(parameter)
+
+    def served_logprobs(self) -> list[float]:
+        body = {"model": "policy", "prompt": [[5, 50, 100, 150]], "max_tokens": 1, "prompt_logprobs": 0}
+        reply = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).raise_for_status().json()
+        return [next(iter(entry.values()))["logprob"] for entry in reply["choices"][0]["prompt_logprobs"][1:]]
+
+
+@pytest.fixture
+def run(tiny_model_directory: Path, server_url: str, tmp_path: Path) -> Iterator[Run]:
+    torch.manual_seed(0)
+    run = Run(tiny_model_directory, server_url, tmp_path / "published")
+    with run.publisher:
+        yield run
+
+
+def test_publishing_changes_what_is_served_and_proves_it(run: Run) -> None:
+    report = run.publisher.start(0)
+    assert report.already_served
+    assert report.servers[0].comparison is not None
+    assert report.servers[0].comparison.mean_difference < 1e-5
+    served = [run.served_logprobs()]
+    for version, size in ((1, 1e-2), (2, 1e-5), (3, 0.0)):
+        run.train(size)
+        report = run.publisher.publish(version)
+        comparison = report.servers[0].comparison
+        assert comparison is not None
+        assert comparison.verdict is Verdict.MATCH
+        assert comparison.mean_difference < 1e-5
+        assert comparison.distinguishable is (size > 0)
+        assert run.publisher.served_version == version
+        served.append(run.served_logprobs())
+    assert served[0] != served[1] != served[2] == served[3]
+    assert sorted(path.name for path in run.directory.iterdir()) == ["v000002", "v000003"]
+    assert httpx.get(f"{run.url}/weight_info").json() == {"weight_version": "3"}
+    assert httpx.get(f"{run.url}/is_paused").json() == {"is_paused": False}
+
+
+def test_one_stale_tensor_among_fresh_ones_is_caught(
+    run: Run, tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run.publisher.start(0)
+    run.train(1e-2)
+    stale = AutoModelForCausalLM.from_pretrained(tiny_model_directory).state_dict()
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights = {**run.model.state_dict(), name: stale[name]}
+    run.write = partial(run.write, state_dict=weights)
+    with pytest.raises(VerificationFailed) as caught:
+        run.publisher.publish(1)
+    assert caught.value.comparison is not None
+    assert caught.value.comparison.verdict is Verdict.OVER_TOLERANCE
+
+
+def test_old_weights_under_a_new_version_are_caught_even_after_a_tiny_step(
+    run: Run, tiny_model_directory: Path
+) -> None:
+    run.publisher.start(0)
+    run.train(1e-6)
+    run.write = lambda path: shutil.copytree(tiny_model_directory, path)  # type: ignore[assignment]
+    with pytest.raises(VerificationFailed) as caught:
+        run.publisher.publish(1)
+    comparison = caught.value.comparison
+    assert comparison is not None
+    assert comparison.verdict is Verdict.STALE
+    assert comparison.mean_difference < comparison.tolerance
+    assert httpx.get(f"{run.url}/is_paused").json() == {"is_paused": False}
+
+
+def test_weights_of_another_shape_are_refused_by_the_server_and_it_goes_on_serving(
+    run: Run, tmp_path: Path
+) -> None:
+    run.publisher.start(0)
+    before = run.served_logprobs()
+    other = make_tiny_model(tmp_path / "other", hidden_size=32)
+    run.write = lambda path: shutil.copytree(other, path)  # type: ignore[assignment]
+    with pytest.raises(LoadFailed, match="shape"):
+        run.publisher.publish(1)
+    assert run.served_logprobs() == before

@@ -1,0 +1,563 @@
+"""Publishing against servers that misbehave in every phase."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.inference_stand_in import PROBES, Policy, StandIn, serving
+from trainer.config import PublishSettings
+from trainer.errors import ConfigurationError, TrainerError
+from trainer.publish import (
+    CacheResetFailed,
+    LoadFailed,
+    PauseFailed,
+    Phase,
+    PhaseDeadlineExceeded,
+    Publisher,
+    PublishFailed,
+    ResumeFailed,
+    ScoringFailed,
+    ServerFailure,
+    ServerNotReady,
+    StagingFailed,
+    TagFailed,
+    Verdict,
+    VerificationFailed,
+)
+
+BASE = (0.5, 0.3)
+STEP = (0.6, 0.2)
+ORDER = ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
+ROUTES = [
+    ("/health", Phase.READY, ServerNotReady),
+    ("/v1/models", Phase.READY, ServerNotReady),
+    ("/pause", Phase.PAUSE, PauseFailed),
+    ("/collective_rpc", Phase.LOAD, LoadFailed),
+    ("/reset_prefix_cache", Phase.RESET_CACHES, CacheResetFailed),
+    ("/update_weight_version", Phase.TAG, TagFailed),
+    ("/resume", Phase.RESUME, ResumeFailed),
+    ("/v1/completions", Phase.VERIFY, ScoringFailed),
+    ("/weight_info", Phase.VERIFY, ScoringFailed),
+]
+AFTER_START = [route for route in ROUTES if route[1] is not Phase.READY]
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    stand_in = StandIn(BASE)
+    with serving(stand_in):
+        yield stand_in
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return Policy(BASE)
+
+
+@contextmanager
+def publishing(policy: Policy, directory: Path, *servers: StandIn, **options: Any) -> Iterator[Publisher]:
+    options.setdefault("servers", [server.url for server in servers])
+    settings = PublishSettings(transport="disk", **options)
+    with Publisher(
+        settings, probes=PROBES, score=policy.score, write=policy.write, directory=directory
+    ) as publisher:
+        yield publisher
+
+
+def always(status: int, body: Any) -> Callable[[], tuple[int, Any]]:
+    return lambda: (status, body)
+
+
+def test_a_publish_calls_the_routes_in_order_and_proves_the_new_weights(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        assert publisher.served_version is None
+        assert publisher.start(0).already_served
+        assert publisher.served_version == 0
+        server.calls.clear()
+        policy.weights = STEP
+        report = publisher.publish(1)
+    assert server.paths() == [*ORDER, "/v1/completions", "/weight_info"]
+    assert server.calls[0] == "POST /pause?mode=keep"
+    assert server.weights == STEP
+    assert server.label == "1"
+    assert publisher.served_version == 1
+    assert report.verified
+    assert not report.already_served
+    assert report.metrics()["publish/mean_difference"] < 1e-9
+    assert report.metrics()["publish/fraction_arrived"] == pytest.approx(1.0)
+    assert "version 1 published" in report.describe()
+
+
+def test_a_server_with_other_weights_gets_them_at_the_start(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    server.weights = STEP
+    with publishing(policy, tmp_path, server) as publisher:
+        report = publisher.start(7)
+    assert not report.already_served
+    assert server.weights == BASE
+    assert server.label == "7"
+    assert publisher.served_version == 7
+
+
+def test_without_verification_the_start_publishes_and_nothing_is_scored(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path, server, verify=False) as publisher:
+        report = publisher.start(0)
+    assert not report.verified
+    assert "/v1/completions" not in server.paths()
+    assert "/collective_rpc" in server.paths()
+    assert publisher.served_version == 0
+
+
+def test_a_server_left_paused_by_a_dead_trainer_is_resumed_at_the_start(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    server.paused = True
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+    assert not server.paused
+
+
+@pytest.mark.parametrize("step", [STEP, (0.5 + 1e-5, 0.3)])
+def test_a_server_that_answers_200_but_keeps_its_old_weights_is_caught(
+    step: tuple[float, float], policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    """The second step moves log-probs by 1e-5 nats, a hundredth of the tolerance."""
+    server.load = lambda old, new: old
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        policy.weights = step
+        with pytest.raises(VerificationFailed) as caught:
+            publisher.publish(1)
+    assert caught.value.comparison is not None
+    assert caught.value.comparison.verdict is Verdict.STALE
+    assert publisher.served_version == 0
+    assert server.label == "1"  # the label lies, and is not believed
+    assert not server.paused
+
+
+def test_staleness_below_the_servers_precision_is_caught_once_it_has_added_up(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    """A bfloat16 server whose numbers are noisy and whose weights never change."""
+    policy.dtype = "bfloat16"
+    generator = random.Random(0)
+    server.noise = lambda: generator.gauss(0.0, 0.02)
+    server.load = lambda old, new: old
+    with publishing(policy, tmp_path, server, tolerance=0.25) as publisher:
+        publisher.start(0)
+        versions = iter(range(1, 60))
+
+        def train_and_publish() -> None:
+            for version in versions:
+                policy.weights = (BASE[0] + 0.005 * version, BASE[1])
+                report = publisher.publish(version)
+                assert report.metrics()["publish/distinguishable"] == 0.0
+
+        with pytest.raises(VerificationFailed) as caught:
+            train_and_publish()
+    assert 2 < next(versions) < 60
+    assert caught.value.comparison is not None
+    assert caught.value.comparison.verdict is Verdict.STALE
+    assert caught.value.comparison.mean_difference < 0.25  # the tolerance alone would not have seen it
+
+
+def test_an_update_that_reaches_only_some_tensors_is_caught(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    server.load = lambda old, new: (new[0], old[1])
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        policy.weights = STEP
+        with pytest.raises(VerificationFailed) as caught:
+            publisher.publish(1)
+    comparison = caught.value.comparison
+    assert comparison is not None
+    assert comparison.verdict is Verdict.OVER_TOLERANCE
+    assert comparison.mean_difference > comparison.tolerance
+    assert f"{comparison.mean_difference:.2g}" in str(caught.value)
+
+
+@pytest.mark.parametrize(("path", "phase", "kind"), ROUTES, ids=[route[0] for route in ROUTES])
+def test_a_hang_in_any_phase_ends_at_its_deadline_and_names_the_phase(
+    path: str, phase: Phase, kind: type[ServerFailure], policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    del kind
+    names = ("ready_timeout", "pause_timeout", "load_timeout", "verify_timeout")
+    with publishing(policy, tmp_path, server, **dict.fromkeys(names, 0.4)) as publisher:
+        if phase is not Phase.READY:
+            publisher.start(0)
+        server.faults[path] = server.hang
+        with pytest.raises(PhaseDeadlineExceeded) as caught:
+            publisher.start(0) if phase is Phase.READY else publisher.publish(1)
+    error = caught.value
+    assert isinstance(error, TimeoutError)
+    assert error.phase is phase
+    assert error.server == server.url
+    assert "0.4 s" in str(error)
+    if phase is not Phase.READY:
+        assert error.version == 1
+        assert "/resume" in server.paths()
+
+
+@pytest.mark.parametrize(("path", "phase", "kind"), ROUTES, ids=[route[0] for route in ROUTES])
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [(500, {"error": "engine core died"}), (200, {"success": False, "message": "engine core died"})],
+)
+def test_an_error_in_any_phase_has_the_phases_name_and_the_servers_text_and_the_server_runs_on(
+    status: int,
+    body: Any,
+    path: str,
+    phase: Phase,
+    kind: type[ServerFailure],
+    policy: Policy,
+    server: StandIn,
+    tmp_path: Path,
+) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        if phase is not Phase.READY:
+            publisher.start(0)
+        server.calls.clear()
+        server.faults[path] = always(status, body)
+        with pytest.raises(ServerFailure) as caught:
+            publisher.start(0) if phase is Phase.READY else publisher.publish(1)
+    error = caught.value
+    assert type(error) is kind
+    assert error.phase is phase
+    assert error.status == status
+    assert "engine core died" in str(error)
+    assert error.remedy in str(error)
+    if phase not in (Phase.READY, Phase.RESUME):
+        assert "/resume" in server.paths()
+        assert not server.paused
+    if phase is not Phase.READY:
+        assert publisher.served_version == 0
+
+
+def test_after_a_failed_load_the_rest_of_the_update_is_skipped_but_not_the_resume(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        server.calls.clear()
+        server.faults["/collective_rpc"] = always(500, {"error": {"message": "shape mismatch"}})
+        with pytest.raises(LoadFailed, match="shape mismatch"):
+            publisher.publish(1)
+    assert server.paths() == ["/pause", "/collective_rpc", "/resume"]
+
+
+def test_a_failed_resume_is_reported_together_with_the_first_error(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        server.faults["/collective_rpc"] = always(500, {"error": "out of memory"})
+        server.faults["/resume"] = always(500, {"error": "engine core died"})
+        with pytest.raises(PublishFailed) as caught:
+            publisher.publish(1)
+    (outcome,) = caught.value.outcomes
+    assert [type(error) for error in outcome.errors] == [LoadFailed, ResumeFailed]
+    assert "out of memory" in str(caught.value)
+    assert "engine core died" in str(caught.value)
+
+
+def test_an_interrupt_while_loading_still_resumes(policy: Policy, server: StandIn, tmp_path: Path) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        server.calls.clear()
+
+        def interrupt(_: Any) -> None:
+            raise KeyboardInterrupt
+
+        publisher._servers[0].load_directory = interrupt  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            publisher.publish(1)
+    assert server.paths() == ["/pause", "/resume"]
+    assert not server.paused
+
+
+def test_a_wrong_version_label_fails_even_when_the_numbers_agree(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        server.faults["/weight_info"] = always(200, {"weight_version": "41"})
+        with pytest.raises(VerificationFailed, match="labels its weights '41'"):
+            publisher.publish(1)
+
+
+def test_a_server_without_version_labels_is_proven_by_its_numbers(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    for path in ("/weight_info", "/update_weight_version", "/is_paused"):
+        server.faults[path] = always(404, {"detail": "Not Found"})
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        policy.weights = STEP
+        assert publisher.publish(1).verified
+
+
+def test_a_server_that_cannot_score_is_refused_at_the_start_with_the_remedy(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    server.faults["/v1/completions"] = always(404, {"detail": "Not Found"})
+    with (
+        publishing(policy, tmp_path, server) as publisher,
+        pytest.raises(ScoringFailed, match="needs POST /v1/completions with token-id prompts"),
+    ):
+        publisher.start(0)
+
+
+@pytest.mark.parametrize(
+    "prompt_logprobs",
+    [None, [], [None, {"7": {"logprob": -1.0}}], [None] * 40],
+    ids=["absent", "empty", "too few", "all null"],
+)
+def test_a_scoring_reply_without_the_prompts_own_tokens_is_refused(
+    prompt_logprobs: Any, policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    choices = [
+        {"index": index, "text": "", "prompt_logprobs": prompt_logprobs} for index in range(len(PROBES))
+    ]
+    server.faults["/v1/completions"] = always(200, {"model": "m", "choices": choices, "usage": {}})
+    with publishing(policy, tmp_path, server) as publisher, pytest.raises(ScoringFailed, match="log"):
+        publisher.start(0)
+
+
+def test_a_reply_that_is_not_the_expected_json_is_refused_naming_the_field(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    server.faults["/v1/completions"] = always(200, {"choices": "none today"})
+    with (
+        publishing(policy, tmp_path, server) as publisher,
+        pytest.raises(ScoringFailed, match=r"not a CompletionReply.*none today"),
+    ):
+        publisher.start(0)
+
+
+def test_a_server_that_starts_late_is_waited_for(policy: Policy, server: StandIn, tmp_path: Path) -> None:
+    answers = iter([503, 503])
+    server.faults["/health"] = lambda: (status, {}) if (status := next(answers, None)) else None
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+    assert server.paths().count("/health") == 3
+
+
+def test_a_server_that_never_comes_up_is_named(policy: Policy, tmp_path: Path) -> None:
+    with closing(socket.socket()) as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+        with (
+            publishing(policy, tmp_path, servers=[url], ready_timeout=0.7) as publisher,
+            pytest.raises(PhaseDeadlineExceeded, match="no connection") as caught,
+        ):
+            publisher.start(0)
+    assert caught.value.server == url
+    assert "publish.ready_timeout" in ServerNotReady.remedy
+
+
+def test_a_short_unavailability_during_a_publish_is_bridged(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        answers = iter([503, 503])
+        server.faults["/resume"] = lambda: (status, {}) if (status := next(answers, None)) else None
+        policy.weights = STEP
+        publisher.publish(1)
+    assert server.paths().count("/resume") == 3
+
+
+def test_loading_is_never_sent_twice(policy: Policy, server: StandIn, tmp_path: Path) -> None:
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        server.faults["/collective_rpc"] = always(503, {})
+        with pytest.raises(LoadFailed):
+            publisher.publish(1)
+    assert server.paths().count("/collective_rpc") == 1
+
+
+def test_of_several_servers_the_one_that_lies_is_named_and_the_others_outcomes_are_there(
+    policy: Policy, tmp_path: Path
+) -> None:
+    honest, liar, other = StandIn(BASE), StandIn(BASE), StandIn(BASE)
+    liar.load = lambda old, new: old
+    with (
+        serving(honest, liar, other),
+        publishing(policy, tmp_path, honest, liar, other) as publisher,
+    ):
+        publisher.start(0)
+        policy.weights = STEP
+        with pytest.raises(PublishFailed) as caught:
+            publisher.publish(1)
+        assert publisher.served_version == 0
+        liar.load = lambda old, new: new
+        report = publisher.publish(1)
+    outcomes = {outcome.server: outcome for outcome in caught.value.outcomes}
+    assert [type(error) for error in outcomes[liar.url].errors] == [VerificationFailed]
+    assert outcomes[honest.url].errors == outcomes[other.url].errors == ()
+    assert "1 of 3 servers" in str(caught.value)
+    assert len(report.servers) == 3
+    assert publisher.served_version == 1
+
+
+def test_old_versions_are_pruned_and_the_served_one_never(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    directory = tmp_path / "published"
+    (directory / "v000099").mkdir(parents=True)  # left by an earlier run that went further
+    (directory / "notes").mkdir()
+    with publishing(policy, directory, server, keep=2) as publisher:
+        publisher.start(0)
+        for version in range(1, 5):
+            policy.weights = (0.5 + 0.1 * version, 0.3)
+            publisher.publish(version)
+    assert sorted(path.name for path in directory.iterdir()) == ["notes", "v000003", "v000004"]
+
+
+def test_a_failed_publish_deletes_nothing(policy: Policy, server: StandIn, tmp_path: Path) -> None:
+    with publishing(policy, tmp_path, server, keep=1) as publisher:
+        publisher.start(0)
+        publisher.publish(1)
+        server.faults["/pause"] = always(500, {})
+        with pytest.raises(PauseFailed):
+            publisher.publish(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v000001", "v000002"]
+
+
+def test_the_same_version_is_written_once_however_often_it_is_published(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    written: list[Path] = []
+    settings = PublishSettings(transport="disk", servers=[server.url])
+
+    def write(path: Path) -> None:
+        written.append(path)
+        policy.write(path)
+
+    with Publisher(settings, probes=PROBES, score=policy.score, write=write, directory=tmp_path) as publisher:
+        server.weights = STEP
+        publisher.start(3)
+        server.weights = STEP  # restarted
+        publisher.publish(3)
+    assert written == [tmp_path / "v000003"]
+    assert server.weights == BASE
+
+
+def test_a_version_left_by_an_earlier_run_is_replaced(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    Policy(STEP).write(tmp_path / "v000003")
+    server.weights = (0.0, 0.0)
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(3)
+    assert server.weights == BASE
+
+
+def test_weights_that_cannot_be_written_touch_no_server(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path / "file" / "published", server) as publisher:
+        publisher.start(0)
+        (tmp_path / "file").write_text("a file where the directory should be")
+        server.calls.clear()
+        with pytest.raises(StagingFailed, match="v000001"):
+            publisher.publish(1)
+    assert server.calls == []
+
+
+def test_several_models_on_one_server_are_refused_until_one_is_named(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    server.faults["/v1/models"] = always(200, {"data": [{"id": "policy"}, {"id": "judge"}]})
+    with (
+        publishing(policy, tmp_path, server) as publisher,
+        pytest.raises(ServerNotReady, match=r"\['policy', 'judge'\]"),
+    ):
+        publisher.start(0)
+    settings = PublishSettings(transport="disk", servers=[server.url])
+    with Publisher(
+        settings,
+        probes=PROBES,
+        score=policy.score,
+        write=policy.write,
+        directory=tmp_path,
+        served_model_name="policy",
+    ) as publisher:
+        assert publisher.start(0).already_served
+
+
+def test_the_token_goes_to_the_server_and_into_no_message(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    server.faults["/health"] = always(401, {"error": "Unauthorized"})
+    with (
+        publishing(policy, tmp_path, server, token="tell-no-one") as publisher,  # noqa: S106
+        pytest.raises(ServerNotReady) as caught,
+    ):
+        publisher.start(0)
+    assert server.authorizations == {"Bearer tell-no-one"}
+    assert "tell-no-one" not in str(caught.value)
+
+
+def test_credentials_in_a_url_are_used_and_not_shown(policy: Policy, server: StandIn, tmp_path: Path) -> None:
+    server.faults["/health"] = always(401, {"error": "Unauthorized"})
+    url = server.url.replace("http://", "http://user:tell-no-one@")
+    with (
+        publishing(policy, tmp_path, servers=[url]) as publisher,
+        pytest.raises(ServerNotReady) as caught,
+    ):
+        publisher.start(0)
+    assert server.authorizations == {"Basic dXNlcjp0ZWxsLW5vLW9uZQ=="}
+    assert caught.value.server == server.url
+    assert "tell-no-one" not in str(caught.value)
+
+
+def test_a_long_server_text_is_cut(policy: Policy, server: StandIn, tmp_path: Path) -> None:
+    server.faults["/health"] = always(500, {"error": "x" * 100_000})
+    with publishing(policy, tmp_path, server) as publisher, pytest.raises(ServerNotReady) as caught:
+        publisher.start(0)
+    assert len(str(caught.value)) < 1500
+
+
+def test_transport_none_has_nothing_to_publish_to(policy: Policy, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"publish\.transport"):
+        Publisher(
+            PublishSettings(), probes=PROBES, score=policy.score, write=policy.write, directory=tmp_path
+        )
+
+
+def test_every_error_is_a_trainer_error_and_survives_pickling(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    errors: list[Exception] = []
+    with publishing(policy, tmp_path, server) as publisher:
+        publisher.start(0)
+        for path, _, _ in AFTER_START:
+            server.faults = {path: always(500, {"error": "broken"})}
+            with pytest.raises(ServerFailure) as caught:
+                publisher.publish(1)
+            errors.append(caught.value)
+        server.faults = {"/pause": always(500, {}), "/resume": always(500, {})}
+        with pytest.raises(PublishFailed) as several:
+            publisher.publish(1)
+        errors.append(several.value)
+    for error in errors:
+        assert isinstance(error, TrainerError)
+        again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert getattr(again, "phase", None) == getattr(error, "phase", None)
