@@ -74,7 +74,7 @@ def test_lists_can_be_written_with_commas_or_as_yaml() -> None:
 
 
 def test_words_that_look_like_numbers_stay_words() -> None:
-    config = load(*MODEL, **{"ATROPOS_TRAINER_PUBLISH__TOKEN": "0123"})
+    config = load(*MODEL, ATROPOS_TRAINER_PUBLISH__TOKEN="0123")  # noqa: S106
     assert config.publish.token is not None
     assert config.publish.token.get_secret_value() == "0123"
 

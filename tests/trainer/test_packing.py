@@ -39,8 +39,10 @@ def largest_relative_difference(ours: dict[str, torch.Tensor], reference: dict[s
     return max(float((ours[name] - value).abs().max()) for name, value in reference.items()) / scale
 
 
-# Relative, in float64.
-TOLERANCE = 1e-9
+# Relative, in float64. transformers computes rotary angles in float32 whatever the model's type, and their
+# last bit depends on the column they stand in (vectorised against scalar code), so rotary models are
+# compared a little less strictly than those with learned positions.
+TOLERANCE = {"gpt2": 1e-12, "llama": 1e-6, "qwen2": 1e-6}
 
 
 @pytest.mark.parametrize("packing", ["prefix_tree", "padded"])
@@ -52,7 +54,7 @@ def test_gradients_equal_those_of_each_sequence_alone(
     samples = [sample for sample in random_tree_samples(3) if sample.trained_tokens]
     reference = gradients_alone(architecture, samples)
     ours = gradients_packed(architecture, samples, packing, budget)
-    assert largest_relative_difference(ours, reference) < TOLERANCE
+    assert largest_relative_difference(ours, reference) < TOLERANCE[architecture]
 
 
 @settings(max_examples=25, deadline=None)
@@ -65,16 +67,16 @@ def test_gradients_do_not_depend_on_the_token_budget(seed: int, budget: int, pac
     samples = [sample for sample in random_tree_samples(seed) if sample.trained_tokens]
     if not samples:
         return
-    whole = gradients_packed("llama", samples, "padded", 1)
-    split = gradients_packed("llama", samples, packing, budget)
-    assert largest_relative_difference(split, whole) < TOLERANCE
+    whole = gradients_packed("gpt2", samples, "padded", 1)
+    split = gradients_packed("gpt2", samples, packing, budget)
+    assert largest_relative_difference(split, whole) < TOLERANCE["gpt2"]
 
 
 def test_prefix_tree_works_with_eager_attention() -> None:
     samples = [sample for sample in random_tree_samples(3) if sample.trained_tokens]
     reference = gradients_alone("llama", samples)
     ours = gradients_packed("llama", samples, "prefix_tree", 10_000, attention="eager")
-    assert largest_relative_difference(ours, reference) < TOLERANCE
+    assert largest_relative_difference(ours, reference) < TOLERANCE["llama"]
 
 
 def test_a_shared_prompt_is_computed_once() -> None:

@@ -1,0 +1,13 @@
+"""One process of a data-parallel run; started by torch.distributed.run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.trainer.batches import make_bodies
+from tests.trainer.runs import run
+
+if __name__ == "__main__":
+    model, output, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    run(model, output, make_bodies(steps), *sys.argv[4:], steps=steps)
