@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,6 +19,7 @@ from local_stack.records import StepRow
 from local_stack.state import RunState
 
 _CURVE_WIDTH = 40
+_REDRAW_SECONDS = 0.5
 _SERVICE_STYLES = {
     "starting": ("○", "yellow"),
     "ready": ("●", "green"),
@@ -34,8 +37,8 @@ class Display(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def update(self, state: RunState) -> None:
-        """Show `state`; called about ten times a second."""
+    def update(self, state: RunState, *, final: bool = False) -> None:
+        """Show `state`; called about ten times a second, and once more with `final` at the end."""
 
 
 def make_display(console: Console) -> Display:
@@ -47,6 +50,7 @@ class PanelDisplay:
     """A panel that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
+        self._drawn_at = -math.inf
         # Drawn only from update(): a refresh thread would draw between a signal and its handling.
         self._live = Live(console=console, auto_refresh=False, transient=False)
 
@@ -59,9 +63,12 @@ class PanelDisplay:
     ) -> None:
         self._live.stop()
 
-    def update(self, state: RunState) -> None:
-        """Redraw the panel."""
-        self._live.update(draw_panel(state), refresh=True)
+    def update(self, state: RunState, *, final: bool = False) -> None:
+        """Redraw the panel, at most every half second: the processor is wanted for other things."""
+        now = time.monotonic()
+        if final or now - self._drawn_at >= _REDRAW_SECONDS:
+            self._drawn_at = now
+            self._live.update(draw_panel(state), refresh=True)
 
 
 class LineDisplay:
@@ -81,7 +88,7 @@ class LineDisplay:
     ) -> None:
         return None
 
-    def update(self, state: RunState) -> None:
+    def update(self, state: RunState, *, final: bool = False) -> None:
         """Print what is new."""
         if state.phase != self._phase:
             self._phase = state.phase

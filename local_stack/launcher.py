@@ -65,6 +65,7 @@ _READY_TIMEOUT = 300.0
 _EVALUATION_TIMEOUT = 900.0
 _PATIENCE = {TRAINER: 120.0, ENVIRONMENT: 5.0, INFERENCE: 10.0, API: 10.0, _EVALUATION: 5.0, _MODEL: 5.0}
 """Seconds to end after being asked. The trainer finishes its step and writes a checkpoint."""
+_WAITING = "waiting for the first step"
 _EXIT_STOPPED = 130
 """What a shell reports for a program that Ctrl-C ended."""
 
@@ -129,12 +130,13 @@ class _LocalRun:
         self.picture_path = options.run_dir / "report.png"
 
     def check_directory(self) -> None:
-        """Refuse a run directory whose run is complete."""
+        """Make the run directory, or take up an unfinished run's; refuse one whose run is complete."""
         if (self._directory / "report.json").exists():
             raise RunDirectoryError(
                 f"{self._options.run_dir} holds a finished run already; choose another --run-dir"
             )
         self._directory.mkdir(parents=True, exist_ok=True)
+        self._read_progress()
 
     def how_to_go_on(self) -> str:
         """Say where the newest checkpoint is and how to go on from it."""
@@ -151,9 +153,10 @@ class _LocalRun:
         ]
         again += ["--seed", str(self._options.seed), "--run-dir", str(self._options.run_dir)]
         return (
-            f"The newest checkpoint is {checkpoint} (its model: {checkpoint / 'model'}).\n"
-            f"Go on from it with: {shlex.join(again)}\n"
-            f"Logs: {self._options.run_dir / 'logs'}"
+            f"The newest checkpoint is {checkpoint}\n"
+            f"  as a model: {checkpoint / 'model'}\n"
+            f"  go on from it: {shlex.join(again)}\n"
+            f"  logs: {self._options.run_dir / 'logs'}"
         )
 
     def run(self, display: Display, stop: StopRequests) -> Report:
@@ -179,14 +182,19 @@ class _LocalRun:
         return report
 
     def _environment(self) -> dict[str, str]:
-        variables = {"TOKENIZERS_PARALLELISM": "false"}
+        variables = {
+            "TOKENIZERS_PARALLELISM": "false",
+            # Trainer and inference server share the cores. Threads that wait by spinning, OpenMP's default,
+            # take them from each other: training steps took four times as long on two cores.
+            "OMP_WAIT_POLICY": "passive",
+        }
         if self._options.model in BUILT_IN_MODELS or Path(self._options.model).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
         return variables
 
     def _read_progress(self) -> None:
         state = self._state
-        if self._metrics.read_new() and state.phase != "training" and TRAINER in state.services:
+        if self._metrics.read_new() and state.phase == _WAITING:
             state.phase = "training"
             state.services |= {ENVIRONMENT: "ready", TRAINER: "ready"}
             state.training_since = (time.monotonic(), self._metrics.rows[-1].step)
@@ -252,7 +260,7 @@ class _LocalRun:
 
     def _train(self, services: Services, watch: Watch) -> None:
         """Wait until the trainer has done its steps, then end the environment."""
-        self._state.phase = "waiting for the first step"
+        self._state.phase = _WAITING
         trainer = services[TRAINER]
         wait_until(trainer, _finished(trainer), timeout=math.inf, what="finish", watch=watch)
         watch()  # its last rows
@@ -280,13 +288,16 @@ class _LocalRun:
         """End everything: first who still has something to save, then those it may need for that."""
         try:
             if self._state.phase != "done":
-                self._state.phase = "stopping; the trainer writes a checkpoint"
+                self._state.phase = "saving a checkpoint"
             for names in ((TRAINER, ENVIRONMENT, _EVALUATION, _MODEL), (INFERENCE, API)):
                 self._state.services |= dict.fromkeys(set(names) & set(self._state.services), "stopping")
-                display.update(self._state)
+                display.update(self._state, final=True)
                 services.stop(names, patience=_PATIENCE, hurry=lambda: stop.hurry)
                 self._state.services |= dict.fromkeys(set(names) & set(self._state.services), "stopped")
-            display.update(self._state)
+            self._read_progress()
+            if self._state.phase != "done":
+                self._state.phase = "stopped"
+            display.update(self._state, final=True)
         finally:
             services.kill_all()
 

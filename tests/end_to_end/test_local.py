@@ -124,7 +124,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_nothing_else_and_goes_on_fro
     assert done >= run.steps_done() >= 1
     AutoModelForCausalLM.from_pretrained(checkpoint / "model")
     assert f"The newest checkpoint is {checkpoint}" in run.output
-    assert "Go on from it with: atropos-train local" in run.output
+    assert "go on from it: atropos-train local" in run.output
     assert not (run.run_dir / "report.json").exists()
 
     again = launch(*words, "--steps", str(done + 1))
