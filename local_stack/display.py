@@ -190,12 +190,11 @@ def _publishing(state: RunState) -> Text:
     last = next(row for row in reversed(state.rows) if row.publish_seconds is not None)
     text = Text(f"version {last.policy_version} in {last.publish_seconds:.1f} s")
     if last.publish_verified is not None:
-        text.append("  ")
-        if state.publishes_verified == state.publishes_made:
-            text.append(f"✓ all {state.publishes_made} proven to be served", style="green")
-        else:
-            proven = f"✗ {state.publishes_verified} of {state.publishes_made} proven to be served"
-            text.append(proven, style="bold red")
+        proven = state.publishes_verified == state.publishes_made
+        text.append(
+            f"  {'✓' if proven else '✗'} {state.publishes_verified} of {state.publishes_made} proven served",
+            style="green" if proven else "bold red",
+        )
     return text
 
 

@@ -80,7 +80,7 @@ def test_the_panel_of_a_run_in_training_shows_every_number_asked_for() -> None:
         "-0.0125",
         "212 tokens/s",
         "version 3 in 0.8 s",
-        "all 3 proven to be served",
+        "✓ 3 of 3 proven served",
     ):
         assert part in text
 
@@ -88,7 +88,7 @@ def test_the_panel_of_a_run_in_training_shows_every_number_asked_for() -> None:
 def test_the_panel_does_not_hide_a_publish_that_was_not_proven() -> None:
     run = state(2)
     run.rows.append(step(3, publish_verified=False))
-    assert "✗ 2 of 3 proven to be served" in shown(draw_panel(run))
+    assert "✗ 2 of 3 proven served" in shown(draw_panel(run))
 
 
 def test_a_step_without_publish_is_not_counted_as_one() -> None:
