@@ -56,15 +56,11 @@ def test_a_new_run_directory_says_when_the_run_began() -> None:
     assert new_run_directory(datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)) == Path("runs/local-20260304-050607")
 
 
-def test_the_demo_is_configured_as_it_was_measured(tmp_path: Path) -> None:
+def test_the_demo_configuration_fits_the_environment_and_proves_every_publish(tmp_path: Path) -> None:
     check_settings(options(tmp_path))
     config = load_config(DEMO_CONFIG, ["--model.path", "m", "--publish.servers", "http://127.0.0.1:1"])
     assert config.atropos.batch_size == 6 * ArithmeticConfig().group_size == 48
     assert config.loss.name == "policy_gradient"
-    assert config.data.advantage_estimator == "group_center"
-    assert config.data.advantage_normalization == "batch"
-    assert config.optimizer.learning_rate == 3e-5
-    assert (config.optimizer.warmup_steps, config.optimizer.schedule) == (3, "constant")
     assert (config.publish.transport, config.publish.every, config.publish.verify) == ("disk", 1, True)
 
 
