@@ -22,6 +22,7 @@ from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, Scored
 from pydantic import Field
 
 from local_stack.arithmetic import Addition, share_right, split_problems, training_order
+from local_stack.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class ArithmeticConfig(BaseEnvConfig):  # type: ignore[misc] # atroposlib ships 
         default=False,
         description="serve: evaluate before the first rollout, into data_dir_to_save_evals",
     )
+    on_policy: bool = Field(
+        default=True,
+        description="Sample one training batch for each version of the weights, then wait for the next",
+    )
     ready_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for the inference server")
 
 
@@ -82,6 +87,7 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
         await self._wait_for_inference()
         if self.config.evaluate_before_training:
             await self.evaluate()
+        self._turns: Turns | None = None  # the batch size is known after registration
 
     async def get_next_item(self) -> Addition:
         """Return the next problem to sample replies for."""
@@ -89,7 +95,13 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
 
     async def collect_trajectories(self, item: Addition) -> tuple[ScoredDataGroup, list[Addition]]:
         """Sample and score one group; the second element, the backlog, is always empty."""
-        sampled = await self._sample(item, count=self.config.group_size, split="train")
+        turn = await self._take_turn()
+        try:
+            sampled = await self._sample(item, count=self.config.group_size, split="train")
+        except BaseException:  # cancelled or failed: the turn goes to another group
+            if self._turns is not None:
+                self._turns.give_back(turn)
+            raise
         group = ScoredDataGroup(
             tokens=[node.tokens for node, _ in sampled],
             masks=[node.masked_tokens for node, _ in sampled],
@@ -146,6 +158,16 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
         replies = [choice.message.content or "" for choice in completion.choices]
         return list(zip(nodes, replies, strict=True))
 
+    async def _take_turn(self) -> str | None:
+        """Wait until it is this group's turn; without `on_policy`, at once."""
+        if not self.config.on_policy:
+            return None
+        if self._turns is None:
+            groups = max(1, self.config.batch_size // self.config.group_size)
+            url = self.server.servers[0].config.base_url.removesuffix("/v1") + "/weight_info"
+            self._turns = Turns(lambda: _weight_version(url), per_version=groups)
+        return await self._turns.take()
+
     async def _wait_for_inference(self) -> None:
         """Return once every inference server answers `/health`.
 
@@ -170,6 +192,16 @@ async def _is_healthy(url: str) -> bool:
             return bool(response.ok)
     except (aiohttp.ClientError, TimeoutError):
         return False
+
+
+async def _weight_version(url: str) -> str | None:
+    """The version that a server serves; None if it does not tell."""
+    timeout = aiohttp.ClientTimeout(total=30)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+            return str((await response.json())["weight_version"]) if response.ok else None
+    except (aiohttp.ClientError, TimeoutError, KeyError, ValueError):
+        return None
 
 
 def main() -> None:

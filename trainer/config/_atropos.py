@@ -28,8 +28,9 @@ class AtroposSettings(Section):
     """Sequences in one batch; registered with the API. Every group size must divide it."""
     max_token_length: int = Field(default=2048, gt=1)
     """Longest sequence, in tokens, that environments may send; registered with the API."""
-    prefetch: int = Field(default=1, ge=1)
-    """Batches held beyond the one in training. More hides latency and costs staleness."""
+    prefetch: int = Field(default=1, ge=0)
+    """Batches held beyond the one in training. 0: fetch only when the trainer waits. More hides latency and
+    costs staleness."""
     token: SecretStr | None = None
     """Bearer token for an API behind a proxy. Give it by environment variable, not in a file."""
     headers: dict[str, SecretStr] = Field(default_factory=dict)

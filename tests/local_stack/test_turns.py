@@ -1,0 +1,71 @@
+"""So many groups for each version of the weights, then wait for the next."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from local_stack.turns import Turns
+
+
+class Served:
+    version: str | None = "0"
+
+    async def read(self) -> str | None:
+        return self.version
+
+
+async def taken(turns: Turns, wanted: int) -> list[str | None]:
+    """Take turns until none is left, or `wanted` are taken."""
+    got: list[str | None] = []
+    while len(got) < wanted:
+        try:
+            got.append(await asyncio.wait_for(turns.take(), 0.4))
+        except TimeoutError:
+            break
+    return got
+
+
+async def test_a_version_has_so_many_turns_and_the_next_has_as_many_again() -> None:
+    served = Served()
+    turns = Turns(served.read, per_version=2)
+    assert await taken(turns, 5) == ["0", "0"]
+    served.version = "1"
+    assert await taken(turns, 5) == ["1", "1"]
+
+
+async def test_a_turn_given_back_can_be_taken_again_while_its_version_is_served() -> None:
+    served = Served()
+    turns = Turns(served.read, per_version=1)
+    first = await turns.take()
+    turns.give_back(first)
+    assert await taken(turns, 5) == ["0"]
+    served.version = "1"
+    assert await turns.take() == "1"
+    turns.give_back(first)
+    assert await taken(turns, 5) == []
+
+
+async def test_a_version_that_stays_too_long_gets_new_turns() -> None:
+    turns = Turns(Served().read, per_version=1, patience=0.2)
+    assert await taken(turns, 3) == ["0", "0", "0"]
+
+
+async def test_nobody_waits_for_a_server_that_tells_no_version() -> None:
+    served = Served()
+    served.version = None
+    assert await taken(Turns(served.read, per_version=1), 3) == [None, None, None]
+
+
+async def test_a_cancelled_wait_lets_others_go_on() -> None:
+    served = Served()
+    turns = Turns(served.read, per_version=1)
+    await turns.take()
+    waiting = asyncio.create_task(turns.take())
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    served.version = "1"
+    assert await turns.take() == "1"
