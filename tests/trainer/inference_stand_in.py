@@ -68,6 +68,8 @@ class StandIn:
         self.released = threading.Event()
         """Ends every hang."""
         self.noise: Callable[[], float] = lambda: 0.0
+        self.trickle = False
+        """Send bodies one byte at a time, with pauses."""
         self.url = ""
 
     def paths(self) -> list[str]:
@@ -162,7 +164,11 @@ def _server(stand_in: StandIn) -> ThreadingHTTPServer:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                if not stand_in.trickle:
+                    self.wfile.write(data)
+                for byte in data if stand_in.trickle else b"":
+                    self.wfile.write(bytes([byte]))
+                    stand_in.released.wait(0.05)
             except ConnectionError:
                 self.close_connection = True
 

@@ -212,6 +212,16 @@ def test_a_hang_in_any_phase_ends_at_its_deadline_and_names_the_phase(
         assert "/resume" in server.paths()
 
 
+def test_a_reply_that_trickles_in_does_not_outlive_the_deadline(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    with publishing(policy, tmp_path, server, verify_timeout=0.5) as publisher:
+        publisher.start(0)
+        server.faults["/v1/completions"] = lambda: setattr(server, "trickle", True)
+        with pytest.raises(PhaseDeadlineExceeded, match=r"0\.5 s"):
+            publisher.publish(1)
+
+
 @pytest.mark.parametrize(("path", "phase", "kind"), ROUTES, ids=[route[0] for route in ROUTES])
 @pytest.mark.parametrize(
     ("status", "body"),

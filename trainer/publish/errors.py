@@ -87,7 +87,8 @@ class ServerFailure(PublishError):  # noqa: N818
         self.server_text = shorten(server_text)
         what = f"version {version}" if version is not None else "the first contact"
         said = f"; the server said: {self.server_text}" if self.server_text else ""
-        super().__init__(f"{server}: {phase} failed for {what}: {reason}{said}. What to do: {self.remedy}.")
+        found = f"{reason}{said}".rstrip(".")
+        super().__init__(f"{server}: {phase} failed for {what}: {found}. What to do: {self.remedy}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, self.__dict__)

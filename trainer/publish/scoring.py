@@ -28,15 +28,25 @@ def score_with_model(
     Returns:
         For each sequence the log-probs of its tokens 1..T-1, in nats, from a float32 log-softmax.
     """
+    longest = max(map(len, token_id_lists))
+    # Padding goes to the right, where a causal model cannot see it. One pass over a padded batch: several
+    # passes over short sequences cost several times as much, in overhead and waiting for other threads.
+    padded = [token_ids + [token_ids[-1]] * (longest - len(token_ids)) for token_ids in token_id_lists]
+    present = [[1] * len(token_ids) + [0] * (longest - len(token_ids)) for token_ids in token_id_lists]
     with evaluation_mode(model), torch.no_grad():
-        return [_score_one(model, token_ids, device) for token_ids in token_id_lists]
+        logits: Tensor = model(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(present, device=device),
+            use_cache=False,
+        ).logits  # [B, T, V]
+        return [_pick(row, token_ids) for row, token_ids in zip(logits, token_id_lists, strict=True)]
 
 
-def _score_one(model: nn.Module, token_ids: list[int], device: torch.device | str) -> list[float]:
-    input_ids = torch.tensor([token_ids], device=device)  # [1, T]
-    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits[0, :-1]  # [T-1, V]
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    scores: list[float] = logprobs.gather(-1, input_ids[0, 1:, None])[:, 0].tolist()
+def _pick(logits: Tensor, token_ids: list[int]) -> list[float]:
+    """Log-probs of one row's own tokens; logits are [T, V], possibly padded."""
+    targets = torch.tensor(token_ids[1:], device=logits.device)
+    logprobs = torch.log_softmax(logits[: len(targets)].float(), dim=-1)  # [T-1, V]
+    scores: list[float] = logprobs.gather(-1, targets[:, None])[:, 0].tolist()
     return scores
 
 
