@@ -14,8 +14,8 @@ SERVED_MODEL_NAME = "policy"
 """What the inference server calls the model in training; environments ask for it by this name."""
 MAX_MODEL_LENGTH = 512
 """Longest sequence, in tokens, that the demonstration's inference server holds."""
-MAX_SEQUENCES_AT_ONCE = 64
-"""Sequences the embedded server generates at once: a training batch (48) and some."""
+MAX_SEQUENCES_AT_ONCE = 128
+"""Sequences the embedded server generates at once: a training batch (96) and some."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,11 @@ class ArithmeticConfig(BaseEnvConfig):  # type: ignore[misc] # atroposlib ships 
     # The API counts a queue in batches; one is enough to never let the trainer wait for long, and every
     # further one would be sampled by weights that are one step older.
     max_batches_offpolicy: int = Field(default=1, description="Batches that may wait in the API's queue")
-    # A group whose scores are all equal still reaches the trainer, which counts it and knows what to do.
+    # A group whose scores are all equal still reaches the trainer, which counts it and knows what to do; and
+    # the mean reward that the trainer shows stays the mean reward of all that was sampled.
     ensure_scores_are_not_same: bool = Field(default=False, description="Drop groups whose scores are equal")
+    # A whole batch of groups at once, so that the inference server can compute them together.
+    max_num_workers_per_node: int = Field(default=16, ge=1, description="Groups sampled at once, per server")
     steps_per_eval: int = Field(default=0, description="Steps between two evaluations while serving; 0: none")
     max_new_tokens: int = Field(default=16, ge=1, description="Longest reply, in tokens")
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature, training and evaluation")
@@ -99,14 +102,16 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
         try:
             sampled = await self._sample(item, count=self.config.group_size, split="train")
         except BaseException:  # cancelled or failed: the turn goes to another group
-            if self._turns is not None:
-                self._turns.give_back(turn)
+            self._give_back(turn)
             raise
+        scores = [item.score(reply) for _, reply in sampled]
+        if self.config.ensure_scores_are_not_same and len(set(scores)) == 1:
+            self._give_back(turn)  # BaseEnv drops this group
         group = ScoredDataGroup(
             tokens=[node.tokens for node, _ in sampled],
             masks=[node.masked_tokens for node, _ in sampled],
             inference_logprobs=[node.logprobs for node, _ in sampled],
-            scores=[item.score(reply) for _, reply in sampled],
+            scores=scores,
             generation_params={"temperature": self.config.temperature},
             # BaseEnv reads a group size from group_overrides and cannot take None here.
             group_overrides={},
@@ -167,6 +172,10 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
             url = self.server.servers[0].config.base_url.removesuffix("/v1") + "/weight_info"
             self._turns = Turns(lambda: _weight_version(url), per_version=groups)
         return await self._turns.take()
+
+    def _give_back(self, turn: str | None) -> None:
+        if self._turns is not None:
+            self._turns.give_back(turn)
 
     async def _wait_for_inference(self) -> None:
         """Return once every inference server answers `/health`.

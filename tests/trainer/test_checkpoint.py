@@ -87,7 +87,6 @@ import sys
 from pathlib import Path
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import run
-print("ready", flush=True)
 run(Path(sys.argv[1]), Path(sys.argv[2]), make_bodies(400), "--checkpoint.every", "1", steps=400)
 """
 
@@ -100,7 +99,7 @@ def test_a_run_killed_at_any_moment_leaves_a_checkpoint_that_resumes(
     for delay in (0.6, 0.25, 0.4):
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(tiny_model_directory), str(tmp_path)],
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": str(Path.cwd())},
         )

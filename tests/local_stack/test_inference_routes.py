@@ -1,0 +1,179 @@
+"""Routes: shapes of replies, refusals, and clients that go away."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from schemas.inference import (
+    ChatCompletionReply,
+    CompletionReply,
+    ErrorReply,
+    GenerateReply,
+    ModelList,
+    TokenizeReply,
+)
+from tests.conftest import RunningInferenceServer
+from tests.local_stack.inference_reference import wait_for
+
+PROMPT = [1, 87, 85, 71, 84, 201]
+
+
+def refusal(response: httpx.Response, status: int = 400) -> str:
+    """The message of an error in vLLM's shape."""
+    assert response.status_code == status, response.text
+    error = ErrorReply.model_validate_json(response.content).error
+    assert error.code == status
+    return error.message
+
+
+def test_the_served_model_is_named_with_its_limits(inference_server: RunningInferenceServer) -> None:
+    (card,) = ModelList.model_validate_json(inference_server.client.get("/v1/models").content).data
+    assert (card.id, card.max_model_len) == ("tiny", 2048)
+    assert card.root == str(inference_server.model_directory)
+    assert inference_server.client.get("/health").content == b""
+    assert "version" in inference_server.client.get("/version").json()
+
+
+def test_several_prompts_and_samples_come_back_in_order(inference_server: RunningInferenceServer) -> None:
+    body = {"prompt": [PROMPT, [5, 6], [7]], "n": 2, "max_tokens": 3, "ignore_eos": True}
+    reply = CompletionReply.model_validate_json(inference_server.post("/v1/completions", body).content)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3, 4, 5]
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (9, 18)
+    assert all(choice.token_ids is None and choice.logprobs is None for choice in reply.choices)
+
+
+def test_text_and_token_prompts_mean_the_same(inference_server: RunningInferenceServer) -> None:
+    ids = inference_server.post("/tokenize", {"prompt": "héllo"}).json()["tokens"]
+    from_text, from_ids = (
+        inference_server.complete(prompt, temperature=0, max_tokens=5) for prompt in ("héllo", ids)
+    )
+    assert from_text[0]["prompt_token_ids"] == ids
+    assert from_text[0]["token_ids"] == from_ids[0]["token_ids"]
+
+
+def test_chat_renders_the_template_and_equals_a_completion_of_the_same_tokens(
+    inference_server: RunningInferenceServer,
+) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    tokens = TokenizeReply.model_validate_json(
+        inference_server.post("/tokenize", {"messages": messages}).content
+    )
+    body = {
+        "model": "tiny",
+        "messages": messages,
+        "temperature": 0,
+        "max_completion_tokens": 6,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "return_token_ids": True,
+    }
+    reply = ChatCompletionReply.model_validate_json(
+        inference_server.post("/v1/chat/completions", body).content
+    )
+    (completion,) = inference_server.complete(tokens.tokens, temperature=0, max_tokens=6)
+    (choice,) = reply.choices
+    assert reply.prompt_token_ids == tokens.tokens
+    assert tokens.count == len(tokens.tokens)
+    assert choice.token_ids == completion["token_ids"]
+    assert choice.message.content == completion["text"]
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    served = [entry.logprob for entry in choice.logprobs.content]
+    assert served == pytest.approx(completion["logprobs"]["token_logprobs"], abs=1e-5)
+    assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
+
+
+def test_generate_answers_as_atropos_reads_it(inference_server: RunningInferenceServer) -> None:
+    body = {
+        "prompt": {"prompt_token_ids": PROMPT},
+        "n": 3,
+        "max_tokens": 4,
+        "logprobs": 0,
+        "prompt_logprobs": 1,
+    }
+    reply = GenerateReply.model_validate_json(inference_server.post("/generate", body).content)
+    assert reply.prompt_token_ids == PROMPT
+    assert len(reply.text) == len(reply.finish_reasons) == len(reply.token_ids) == 3
+    assert reply.logprobs is not None
+    for ids, entries in zip(reply.token_ids, reply.logprobs, strict=True):
+        assert [next(iter(entry[0])) for entry in entries] == ids
+    assert reply.prompt_logprobs is not None
+    assert reply.prompt_logprobs[0] is None
+    assert [next(iter(entry)) for entry in reply.prompt_logprobs[1:] if entry] == PROMPT[1:]
+    assert reply.weight_version == "default"
+
+
+@pytest.mark.parametrize(
+    ("fields", "fragment"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "cannot be empty"),
+        ({"prompt": ""}, "cannot be empty"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [5, 259]}, "259 is out of vocabulary"),
+        ({"prompt": [7] * 2048}, "maximum context length is 2048"),
+        ({"max_tokens": 2049}, "max_tokens=2049"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"n": 0}, "n must be in"),
+        ({"n": 2, "temperature": 0}, "greedy"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"stop": ""}, "stop"),
+        ({"stop_token_ids": [259]}, "out of vocabulary"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"echo": True}, "`echo` is not supported"),
+        ({"stream": True}, "`stream` is not supported"),
+        ({"repetition_penalty": 1.1}, "`repetition_penalty` is not supported"),
+        ({"presence_penalty": 0.5}, "`presence_penalty` is not supported"),
+        ({"logit_bias": {"5": 1}}, "`logit_bias` is not supported"),
+        ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_vllms_shape(
+    inference_server: RunningInferenceServer, fields: dict[str, Any], fragment: str
+) -> None:
+    assert fragment in refusal(inference_server.post("/v1/completions", {"prompt": PROMPT} | fields))
+
+
+def test_neutral_values_and_unknown_fields_are_accepted(inference_server: RunningInferenceServer) -> None:
+    fields = {"repetition_penalty": 1.0, "presence_penalty": 0, "echo": False, "user": "me", "priority": 0}
+    assert inference_server.complete(PROMPT, max_tokens=1, **fields)
+
+
+def test_other_wrong_requests_are_refused_clearly(inference_server: RunningInferenceServer) -> None:
+    post = inference_server.post
+    assert "`other` does not exist" in refusal(
+        post("/v1/completions", {"model": "other", "prompt": [5]}), 404
+    )
+    assert "Not Found" in refusal(inference_server.client.get("/v2/completions"), 404)
+    assert "Method Not Allowed" in refusal(inference_server.client.get("/generate"), 405)
+    assert "prompt_token_ids" in refusal(post("/generate", {"prompt": {}}))
+    assert "image_url" in refusal(
+        post("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})
+    )
+    broken = inference_server.client.post(
+        "/generate", content=b"{", headers={"content-type": "application/json"}
+    )
+    assert "JSON" in refusal(broken)
+
+
+def test_a_client_that_goes_away_ends_its_request(inference_server: RunningInferenceServer) -> None:
+    body = b'{"prompt": [5, 6, 7], "n": 4, "max_tokens": 2000, "ignore_eos": true}'
+    host, port = inference_server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: inference_server.engine.running == 4, "the request to run")
+    wait_for(lambda: inference_server.engine.running == 0, "the abandoned request to end")
+    assert inference_server.complete(PROMPT, max_tokens=1)
