@@ -78,6 +78,13 @@ def inference_server(
     return start_inference_server(tiny_model_directory)
 
 
+@pytest.fixture(scope="session")
+def shared_inference_server(tiny_model_directory: Path) -> Iterator[RunningInferenceServer]:
+    """Like `inference_server`, one for the whole session: only for tests that leave its state alone."""
+    with _running_server(tiny_model_directory, "tiny", {}) as server:
+        yield server
+
+
 @contextlib.contextmanager
 def _running_server(
     directory: Path, model_name: str, settings: dict[str, Any]

@@ -28,23 +28,25 @@ def make_prompt(length: int, seed: int) -> list[int]:
 
 
 def test_sampled_logprobs_equal_an_independent_forward(
-    inference_server: RunningInferenceServer, reference: Reference
+    shared_inference_server: RunningInferenceServer, reference: Reference
 ) -> None:
     prompt = make_prompt(20, seed=0)
-    for choice in inference_server.complete(prompt, n=4, max_tokens=12, ignore_eos=True):
+    for choice in shared_inference_server.complete(prompt, n=4, max_tokens=12, ignore_eos=True):
         expected = reference.logprobs(prompt, choice["token_ids"])
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_sixteen_clients_with_prompts_of_all_lengths_each_get_their_own_logprobs(
-    inference_server: RunningInferenceServer, reference: Reference
+    shared_inference_server: RunningInferenceServer, reference: Reference
 ) -> None:
     prompts = [make_prompt(length, seed=length) for length in (1, 2, 3, 5, 8, 13, 17, 40, 64, 65, 90, 130)]
     shared = make_prompt(30, seed=99)  # four prompts with one beginning, one of them twice
     prompts += [[*shared, 7], [*shared, 8, 9], shared, shared]
     with ThreadPoolExecutor(len(prompts)) as pool:
         jobs = [
-            pool.submit(inference_server.complete, prompt, n=3, max_tokens=5 + 3 * number, ignore_eos=True)
+            pool.submit(
+                shared_inference_server.complete, prompt, n=3, max_tokens=5 + 3 * number, ignore_eos=True
+            )
             for number, prompt in enumerate(prompts)
         ]
     for number, (prompt, job) in enumerate(zip(prompts, jobs, strict=True)):
@@ -70,10 +72,10 @@ def test_small_limits_only_make_requests_wait(
 
 @pytest.mark.parametrize("length", [2, 130, 700])
 def test_prompt_logprobs_equal_an_independent_forward(
-    inference_server: RunningInferenceServer, reference: Reference, length: int
+    shared_inference_server: RunningInferenceServer, reference: Reference, length: int
 ) -> None:
     prompt = make_prompt(length, seed=length)
-    (choice,) = inference_server.complete(prompt, max_tokens=1, prompt_logprobs=2)
+    (choice,) = shared_inference_server.complete(prompt, max_tokens=1, prompt_logprobs=2)
     served = choice["prompt_logprobs"]
     table = reference.distributions(prompt)
     assert len(served) == length
@@ -90,10 +92,10 @@ def test_prompt_logprobs_equal_an_independent_forward(
 
 
 def test_prompt_logprobs_of_zero_return_the_prompts_own_tokens_only(
-    inference_server: RunningInferenceServer,
+    shared_inference_server: RunningInferenceServer,
 ) -> None:
     prompt = make_prompt(9, seed=4)
-    (choice,) = inference_server.complete(prompt, max_tokens=1, prompt_logprobs=0)
+    (choice,) = shared_inference_server.complete(prompt, max_tokens=1, prompt_logprobs=0)
     assert [list(entry) for entry in choice["prompt_logprobs"][1:]] == [[str(token)] for token in prompt[1:]]
 
 
@@ -120,10 +122,10 @@ def test_raw_logprobs_ignore_the_temperature_and_processed_ones_obey_it(
 
 
 def test_top_logprobs_hold_the_likeliest_tokens(
-    inference_server: RunningInferenceServer, reference: Reference
+    shared_inference_server: RunningInferenceServer, reference: Reference
 ) -> None:
     prompt = make_prompt(10, seed=6)
-    (choice,) = inference_server.complete(
+    (choice,) = shared_inference_server.complete(
         prompt, max_tokens=4, logprobs=3, return_tokens_as_token_ids=True, ignore_eos=True
     )
     table = reference.distributions([*prompt, *choice["token_ids"]])[len(prompt) - 1 : -1]

@@ -30,37 +30,39 @@ def refusal(response: httpx.Response, status: int = 400) -> str:
     return error.message
 
 
-def test_the_served_model_is_named_with_its_limits(inference_server: RunningInferenceServer) -> None:
-    (card,) = ModelList.model_validate_json(inference_server.client.get("/v1/models").content).data
+def test_the_served_model_is_named_with_its_limits(shared_inference_server: RunningInferenceServer) -> None:
+    (card,) = ModelList.model_validate_json(shared_inference_server.client.get("/v1/models").content).data
     assert (card.id, card.max_model_len) == ("tiny", 2048)
-    assert card.root == str(inference_server.model_directory)
-    assert inference_server.client.get("/health").content == b""
-    assert "version" in inference_server.client.get("/version").json()
+    assert card.root == str(shared_inference_server.model_directory)
+    assert shared_inference_server.client.get("/health").content == b""
+    assert "version" in shared_inference_server.client.get("/version").json()
 
 
-def test_several_prompts_and_samples_come_back_in_order(inference_server: RunningInferenceServer) -> None:
+def test_several_prompts_and_samples_come_back_in_order(
+    shared_inference_server: RunningInferenceServer,
+) -> None:
     body = {"prompt": [PROMPT, [5, 6], [7]], "n": 2, "max_tokens": 3, "ignore_eos": True}
-    reply = CompletionReply.model_validate_json(inference_server.post("/v1/completions", body).content)
+    reply = CompletionReply.model_validate_json(shared_inference_server.post("/v1/completions", body).content)
     assert [choice.index for choice in reply.choices] == [0, 1, 2, 3, 4, 5]
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (9, 18)
     assert all(choice.token_ids is None and choice.logprobs is None for choice in reply.choices)
 
 
-def test_text_and_token_prompts_mean_the_same(inference_server: RunningInferenceServer) -> None:
-    ids = inference_server.post("/tokenize", {"prompt": "héllo"}).json()["tokens"]
+def test_text_and_token_prompts_mean_the_same(shared_inference_server: RunningInferenceServer) -> None:
+    ids = shared_inference_server.post("/tokenize", {"prompt": "héllo"}).json()["tokens"]
     from_text, from_ids = (
-        inference_server.complete(prompt, temperature=0, max_tokens=5) for prompt in ("héllo", ids)
+        shared_inference_server.complete(prompt, temperature=0, max_tokens=5) for prompt in ("héllo", ids)
     )
     assert from_text[0]["prompt_token_ids"] == ids
     assert from_text[0]["token_ids"] == from_ids[0]["token_ids"]
 
 
 def test_chat_renders_the_template_and_equals_a_completion_of_the_same_tokens(
-    inference_server: RunningInferenceServer,
+    shared_inference_server: RunningInferenceServer,
 ) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     tokens = TokenizeReply.model_validate_json(
-        inference_server.post("/tokenize", {"messages": messages}).content
+        shared_inference_server.post("/tokenize", {"messages": messages}).content
     )
     body = {
         "model": "tiny",
@@ -72,9 +74,9 @@ def test_chat_renders_the_template_and_equals_a_completion_of_the_same_tokens(
         "return_token_ids": True,
     }
     reply = ChatCompletionReply.model_validate_json(
-        inference_server.post("/v1/chat/completions", body).content
+        shared_inference_server.post("/v1/chat/completions", body).content
     )
-    (completion,) = inference_server.complete(tokens.tokens, temperature=0, max_tokens=6)
+    (completion,) = shared_inference_server.complete(tokens.tokens, temperature=0, max_tokens=6)
     (choice,) = reply.choices
     assert reply.prompt_token_ids == tokens.tokens
     assert tokens.count == len(tokens.tokens)
@@ -87,7 +89,7 @@ def test_chat_renders_the_template_and_equals_a_completion_of_the_same_tokens(
     assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
 
 
-def test_generate_answers_as_atropos_reads_it(inference_server: RunningInferenceServer) -> None:
+def test_generate_answers_as_atropos_reads_it(shared_inference_server: RunningInferenceServer) -> None:
     body = {
         "prompt": {"prompt_token_ids": PROMPT},
         "n": 3,
@@ -95,7 +97,7 @@ def test_generate_answers_as_atropos_reads_it(inference_server: RunningInference
         "logprobs": 0,
         "prompt_logprobs": 1,
     }
-    reply = GenerateReply.model_validate_json(inference_server.post("/generate", body).content)
+    reply = GenerateReply.model_validate_json(shared_inference_server.post("/generate", body).content)
     assert reply.prompt_token_ids == PROMPT
     assert len(reply.text) == len(reply.finish_reasons) == len(reply.token_ids) == 3
     assert reply.logprobs is not None
@@ -141,39 +143,41 @@ def test_generate_answers_as_atropos_reads_it(inference_server: RunningInference
     ],
 )
 def test_what_cannot_be_done_is_refused_in_vllms_shape(
-    inference_server: RunningInferenceServer, fields: dict[str, Any], fragment: str
+    shared_inference_server: RunningInferenceServer, fields: dict[str, Any], fragment: str
 ) -> None:
-    assert fragment in refusal(inference_server.post("/v1/completions", {"prompt": PROMPT} | fields))
+    assert fragment in refusal(shared_inference_server.post("/v1/completions", {"prompt": PROMPT} | fields))
 
 
-def test_neutral_values_and_unknown_fields_are_accepted(inference_server: RunningInferenceServer) -> None:
+def test_neutral_values_and_unknown_fields_are_accepted(
+    shared_inference_server: RunningInferenceServer,
+) -> None:
     fields = {"repetition_penalty": 1.0, "presence_penalty": 0, "echo": False, "user": "me", "priority": 0}
-    assert inference_server.complete(PROMPT, max_tokens=1, **fields)
+    assert shared_inference_server.complete(PROMPT, max_tokens=1, **fields)
 
 
-def test_other_wrong_requests_are_refused_clearly(inference_server: RunningInferenceServer) -> None:
-    post = inference_server.post
+def test_other_wrong_requests_are_refused_clearly(shared_inference_server: RunningInferenceServer) -> None:
+    post = shared_inference_server.post
     assert "`other` does not exist" in refusal(
         post("/v1/completions", {"model": "other", "prompt": [5]}), 404
     )
-    assert "Not Found" in refusal(inference_server.client.get("/v2/completions"), 404)
-    assert "Method Not Allowed" in refusal(inference_server.client.get("/generate"), 405)
+    assert "Not Found" in refusal(shared_inference_server.client.get("/v2/completions"), 404)
+    assert "Method Not Allowed" in refusal(shared_inference_server.client.get("/generate"), 405)
     assert "prompt_token_ids" in refusal(post("/generate", {"prompt": {}}))
     assert "image_url" in refusal(
         post("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})
     )
-    broken = inference_server.client.post(
+    broken = shared_inference_server.client.post(
         "/generate", content=b"{", headers={"content-type": "application/json"}
     )
     assert "JSON" in refusal(broken)
 
 
-def test_a_client_that_goes_away_ends_its_request(inference_server: RunningInferenceServer) -> None:
+def test_a_client_that_goes_away_ends_its_request(shared_inference_server: RunningInferenceServer) -> None:
     body = b'{"prompt": [5, 6, 7], "n": 4, "max_tokens": 2000, "ignore_eos": true}'
-    host, port = inference_server.url.removeprefix("http://").split(":")
+    host, port = shared_inference_server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        wait_for(lambda: inference_server.engine.running == 4, "the request to run")
-    wait_for(lambda: inference_server.engine.running == 0, "the abandoned request to end")
-    assert inference_server.complete(PROMPT, max_tokens=1)
+        wait_for(lambda: shared_inference_server.engine.running == 4, "the request to run")
+    wait_for(lambda: shared_inference_server.engine.running == 0, "the abandoned request to end")
+    assert shared_inference_server.complete(PROMPT, max_tokens=1)

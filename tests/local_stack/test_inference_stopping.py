@@ -11,9 +11,9 @@ MANY = {"n": 24, "max_tokens": 120, "seed": 0}
 
 
 def test_the_end_of_sequence_token_ends_a_sequence_and_is_in_the_ids_but_not_in_the_text(
-    inference_server: RunningInferenceServer,
+    shared_inference_server: RunningInferenceServer,
 ) -> None:
-    choices = inference_server.complete(PROMPT, **MANY)
+    choices = shared_inference_server.complete(PROMPT, **MANY)
     ended = [choice for choice in choices if choice["finish_reason"] == "stop"]
     assert 0 < len(ended) < len(choices)
     for choice in choices:
@@ -25,38 +25,42 @@ def test_the_end_of_sequence_token_ends_a_sequence_and_is_in_the_ids_but_not_in_
         assert choice["finish_reason"] == "stop" or len(choice["token_ids"]) == 120
 
 
-def test_ignore_eos_goes_on_after_the_end_of_sequence_token(inference_server: RunningInferenceServer) -> None:
-    choices = inference_server.complete(PROMPT, ignore_eos=True, **MANY)
+def test_ignore_eos_goes_on_after_the_end_of_sequence_token(
+    shared_inference_server: RunningInferenceServer,
+) -> None:
+    choices = shared_inference_server.complete(PROMPT, ignore_eos=True, **MANY)
     assert all(choice["finish_reason"] == "length" and len(choice["token_ids"]) == 120 for choice in choices)
     assert any(EOS in choice["token_ids"] for choice in choices)
 
 
-def test_min_tokens_keeps_the_end_of_sequence_token_away(inference_server: RunningInferenceServer) -> None:
-    choices = inference_server.complete(PROMPT, min_tokens=120, **MANY)
+def test_min_tokens_keeps_the_end_of_sequence_token_away(
+    shared_inference_server: RunningInferenceServer,
+) -> None:
+    choices = shared_inference_server.complete(PROMPT, min_tokens=120, **MANY)
     assert all(len(choice["token_ids"]) == 120 for choice in choices)
     assert not any(EOS in choice["token_ids"] for choice in choices)
 
 
-def test_a_stop_token_ends_the_sequence_and_is_named(inference_server: RunningInferenceServer) -> None:
+def test_a_stop_token_ends_the_sequence_and_is_named(shared_inference_server: RunningInferenceServer) -> None:
     fields = {"max_tokens": 20, "seed": 3, "ignore_eos": True}
-    (whole,) = inference_server.complete(PROMPT, **fields)
+    (whole,) = shared_inference_server.complete(PROMPT, **fields)
     stop = whole["token_ids"][6]
-    (choice,) = inference_server.complete(PROMPT, stop_token_ids=[stop], **fields)
+    (choice,) = shared_inference_server.complete(PROMPT, stop_token_ids=[stop], **fields)
     first = whole["token_ids"].index(stop)
     assert choice["token_ids"] == whole["token_ids"][: first + 1]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
 
 
 def test_stop_text_cuts_the_text_and_keeps_the_tokens_that_completed_it(
-    inference_server: RunningInferenceServer,
+    shared_inference_server: RunningInferenceServer,
 ) -> None:
     fields = {"max_tokens": 60, "seed": 5, "ignore_eos": True}
-    (whole,) = inference_server.complete(PROMPT, **fields)
+    (whole,) = shared_inference_server.complete(PROMPT, **fields)
     position = next(i for i, c in enumerate(whole["text"]) if i >= 10 and c.isascii() and c.isprintable())
     stop = whole["text"][position]
     first = whole["text"].index(stop)
-    (cut,) = inference_server.complete(PROMPT, stop=["never seen", stop], **fields)
-    (kept,) = inference_server.complete(PROMPT, stop=stop, include_stop_str_in_output=True, **fields)
+    (cut,) = shared_inference_server.complete(PROMPT, stop=["never seen", stop], **fields)
+    (kept,) = shared_inference_server.complete(PROMPT, stop=stop, include_stop_str_in_output=True, **fields)
     assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
     assert cut["text"] == whole["text"][:first]
     assert kept["text"] == whole["text"][: first + 1]
@@ -64,8 +68,8 @@ def test_stop_text_cuts_the_text_and_keeps_the_tokens_that_completed_it(
     assert 0 < len(cut["token_ids"]) < 60
 
 
-def test_a_completion_ends_with_the_context(inference_server: RunningInferenceServer) -> None:
+def test_a_completion_ends_with_the_context(shared_inference_server: RunningInferenceServer) -> None:
     prompt = [7] * 2040
-    (choice,) = inference_server.complete(prompt, max_tokens=100, ignore_eos=True)
+    (choice,) = shared_inference_server.complete(prompt, max_tokens=100, ignore_eos=True)
     assert choice["finish_reason"] == "length"
     assert len(choice["token_ids"]) == 2048 - 2040
