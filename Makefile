@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The demo's knobs: make demo STEPS=30 SEED=0 MODEL=<directory or hub id>
+# The demo's knobs: make demo STEPS=25 SEED=0 MODEL=<directory or hub id>
 STEPS ?=
 SEED ?=
 MODEL ?=

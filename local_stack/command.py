@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trainer.cli import Command
 
-DEFAULT_STEPS = 30
+DEFAULT_STEPS = 25
 _DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 

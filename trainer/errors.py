@@ -8,7 +8,7 @@
     │   └── MissingLogProbsError            the loss needs log-probs that the environment did not send
     ├── ShapeMismatchError (ValueError)     tensors that must have one shape have several
     ├── CheckpointError (OSError)           a checkpoint that cannot be written or read
-    ├── NonFiniteError (ArithmeticError)    too many steps in a row with a loss or gradient that is not finite
+    ├── TooManySkippedBatches               too many batches in a row that could not be trained
     ├── DeadlineExceeded (TimeoutError)     a party we waited for did not answer in time
     └── PublishError                        see trainer.publish
 """
@@ -40,8 +40,8 @@ class CheckpointError(TrainerError, OSError):
     """A checkpoint could not be written, read, or trusted."""
 
 
-class NonFiniteError(TrainerError, ArithmeticError):
-    """Too many optimizer steps in a row had a loss or gradient that is not finite."""
+class TooManySkippedBatches(TrainerError):  # noqa: N818 - reads as the event that it is
+    """Too many batches in a row could not be trained: nothing usable, no signal, or a loss not finite."""
 
 
 class DeadlineExceeded(TrainerError, TimeoutError):  # noqa: N818 - reads as the event that it is

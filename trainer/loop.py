@@ -23,7 +23,7 @@ from trainer.checkpoint import (
     write_checkpoint,
 )
 from trainer.config import TrainerConfig
-from trainer.errors import CheckpointError, NonFiniteError
+from trainer.errors import CheckpointError, TooManySkippedBatches
 from trainer.exchange import BatchExchange, Stopped
 from trainer.metrics import MetricsFile, Row, batch_metrics, step_metrics
 from trainer.model_directory import write_model_directory
@@ -136,6 +136,7 @@ class Trainer:
             AtroposClientError: The API refuses us for good.
         """
         stopped_early: str | None = None
+        self._start_trackers()
         try:
             if self._checkpointed_step != self.step:
                 self.write_checkpoint()
@@ -161,6 +162,16 @@ class Trainer:
             checkpoint=checkpoint_path(checkpoint_directory(self._config), self._checkpointed_step),
             counters=self._all_counters(),
         )
+
+    def _start_trackers(self) -> None:
+        """Open the configured experiment trackers, on process 0, with the settings of the run."""
+        settings = self._config.logging
+        if settings.trackers:
+            # Trackers take plain values only; secrets are masked by the dump.
+            dump = self._config.model_dump(mode="json")
+            flat = {f"{name}.{key}": str(value) for name, part in dump.items() for key, value in part.items()}
+            run_options = {"wandb": {"group": settings.group}} if settings.group else {}
+            self._accelerator.init_trackers(settings.project, config=flat, init_kwargs=run_options)
 
     def _train(self) -> str | None:
         """Run steps until the last; returns why it ended early, if it did."""
@@ -287,7 +298,7 @@ class Trainer:
                 }
             )
         if self._skips_in_a_row >= self._config.train.max_consecutive_skips:
-            raise NonFiniteError(
+            raise TooManySkippedBatches(
                 f"{self._skips_in_a_row} batches in a row could not be trained "
                 f"(train.max_consecutive_skips), the last because {reason}; they are kept in "
                 f"{self._config.train.output_dir / 'set_aside'}"

@@ -64,7 +64,7 @@ def load_policy(settings: ModelSettings, data: DataSettings, checkpoint: Checkpo
             "directory with safetensors weights and a tokenizer, or a hub id."
         ) from error
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_activations(model)
     limits = ModelLimits(
         vocabulary_size=model.get_input_embeddings().num_embeddings,
         max_sequence_length=_context_length(config, data.max_sequence_length),
@@ -75,6 +75,14 @@ def load_policy(settings: ModelSettings, data: DataSettings, checkpoint: Checkpo
     if settings.lora is not None:
         model = _with_adapters(model, settings.lora, checkpoint)
     return Policy(model=model, tokenizer=tokenizer, limits=limits, stored_dtype=stored_dtype)
+
+
+def _recompute_activations(model: Any) -> None:
+    """Switch activation recomputation on, by its newer or its older name in transformers."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _context_length(config: Any, wanted: int | None) -> int:

@@ -175,13 +175,12 @@ def _widen_head(model: Any, targets: WeightTargets) -> None:
     head = model.get_output_embeddings()
     if head.weight.dtype == torch.float32:
         return
-    name = next(n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight)
-    for module_name, module in model.named_modules():
-        if module is head:
-            name = f"{module_name}.weight"
-    head.float()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    targets.retarget(name, head.weight)
+    path = next(name for name, module in model.named_modules() if module is head)
+    for name, parameter in list(head.named_parameters(recurse=False)):
+        # A new parameter: widening the old one in place would widen the embedding that it may be tied to.
+        wide = torch.nn.Parameter(parameter.detach().float(), requires_grad=False)
+        setattr(head, name, wide)
+        targets.retarget(f"{path}.{name}", wide)
     head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
 
 

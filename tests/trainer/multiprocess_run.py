@@ -1,4 +1,4 @@
-"""One process of a data-parallel run; started by torch.distributed.run."""
+"""A short run in a process of its own; several make a data-parallel run under torch.distributed.run."""
 
 from __future__ import annotations
 

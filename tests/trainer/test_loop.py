@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.trainer.batches import make_bodies, make_body, make_group
 from tests.trainer.runs import assert_equal_tensors, rows, run, weights
-from trainer.errors import ConfigurationError, MissingLogProbsError, NonFiniteError
+from trainer.errors import ConfigurationError, MissingLogProbsError, TooManySkippedBatches
 
 
 def test_a_run_changes_the_weights_and_leaves_metrics_checkpoints_and_a_final_model(
@@ -217,7 +219,7 @@ def test_too_many_untrainable_batches_in_a_row_end_the_run_with_a_checkpoint(
 ) -> None:
     flat = make_body(1, scores=[0.5] * 4)
     bodies = [*make_bodies(1), *[flat] * 5]
-    with pytest.raises(NonFiniteError, match="3 batches in a row"):
+    with pytest.raises(TooManySkippedBatches, match="3 batches in a row"):
         run(tiny_model_directory, tmp_path, bodies, "--train.max_consecutive_skips", "3")
     assert (tmp_path / "checkpoints/step-000001/state.json").is_file()
 
@@ -247,3 +249,43 @@ def test_no_file_of_a_run_is_a_pickle(tiny_model_directory: Path, tmp_path: Path
     assert len(files) > 10
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".safetensors", ".jinja", ".md"}
     assert all(path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x04") for path in files)
+
+
+def test_gradient_checkpointing_changes_memory_not_results(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run(tiny_model_directory, tmp_path / "plain", make_bodies(2), steps=2)
+    recompute = ("--model.gradient_checkpointing", "true")
+    run(tiny_model_directory, tmp_path / "recomputed", make_bodies(2), *recompute, steps=2)
+    for ours, theirs in zip(rows(tmp_path / "recomputed"), rows(tmp_path / "plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_bfloat16_autocast_trains_close_to_float32_and_keeps_float32_weights(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run(tiny_model_directory, tmp_path / "full", make_bodies(1), "--train.mixed_precision", "no", steps=1)
+    # Accelerate fixes the precision of a process once and for all.
+    words = [str(tiny_model_directory), str(tmp_path / "mixed"), "1", "--train.mixed_precision", "bf16"]
+    subprocess.run([sys.executable, "-m", "tests.trainer.multiprocess_run", *words], check=True, timeout=120)
+    (full,), (mixed,) = rows(tmp_path / "full"), rows(tmp_path / "mixed")
+    assert mixed["negative_logprob"] != full["negative_logprob"]
+    assert mixed["negative_logprob"] == pytest.approx(full["negative_logprob"], rel=0.02)
+    assert {
+        tensor.dtype for tensor in weights(tmp_path / "mixed/checkpoints/step-000001/model").values()
+    } == {torch.float32}
+
+
+def test_every_number_of_a_step_reaches_tensorboard_and_no_secret_does(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("--logging.trackers", "tensorboard", "--logging.project", "here", "--publish.token", "hunter2")
+    run(tiny_model_directory, tmp_path, make_bodies(2), *options, steps=2)
+    events = EventAccumulator(str(tmp_path / "here"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([row["loss"] for row in rows(tmp_path)], rel=1e-5)
+    assert all(b"hunter2" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
