@@ -83,10 +83,10 @@ def test_the_held_out_score_is_of_192_sampled_replies(finished_run: Launched, wh
 
 def test_each_step_trained_on_a_whole_batch_of_the_sampler_own_log_probs(finished_run: Launched) -> None:
     for row in read_rows(finished_run.run_dir):
-        assert row["sequences"] == 48
+        assert row["sequences"] == 96
         assert row["groups"] == 6
         assert row["set_aside_groups"] == 0
-        assert 48 <= row["trained_tokens"] <= 48 * 16
+        assert 96 <= row["trained_tokens"] <= 96 * 16
         assert row["tokens_per_second"] > 0
         # Sampler and trainer see the same weights up to staleness; anything more is a misalignment.
         assert 0 <= row["mismatch_kl"] < 1e-3

@@ -42,7 +42,7 @@ def test_the_command_is_found_by_its_entry_point() -> None:
 
 def test_the_defaults_are_those_of_the_demonstration() -> None:
     args = parse()
-    assert (args.model, args.steps, args.seed, args.run_dir) == ("demo", 30, 0, None)
+    assert (args.model, args.steps, args.seed, args.run_dir) == ("demo", 25, 0, None)
     assert args.config == DEMO_CONFIG
 
 
@@ -59,7 +59,7 @@ def test_a_new_run_directory_says_when_the_run_began() -> None:
 def test_the_demo_configuration_fits_the_environment_and_proves_every_publish(tmp_path: Path) -> None:
     check_settings(options(tmp_path))
     config = load_config(DEMO_CONFIG, ["--model.path", "m", "--publish.servers", "http://127.0.0.1:1"])
-    assert config.atropos.batch_size == 6 * ArithmeticConfig().group_size == 48
+    assert config.atropos.batch_size == 12 * ArithmeticConfig().group_size == 96
     assert config.loss.name == "policy_gradient"
     assert (config.publish.transport, config.publish.every, config.publish.verify) == ("disk", 1, True)
 
