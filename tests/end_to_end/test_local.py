@@ -84,7 +84,7 @@ def test_the_held_out_score_is_of_192_sampled_replies(finished_run: Launched, wh
 def test_each_step_trained_on_a_whole_batch_of_the_sampler_own_log_probs(finished_run: Launched) -> None:
     for row in read_rows(finished_run.run_dir):
         assert row["sequences"] == 96
-        assert row["groups"] == 6
+        assert row["groups"] == 12
         assert row["set_aside_groups"] == 0
         assert 96 <= row["trained_tokens"] <= 96 * 16
         assert row["tokens_per_second"] > 0
