@@ -91,17 +91,29 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
         if self.config.evaluate_before_training:
             await self.evaluate()
         self._turns: Turns | None = None  # the batch size is known after registration
+        self._turn_of_task: dict[asyncio.Task[Any] | None, str | None] = {}
 
     async def get_next_item(self) -> Addition:
         """Return the next problem to sample replies for."""
         return next(self._problems)
 
+    async def handle_env(self, item_uuid: str) -> Any:
+        """Roll out one item; if BaseEnv cancels it, even while it is sent, its turn goes to another group."""
+        task = asyncio.current_task()
+        try:
+            return await super().handle_env(item_uuid)
+        except asyncio.CancelledError:
+            self._give_back(self._turn_of_task.get(task))
+            raise
+        finally:
+            self._turn_of_task.pop(task, None)
+
     async def collect_trajectories(self, item: Addition) -> tuple[ScoredDataGroup, list[Addition]]:
         """Sample and score one group; the second element, the backlog, is always empty."""
-        turn = await self._take_turn()
+        turn = self._turn_of_task[asyncio.current_task()] = await self._take_turn()
         try:
             sampled = await self._sample(item, count=self.config.group_size, split="train")
-        except BaseException:  # cancelled or failed: the turn goes to another group
+        except Exception:  # BaseEnv logs it and goes on without this group
             self._give_back(turn)
             raise
         scores = [item.score(reply) for _, reply in sampled]

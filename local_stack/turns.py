@@ -28,7 +28,7 @@ class Turns:
     """
 
     def __init__(
-        self, read_version: Callable[[], Awaitable[str | None]], *, per_version: int, patience: float = 180.0
+        self, read_version: Callable[[], Awaitable[str | None]], *, per_version: int, patience: float = 90.0
     ) -> None:
         self._read_version = read_version
         self._per_version = per_version

@@ -163,6 +163,8 @@ def test_the_poller_registers_again_after_the_api_was_killed_and_restarted() -> 
     with RealApi() as api, AtroposClient(api.url) as client:
         poller = BatchPoller(client, REGISTRATION, first_pause=0.01, longest_failure_pause=0.2)
         with poller:
+            # Groups pushed before a trainer has registered would keep this API from ever taking one.
+            eventually(lambda: client.info().registered, PATIENCE)
             client.push_groups([group(7), group(8)])
             assert poller.get(PATIENCE).sequence_count == 4
             api.kill()
