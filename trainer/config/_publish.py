@@ -14,9 +14,12 @@ from trainer.config._base import CommaList, Section
 class PublishSettings(Section):
     """Publishing weights and proving that they are served."""
 
-    transport: Literal["none", "disk"] = "none"
+    transport: Literal["none", "disk", "lora", "nccl", "ipc"] = "none"
     """none: train only. disk: write a checkpoint directory that the servers reload; they must see the
-    same path."""
+    same path. lora: write only the adapter (model.lora), which the servers load under a fresh name. nccl:
+    send the weights over the GPUs' network. ipc: hand them over inside one GPU (vLLM only)."""
+    engine: Literal["vllm", "sglang"] = "vllm"
+    """The inference servers' engine."""
     servers: CommaList[str] = Field(default_factory=list)
     """Base URLs of the inference servers that the environments sample from."""
     every: int = Field(default=1, gt=0)
@@ -30,6 +33,27 @@ class PublishSettings(Section):
     pause_mode: Literal["keep", "wait", "abort"] = "keep"
     """What happens to requests in flight: they wait and go on with the new weights, the pause waits for
     them to end, or they are cut off."""
+    overlap: bool = True
+    """Write, load and verify a version in the background while the next step trains, where the transport can
+    (disk, lora). Off: the next step waits until the version is proven."""
+    on_failure: Literal["abort", "continue_without", "retry_until"] = "retry_until"
+    """When a server does not take a version. abort: the run ends. retry_until: publish to it again, until
+    `retry_seconds` are over, then end. continue_without: the same, but then go on with the servers that are
+    left, as long as there is one; the lost one gets the current version when it is back."""
+    retry_seconds: PositiveSeconds = 600.0
+    """Seconds for repeating a publish to servers that failed, e.g. while they are restarted."""
+    watch_interval: PositiveSeconds = 5.0
+    """Seconds between two looks at the servers, outside a publish: one that was restarted gets the current
+    version again."""
+    lora_fallback: Literal["merged", "refuse"] = "merged"
+    """With `lora`, for a server that takes no adapters: publish merged weights over `disk`, or refuse to
+    start."""
+    bucket_mebibytes: int = Field(default=512, gt=0)
+    """With `nccl` and `ipc`: largest piece that is cast and sent at once, in MiB."""
+    group_address: str = "127.0.0.1"
+    """With `nccl`: the address of this trainer that the servers' workers can reach."""
+    group_port: int = Field(default=29600, ge=1, le=65535)
+    """With `nccl`: first free TCP port for the rendezvous; server number k uses this one plus k."""
     token: SecretStr | None = None
     """Bearer token of the inference servers. Give it by environment variable, not in a file."""
     verify: bool = True
