@@ -1,1 +1,1 @@
-"""What is loaded INTO other people's servers: single files that need the standard library and nothing else."""
+"""What is loaded into other people's servers: single files that need only the standard library."""

@@ -130,7 +130,7 @@ class InferenceServer(Protocol):
         ...
 
     def weight_request(self, route: str, body: Mapping[str, Any], version: int) -> None:
-        """One request of a weight transfer, e.g. `/update_weights`, within `publish.load_timeout`; sent once."""
+        """One request of a weight transfer, e.g. `/update_weights`, inside the load deadline; sent once."""
         ...
 
     def close(self) -> None:
