@@ -6,7 +6,9 @@ from trainer.publish._report import PublishReport
 from trainer.publish._vllm import VllmRoutes
 from trainer.publish.comparison import TOLERANCES, Baseline, Comparison, Verdict, compare
 from trainer.publish.errors import (
+    ActivationFailed,
     CacheResetFailed,
+    ConnectFailed,
     LoadFailed,
     PauseFailed,
     Phase,
@@ -27,9 +29,11 @@ from trainer.publish.scoring import score_with_model
 
 __all__ = [
     "TOLERANCES",
+    "ActivationFailed",
     "Baseline",
     "CacheResetFailed",
     "Comparison",
+    "ConnectFailed",
     "InferenceServer",
     "LoadFailed",
     "PauseFailed",

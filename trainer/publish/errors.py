@@ -6,12 +6,14 @@
     ├── StagingFailed (OSError)              the new weights could not be written
     ├── ServerFailure                        one phase failed at one server
     │   ├── ServerNotReady                   it did not become healthy, or lacks what we need
+    │   ├── ConnectFailed                    it did not join the transfer's process group
     │   ├── PauseFailed
     │   ├── LoadFailed
     │   ├── CacheResetFailed
     │   ├── TagFailed
     │   ├── ResumeFailed                     it may still be paused: environments would wait forever
     │   ├── ScoringFailed                    it did not score the probes
+    │   ├── ActivationFailed                 the proven weights are loaded, but not yet what environments get
     │   ├── PhaseDeadlineExceeded (DeadlineExceeded, TimeoutError)    any phase; `.phase` says which
     │   └── VerificationFailed               it does not serve the weights that were published
     └── PublishFailed                        several of the above; `.outcomes` has every server's
@@ -39,12 +41,14 @@ class Phase(StrEnum):
     """The steps at one server, in their order."""
 
     READY = "ready"
+    CONNECT = "connect"
     PAUSE = "pause"
     LOAD = "load"
     RESET_CACHES = "reset caches"
     TAG = "tag version"
     RESUME = "resume"
     VERIFY = "verify"
+    ACTIVATE = "activate"
 
 
 class PublishError(TrainerError):
@@ -109,6 +113,15 @@ class ServerNotReady(ServerFailure):
     )
 
 
+class ConnectFailed(ServerFailure):
+    """The server did not join the process group over which weights travel."""
+
+    remedy = (
+        "see that the server was started for this transport (docs/engines) and that its workers reach "
+        "publish.group_address and publish.group_port; or use publish.transport disk"
+    )
+
+
 class PauseFailed(ServerFailure):
     """The server did not pause; its weights were not touched."""
 
@@ -170,6 +183,12 @@ class VerificationFailed(ServerFailure):
         self.comparison = comparison
 
 
+class ActivationFailed(ServerFailure):
+    """The server holds the proven weights, but environments do not sample from them yet."""
+
+    remedy = "see that the server runs our middleware (docs/engines), which takes the current adapter's name"
+
+
 class PublishFailed(PublishError):  # noqa: N818
     """Publishing failed at one server in several ways, or at some of several servers.
 
@@ -192,12 +211,14 @@ class PublishFailed(PublishError):  # noqa: N818
 
 PHASE_ERRORS: dict[Phase, type[ServerFailure]] = {
     Phase.READY: ServerNotReady,
+    Phase.CONNECT: ConnectFailed,
     Phase.PAUSE: PauseFailed,
     Phase.LOAD: LoadFailed,
     Phase.RESET_CACHES: CacheResetFailed,
     Phase.TAG: TagFailed,
     Phase.RESUME: ResumeFailed,
     Phase.VERIFY: ScoringFailed,
+    Phase.ACTIVATE: ActivationFailed,
 }
 """The error that stands for each phase."""
 
