@@ -1,8 +1,8 @@
 """A directory that appears under its name whole, or not at all.
 
-Everything is written into a hidden directory beside the target, flushed to the disk file by file, and
-then renamed. A process that dies in between leaves only the hidden directory, which the next writer of
-the same target removes. There may be one writer for a target at a time.
+Everything is written into a hidden directory beside the target, flushed to the disk file by file (unless
+that is not wanted), and then renamed. A process that dies in between leaves only the hidden directory,
+which the next writer of the same target removes. There may be one writer for a target at a time.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ _RETIRED = ".retired-"
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, *, replace: bool = False, durable: bool = True) -> Iterator[Path]:
     """Yield an empty directory to fill; on leaving without an error it becomes `path`.
 
     Args:
         path: The final name. Its parents are created.
         replace: Put the new directory in the place of an existing one. For the instant between two
             renames `path` does not exist; it never holds a mixture.
+        durable: Flush everything to the disk first, so that a power cut cannot leave an empty file under
+            the final name. Off for what is written anew after a crash anyway.
 
     Raises:
         FileExistsError: `path` exists and `replace` is false.
@@ -40,7 +42,8 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         partial.chmod(0o755)  # mkdtemp makes it private, but a server under another user has to read it
         yield partial
-        _flush_tree(partial)
+        if durable:
+            _flush_tree(partial)
         _move_into_place(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

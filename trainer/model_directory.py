@@ -11,8 +11,10 @@ Data flow: model -> plain state dict -> checked against the model's names -> cas
 from __future__ import annotations
 
 import json
+import threading
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from trainer.atomic_directory import atomic_directory
 from trainer.errors import CheckpointError
 
+_SAVING = threading.Lock()
 _LORA_PARAMETERS = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
 
 
@@ -52,17 +55,72 @@ def write_model_directory(
         CheckpointError: A weight is missing or unknown, weights that the model ties differ, the model
             cannot be written in this format, or the file system refused. `path` is then as it was.
     """
+    _capture(model, tokenizer, state_dict, dtype, copy=False).write(path, replace=replace)
+
+
+def capture_model(
+    model: nn.Module, *, tokenizer: Any | None, dtype: torch.dtype | None = None
+) -> CapturedModel:
+    """Copy a model's weights to the CPU, so that they can be written while the model trains on.
+
+    The copy has the size of the model in `dtype`.
+
+    Args:
+        model: See `write_model_directory`.
+        tokenizer: A transformers tokenizer to put beside the weights, or None.
+        dtype: See `write_model_directory`.
+
+    Raises:
+        CheckpointError: The weights are not those that the model should have.
+    """
+    return _capture(model, tokenizer, None, dtype, copy=True)
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """Weights that are ready to be written, from any thread."""
+
+    inner: Any
+    """The transformers model, for its configuration and its names only."""
+    tokenizer: Any | None
+    weights: Mapping[str, Tensor]
+    dtype: torch.dtype
+    """The type that most of the numbers have."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights, tied ones once."""
+        sizes = {_memory(tensor): tensor.nbytes for tensor in self.weights.values()}
+        return sum(sizes.values())
+
+    def write(self, path: Path, *, replace: bool = False, durable: bool = True) -> None:
+        """Write the directory `path`, atomically.
+
+        Raises:
+            CheckpointError: The model cannot be written in this format, or the file system refused.
+        """
+        try:
+            with atomic_directory(path, replace=replace, durable=durable) as directory:
+                _save(self.inner, self.weights, directory)
+                _finish_config(directory / "config.json", self.dtype)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(directory)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the model to {path}: {error}") from error
+
+
+def _capture(
+    model: nn.Module,
+    tokenizer: Any | None,
+    state_dict: Mapping[str, Tensor] | None,
+    dtype: torch.dtype | None,
+    *,
+    copy: bool,
+) -> CapturedModel:
     inner = unwrap(model)
     weights = _complete(inner, plain_state_dict(model) if state_dict is None else state_dict)
-    weights = _cast(weights, dtype, keep=_float32_names(inner, weights, dtype))
-    try:
-        with atomic_directory(path, replace=replace) as directory:
-            _save(inner, weights, directory)
-            _finish_config(directory / "config.json", _dtype_of(weights))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(directory)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write the model to {path}: {error}") from error
+    weights = _cast(weights, dtype, keep=_float32_names(inner, weights, dtype), copy=copy)
+    return CapturedModel(inner=inner, tokenizer=tokenizer, weights=weights, dtype=_dtype_of(weights))
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -189,26 +247,33 @@ def _float32_names(inner: Any, weights: Mapping[str, Tensor], dtype: torch.dtype
     return {name for name in weights if any(pattern in name.split(".") for pattern in patterns)}
 
 
-def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype | None, keep: set[str]) -> dict[str, Tensor]:
-    """Move to the CPU in `dtype`; names that shared memory still share it."""
+def _cast(
+    weights: Mapping[str, Tensor], dtype: torch.dtype | None, keep: set[str], *, copy: bool
+) -> dict[str, Tensor]:
+    """Move to the CPU in `dtype`; names that shared memory still share it.
+
+    `copy`: into memory of their own, even where nothing has to be moved or cast.
+    """
     done: dict[tuple[Any, ...], Tensor] = {}
     result = {}
     for name, tensor in weights.items():
         memory = _memory(tensor)
         if memory not in done:
             target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            done[memory] = tensor.detach().to("cpu", tensor.dtype if name in keep else target)
+            kind = tensor.dtype if name in keep else target
+            done[memory] = tensor.detach().to("cpu", kind, copy=copy)
         result[name] = done[memory]
     return result
 
 
-def _save(inner: Any, weights: dict[str, Tensor], directory: Path) -> None:
+def _save(inner: Any, weights: Mapping[str, Tensor], directory: Path) -> None:
     """Let transformers write, because only it knows how an architecture's names map to checkpoint names."""
-    before = inner.config.dtype
-    try:
-        inner.save_pretrained(directory, state_dict=dict(weights))  # it empties what it is given
-    finally:
-        inner.config.dtype = before  # save_pretrained overwrites it with the training dtype
+    with _SAVING:  # a publish and a checkpoint may be written at the same time
+        before = inner.config.dtype
+        try:
+            inner.save_pretrained(directory, state_dict=dict(weights))  # it empties what it is given
+        finally:
+            inner.config.dtype = before  # save_pretrained overwrites it with the training dtype
 
 
 def _dtype_of(weights: Mapping[str, Tensor]) -> torch.dtype:
