@@ -7,11 +7,19 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import TrainerConfig
+from trainer.config import PublishSettings, TrainerConfig
 from trainer.loop import Trainer
 from trainer.metrics import Row
-from trainer.model_directory import write_model_directory
-from trainer.publish import Publisher, make_probes, score_with_model
+from trainer.model_directory import capture_model
+from trainer.publish import (
+    DiskTransport,
+    InferenceServer,
+    Publisher,
+    VllmRoutes,
+    WeightTransport,
+    make_probes,
+    score_with_model,
+)
 from trainer.setup import Prepared, prepare_run
 from trainer.sources import AtroposSource, BatchSource
 
@@ -34,13 +42,19 @@ def build_trainer(
         CheckpointError: The newest checkpoint cannot be read.
     """
     prepared = prepare_run(config)
-    publisher = build_publisher(config, prepared) if prepared.accelerator.is_main_process else None
+    trainer: Trainer
+    publisher = None
+    if prepared.accelerator.is_main_process:
+        publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.stop_requested)
 
     def served_version() -> int:
-        version = publisher.served_version if publisher is not None else None
+        """What environments sampled from when a batch arrived, as far as it is known."""
+        if publisher is None:
+            return -1
+        version = publisher.loaded_version
+        if version is None:  # a publish is under way: what was proven last is what most of it came from
+            version = publisher.served_version
         return -1 if version is None else version
-
-    trainer: Trainer
 
     def step() -> int:
         return trainer.step
@@ -55,21 +69,48 @@ def build_trainer(
     return trainer
 
 
-def build_publisher(config: TrainerConfig, prepared: Prepared) -> Publisher | None:
-    """The configured publisher; None with `publish.transport: none`."""
+def build_publisher(
+    config: TrainerConfig, prepared: Prepared, *, stop_requested: Callable[[], bool] = lambda: False
+) -> Publisher | None:
+    """The configured publisher; None with `publish.transport: none`.
+
+    Args:
+        config: The configuration.
+        prepared: The model and what belongs to it.
+        stop_requested: Whether the run is to end soon.
+
+    Raises:
+        ConfigurationError: The transport does not go with the engine or the model.
+    """
     settings = config.publish
     if settings.transport == "none":
         return None
     policy = prepared.policy
-    dtype = policy.stored_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-
-    def write(path: Path) -> None:
-        write_model_directory(path, model=policy.model, tokenizer=policy.tokenizer, dtype=dtype)
-
     return Publisher(
         settings,
+        transport=build_transport(config, prepared),
+        servers=build_servers(settings),
         probes=make_probes(policy.tokenizer, settings.probes),
         score=lambda probes: score_with_model(policy.model, probes, prepared.accelerator.device),
-        write=write,
-        directory=settings.directory or config.train.output_dir / "published",
+        stop_requested=stop_requested,
     )
+
+
+def build_servers(settings: PublishSettings) -> list[InferenceServer]:
+    """The inference servers, each in the dialect of its engine."""
+    return [VllmRoutes(url, settings) for url in settings.servers]
+
+
+def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTransport:
+    """The configured way of the weights."""
+    settings = config.publish
+    policy = prepared.policy
+    dtype = policy.stored_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    directory = settings.directory or config.train.output_dir / "published"
+
+    def capture() -> Callable[[Path], None]:
+        captured = capture_model(policy.model, tokenizer=policy.tokenizer, dtype=dtype)
+        # Not flushed to the disk: after a crash the trainer publishes anew.
+        return lambda path: captured.write(path, durable=False)
+
+    return DiskTransport(directory, capture, keep=settings.keep)

@@ -42,6 +42,8 @@ class BatchExchange:
         source: Asked on process 0 only.
         timeout: Seconds without a batch after which the run is given up.
         stop_requested: Asked on process 0 only.
+        meanwhile: Called on process 0 before each wait for a batch and every half second of it; what it
+            raises ends the wait.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class BatchExchange:
         *,
         timeout: float,
         stop_requested: Callable[[], bool],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self._accelerator = accelerator
         self._source = source
         self._timeout = timeout
         self._stop_requested = stop_requested
+        self._meanwhile = meanwhile
 
     def next(self) -> IncomingBatch:
         """Wait for the next batch.
@@ -87,6 +91,7 @@ class BatchExchange:
         while time.monotonic() < heartbeat:
             if self._stop_requested():
                 return _STOP, None
+            self._meanwhile()
             try:
                 batch = self._source.get(_POLL_SECONDS)
             except EndOfBatches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from trainer.exchange import BatchExchange, Stopped
 from trainer.metrics import MetricsFile, Row, batch_metrics, step_metrics
 from trainer.model_directory import write_model_directory
 from trainer.preparation import PreparedBatch, prepare_batch
+from trainer.publish import PublishReport
 from trainer.schedule import learning_rate
 from trainer.set_aside import SetAsideStore
 from trainer.setup import Prepared, checkpoint_directory, library_versions
@@ -44,8 +45,20 @@ class WeightPublisher(Protocol):
     def start(self, version: int) -> Any:
         """Make sure that `version` is served before anything is trained."""
 
-    def publish(self, version: int) -> Any:
-        """Publish `version` and prove that it is served; returns a report with `metrics()`."""
+    def begin(self, version: int) -> None:
+        """Publish the current weights; return as soon as training may change them."""
+
+    def settle(self) -> None:
+        """Wait until no publish is under way."""
+
+    def tend(self, version: int) -> None:
+        """See to what needs the training thread; called often, `version` being the current one."""
+
+    def take_reports(self) -> Sequence[PublishReport]:
+        """What the publishes that have ended have done."""
+
+    def close(self) -> None:
+        """End everything that goes on in the background."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +126,11 @@ class Trainer:
         if self._accelerator.is_main_process:
             self._metrics = MetricsFile(config.train.output_dir / "metrics.jsonl", resumed_step=self.step)
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the run is to end before its next batch."""
+        return self._stop_reason is not None
+
     def request_stop(self, reason: str) -> None:
         """Ask the run to write a checkpoint and end before its next batch; safe from a signal handler."""
         self._stop_reason = reason
@@ -144,13 +162,14 @@ class Trainer:
                 self._publisher.start(self.step)
                 self._published_step = self.step
             stopped_early = self._train()
-            if self._publisher is not None and self._published_step != self.step:
-                self._publisher.publish(self.step)
+            self._finish_publishing()
         except BaseException:
             self._save_what_there_is()
             raise
         finally:
             self._keep_unused_batches()
+            if self._publisher is not None:
+                self._publisher.close()
         if self._checkpointed_step != self.step:
             self.write_checkpoint()
         final = self._write_final_model() if stopped_early is None else None
@@ -179,7 +198,8 @@ class Trainer:
             self._accelerator,
             self._source,
             timeout=self._config.atropos.batch_timeout,
-            stop_requested=lambda: self._stop_reason is not None,
+            stop_requested=lambda: self.stop_requested,
+            meanwhile=self._tend_publisher,
         )
         if self._accelerator.is_main_process:
             self._source.start()
@@ -226,7 +246,9 @@ class Trainer:
         training_seconds = time.monotonic() - started
         if self.step % self._config.checkpoint.every == 0:
             self.write_checkpoint()
-        published = self._publish()
+        publishing = time.monotonic()
+        self._publish()
+        publishing_seconds = time.monotonic() - publishing
         self._write_row(
             {
                 "kind": "step",
@@ -240,22 +262,43 @@ class Trainer:
                 **step_metrics(result, padded=self._prepared.packing == "padded"),
                 "waiting_seconds": waited,
                 "training_seconds": training_seconds,
+                "publishing_seconds": publishing_seconds,
                 "tokens_per_second": batch.trained_tokens / training_seconds,
                 "total_tokens_per_second": result.sequence_tokens / training_seconds,
-                **published,
                 **self._all_counters(),
             }
         )
+        self._write_publish_rows()
 
-    def _publish(self) -> Row:
+    def _publish(self) -> None:
+        """Publish if it is time; how it went is written when it is known."""
         if self._publisher is None or self.step % self._config.publish.every:
-            return {}
-        metrics: Row = self._publisher.publish(self.step).metrics()
+            return
+        self._publisher.begin(self.step)
         self._published_step = self.step
-        row = {name.replace("/", "_"): value for name, value in metrics.items()}
-        row["publish_seconds"] = row.pop("publish_total_seconds")
-        row["publish_verified"] = bool(row["publish_verified"])
-        return row
+
+    def _tend_publisher(self) -> None:
+        """Between steps and while waiting for a batch."""
+        if self._publisher is not None:
+            self._publisher.tend(self.step)
+            self._write_publish_rows()
+
+    def _finish_publishing(self) -> None:
+        """The last version is served, and proven, before the run ends."""
+        if self._publisher is None:
+            return
+        if self._published_step != self.step:
+            self._publisher.begin(self.step)
+        self._publisher.settle()
+        self._write_publish_rows()
+
+    def _write_publish_rows(self) -> None:
+        for report in self._publisher.take_reports() if self._publisher is not None else ():
+            row: Row = {name.replace("/", "_"): value for name, value in report.metrics().items()}
+            row["publish_seconds"] = row.pop("publish_total_seconds")
+            row["publish_verified"] = report.verified
+            row["publish_already_served"] = report.already_served
+            self._write_row({"kind": "publish", "step": report.version, "version": report.version, **row})
 
     def _save_what_there_is(self) -> None:
         """After a failure: a checkpoint of the last whole step, if this process can write one alone."""

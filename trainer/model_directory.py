@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def _capture(
 ) -> CapturedModel:
     inner = unwrap(model)
     weights = _complete(inner, plain_state_dict(model) if state_dict is None else state_dict)
-    weights = _cast(weights, dtype, keep=_float32_names(inner, weights, dtype), copy=copy)
+    weights = _cast(weights, dtype, keep=float32_names(inner, weights, dtype), copy=copy)
     return CapturedModel(inner=inner, tokenizer=tokenizer, weights=weights, dtype=_dtype_of(weights))
 
 
@@ -147,11 +147,20 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
     weights = checkpoint_names(inner)
     for name, module in inner.named_modules():
         if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
-            weights[f"{name}.weight"] = _merged_weight(name, module)
+            weights[f"{name}.weight"] = merged_weight(name, module)
     return weights
 
 
-def _merged_weight(name: str, module: Any) -> Tensor:
+def merged_weight(name: str, module: Any) -> Tensor:
+    """Return one adapted layer's weight with its active adapters merged in; a new tensor if there are any.
+
+    Args:
+        name: The layer's name, for messages.
+        module: PEFT's LoRA layer.
+
+    Raises:
+        CheckpointError: See `plain_state_dict`.
+    """
     weight: Tensor = module.base_layer.weight.detach()
     if module.merged:  # PEFT has added the adapter into the weight already
         return weight
@@ -237,7 +246,7 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return one is other or _memory(one) == _memory(other)
 
 
-def _float32_names(inner: Any, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> set[str]:
+def float32_names(inner: Any, weights: Collection[str], dtype: torch.dtype | None) -> set[str]:
     """Weights that the architecture keeps in float32 because half precision ruins them."""
     if dtype not in (torch.bfloat16, torch.float16):
         return set()

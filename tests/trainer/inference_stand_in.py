@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,12 @@ class Policy:
         self.weights = weights
         self.dtype = dtype
 
-    def write(self, path: Path) -> None:
+    def capture(self) -> Callable[[Path], None]:
+        return partial(self.write, weights=self.weights)
+
+    def write(self, path: Path, weights: Weights) -> None:
         path.mkdir()
-        (path / "weights.json").write_text(json.dumps(self.weights))
+        (path / "weights.json").write_text(json.dumps(weights))
         (path / "config.json").write_text(json.dumps({"dtype": self.dtype}))
 
     def score(self, token_id_lists: list[list[int]]) -> list[list[float]]:

@@ -22,6 +22,7 @@ def run(model: Path, output: Path, bodies: Iterable[bytes], *overrides: str, ste
             *("--train.output_dir", str(output)),
             *("--train.steps", str(steps)),
             *("--train.device", "cpu"),
+            *("--train.mixed_precision", "no"),  # whatever this machine multiplies best
             *("--optimizer.learning_rate", "1e-3"),
             *("--loss.name", "policy_gradient"),
             *("--checkpoint.every", "2"),

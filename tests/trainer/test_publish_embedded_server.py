@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from local_stack.models import make_tiny_model
 from trainer.config import PublishSettings
-from trainer.model_directory import write_model_directory
-from trainer.publish import LoadFailed, Publisher, Verdict, VerificationFailed, make_probes, score_with_model
+from trainer.model_directory import capture_model, write_model_directory
+from trainer.publish import (
+    DiskTransport,
+    LoadFailed,
+    Publisher,
+    Verdict,
+    VerificationFailed,
+    VllmRoutes,
+    make_probes,
+    score_with_model,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -41,14 +50,20 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(model_directory)
         self.url = url
         self.directory = directory
-        self.write = partial(write_model_directory, model=self.model, tokenizer=tokenizer)
+        self.capture: Callable[[], Callable[[Path], None]] = lambda: (
+            capture_model(self.model, tokenizer=tokenizer).write
+        )
+        settings = PublishSettings(transport="disk", servers=[url], keep=2, on_failure="abort")
         self.publisher = Publisher(
-            PublishSettings(transport="disk", servers=[url], keep=2),
+            settings,
+            transport=DiskTransport(directory, lambda: self.capture(), keep=2),
+            servers=[VllmRoutes(url, settings)],
             probes=make_probes(tokenizer),
             score=partial(score_with_model, self.model, device="cpu"),
-            write=lambda path: self.write(path),
-            directory=directory,
         )
+
+    def copy_weights(self) -> Callable[[Path], None]:
+        return capture_model(self.model, tokenizer=self.tokenizer).write
 
     def train(self, size: float) -> None:
         """Change every weight a little."""
@@ -60,6 +75,10 @@ class Run:
         body = {"model": "policy", "prompt": [[5, 50, 100, 150]], "max_tokens": 1, "prompt_logprobs": 0}
         reply = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).raise_for_status().json()
         return [next(iter(entry.values()))["logprob"] for entry in reply["choices"][0]["prompt_logprobs"][1:]]
+
+
+def copy_directory(source: Path, path: Path) -> None:
+    shutil.copytree(source, path)
 
 
 @pytest.fixture
@@ -100,7 +119,9 @@ def test_one_stale_tensor_among_fresh_ones_is_caught(
     stale = AutoModelForCausalLM.from_pretrained(tiny_model_directory).state_dict()
     name = "model.layers.1.mlp.down_proj.weight"
     weights = {**run.model.state_dict(), name: stale[name]}
-    run.write = partial(run.write, state_dict=weights)
+    stale_path = tmp_path / "stale"
+    write_model_directory(stale_path, model=run.model, tokenizer=None, state_dict=weights)
+    run.capture = lambda: lambda path: copy_directory(stale_path, path)
     with pytest.raises(VerificationFailed) as caught:
         run.publisher.publish(1)
     assert caught.value.comparison is not None
@@ -112,7 +133,7 @@ def test_old_weights_under_a_new_version_are_caught_even_after_a_tiny_step(
 ) -> None:
     run.publisher.start(0)
     run.train(1e-6)
-    run.write = lambda path: shutil.copytree(tiny_model_directory, path)  # type: ignore[assignment]
+    run.capture = lambda: lambda path: copy_directory(tiny_model_directory, path)
     with pytest.raises(VerificationFailed) as caught:
         run.publisher.publish(1)
     comparison = caught.value.comparison
@@ -128,7 +149,7 @@ def test_weights_of_another_shape_are_refused_by_the_server_and_it_goes_on_servi
     run.publisher.start(0)
     before = run.served_logprobs()
     other = make_tiny_model(tmp_path / "other", hidden_size=32)
-    run.write = lambda path: shutil.copytree(other, path)  # type: ignore[assignment]
+    run.capture = lambda: lambda path: copy_directory(other, path)
     with pytest.raises(LoadFailed, match="shape"):
         run.publisher.publish(1)
     assert run.served_logprobs() == before

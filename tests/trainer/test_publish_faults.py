@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.inference_stand_in import PROBES, Policy, StandIn, serving
+from tests.trainer.inference_stand_in import PROBES, Policy, StandIn, Weights, serving
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError, TrainerError
 from trainer.publish import (
     CacheResetFailed,
+    DiskTransport,
     LoadFailed,
     PauseFailed,
     Phase,
@@ -31,6 +33,7 @@ from trainer.publish import (
     TagFailed,
     Verdict,
     VerificationFailed,
+    VllmRoutes,
 )
 
 BASE = (0.5, 0.3)
@@ -63,11 +66,22 @@ def policy() -> Policy:
 
 
 @contextmanager
-def publishing(policy: Policy, directory: Path, *servers: StandIn, **options: Any) -> Iterator[Publisher]:
+def publishing(
+    policy: Policy,
+    directory: Path,
+    *servers: StandIn,
+    served_model_name: str | None = None,
+    **options: Any,
+) -> Iterator[Publisher]:
     options.setdefault("servers", [server.url for server in servers])
+    options.setdefault("on_failure", "abort")
     settings = PublishSettings(transport="disk", **options)
     with Publisher(
-        settings, probes=PROBES, score=policy.score, write=policy.write, directory=directory
+        settings,
+        transport=DiskTransport(directory, lambda: policy.capture(), keep=settings.keep),
+        servers=[VllmRoutes(url, settings, served_model_name=served_model_name) for url in settings.servers],
+        probes=PROBES,
+        score=lambda probes: policy.score(probes),
     ) as publisher:
         yield publisher
 
@@ -284,19 +298,20 @@ def test_a_failed_resume_is_reported_together_with_the_first_error(
     assert "engine core died" in str(caught.value)
 
 
-def test_an_interrupt_while_loading_still_resumes(policy: Policy, server: StandIn, tmp_path: Path) -> None:
-    with publishing(policy, tmp_path, server) as publisher:
+def test_an_interrupt_while_loading_still_resumes(
+    policy: Policy, server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with publishing(policy, tmp_path, server, overlap=False) as publisher:
         publisher.start(0)
         server.calls.clear()
 
-        def interrupt(_: Any) -> None:
+        def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        publisher._servers[0].load_directory = interrupt  # type: ignore[method-assign]
+        monkeypatch.setattr(VllmRoutes, "load_directory", interrupt)
         with pytest.raises(KeyboardInterrupt):
             publisher.publish(1)
     assert server.paths() == ["/pause", "/resume"]
-    assert not server.paused
 
 
 def test_a_wrong_version_label_fails_even_when_the_numbers_agree(
@@ -452,13 +467,14 @@ def test_the_same_version_is_written_once_however_often_it_is_published(
     policy: Policy, server: StandIn, tmp_path: Path
 ) -> None:
     written: list[Path] = []
-    settings = PublishSettings(transport="disk", servers=[server.url])
+    write = policy.write
 
-    def write(path: Path) -> None:
+    def counted(path: Path, weights: Weights) -> None:
         written.append(path)
-        policy.write(path)
+        write(path, weights)
 
-    with Publisher(settings, probes=PROBES, score=policy.score, write=write, directory=tmp_path) as publisher:
+    policy.write = counted  # type: ignore[method-assign]
+    with publishing(policy, tmp_path, server) as publisher:
         server.weights = STEP
         publisher.start(3)
         server.weights = STEP  # restarted
@@ -470,7 +486,7 @@ def test_the_same_version_is_written_once_however_often_it_is_published(
 def test_a_version_left_by_an_earlier_run_is_replaced(
     policy: Policy, server: StandIn, tmp_path: Path
 ) -> None:
-    Policy(STEP).write(tmp_path / "v000003")
+    Policy(STEP).write(tmp_path / "v000003", STEP)
     server.weights = (0.0, 0.0)
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(3)
@@ -482,6 +498,8 @@ def test_weights_that_cannot_be_written_touch_no_server(
 ) -> None:
     with publishing(policy, tmp_path / "file" / "published", server) as publisher:
         publisher.start(0)
+        publisher.settle()
+        shutil.rmtree(tmp_path / "file")
         (tmp_path / "file").write_text("a file where the directory should be")
         server.calls.clear()
         with pytest.raises(StagingFailed, match="v000001"):
@@ -498,15 +516,7 @@ def test_several_models_on_one_server_are_refused_until_one_is_named(
         pytest.raises(ServerNotReady, match=r"\['policy', 'judge'\]"),
     ):
         publisher.start(0)
-    settings = PublishSettings(transport="disk", servers=[server.url])
-    with Publisher(
-        settings,
-        probes=PROBES,
-        score=policy.score,
-        write=policy.write,
-        directory=tmp_path,
-        served_model_name="policy",
-    ) as publisher:
+    with publishing(policy, tmp_path, server, served_model_name="policy") as publisher:
         assert publisher.start(0).already_served
 
 
@@ -543,11 +553,10 @@ def test_a_long_server_text_is_cut(policy: Policy, server: StandIn, tmp_path: Pa
     assert len(str(caught.value)) < 1500
 
 
-def test_transport_none_has_nothing_to_publish_to(policy: Policy, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"publish\.transport"):
-        Publisher(
-            PublishSettings(), probes=PROBES, score=policy.score, write=policy.write, directory=tmp_path
-        )
+def test_without_a_server_there_is_nothing_to_publish_to(policy: Policy, tmp_path: Path) -> None:
+    transport = DiskTransport(tmp_path, policy.capture, keep=1)
+    with pytest.raises(ConfigurationError, match=r"publish\.servers"):
+        Publisher(PublishSettings(), transport=transport, servers=[], probes=PROBES, score=policy.score)
 
 
 def test_every_error_is_a_trainer_error_and_survives_pickling(

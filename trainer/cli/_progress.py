@@ -16,6 +16,8 @@ def show_step(row: Row) -> None:
 
 def format_row(row: Row) -> str:
     """The line for a row of metrics.jsonl."""
+    if row["kind"] == "publish":
+        return _format_publish(row)
     if row["kind"] == "skipped":
         return f"step {row['step']:>5}  batch {row['batch']} skipped: {row['reason']}"
     parts = [
@@ -28,12 +30,23 @@ def format_row(row: Row) -> str:
         f"wait {_number(row.get('waiting_seconds'), '.1f')}s",
         f"train {_number(row.get('training_seconds'), '.1f')}s",
     ]
-    if "publish_seconds" in row:
-        verified = "verified" if row.get("publish_verified") else "not verified"
-        parts.append(f"publish {_number(row['publish_seconds'], '.1f')}s {verified}")
     if row.get("set_aside_groups"):
         parts.append(f"{row['set_aside_groups']} groups set aside")
     return "  ".join(parts)
+
+
+def _format_publish(row: Row) -> str:
+    verified = "verified" if row["publish_verified"] else "not verified"
+    if row["publish_already_served"]:
+        return f"version {row['version']:>2}  served already, {verified}"
+    return "  ".join(
+        [
+            f"version {row['version']:>2}  published in {_number(row['publish_seconds'], '.1f')}s",
+            f"training waited {_number(row['publish_capture_seconds'], '.2f')}s",
+            f"generation {_number(row['publish_pause_seconds'], '.2f')}s",
+            verified,
+        ]
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,7 +1,8 @@
 """Publishing weights to the inference servers, and proving that they are served."""
 
+from trainer.publish._disk import DiskTransport
 from trainer.publish._procedure import ServerOutcome
-from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
+from trainer.publish._protocol import InferenceServer, NextToken, StagedWeights, WeightTransport
 from trainer.publish._report import PublishReport
 from trainer.publish._vllm import VllmRoutes
 from trainer.publish.comparison import TOLERANCES, Baseline, Comparison, Verdict, compare
@@ -34,8 +35,10 @@ __all__ = [
     "CacheResetFailed",
     "Comparison",
     "ConnectFailed",
+    "DiskTransport",
     "InferenceServer",
     "LoadFailed",
+    "NextToken",
     "PauseFailed",
     "Phase",
     "PhaseDeadlineExceeded",

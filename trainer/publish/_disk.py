@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer.atomic_directory import remove_leftovers
@@ -27,42 +27,59 @@ class DiskTransport:
 
     Args:
         directory: Where the versions go; one trainer at a time owns it.
-        write: Writes the current weights as the directory it is given, whole or not at all;
-            `trainer.model_directory.write_model_directory` does.
+        capture: Copies the current weights and returns a function that writes the copy as the directory
+            that it is given, whole or not at all (`trainer.model_directory.capture_model`).
         keep: Newest versions that stay.
     """
 
-    def __init__(self, directory: Path, write: Callable[[Path], None], *, keep: int) -> None:
+    overlaps = True
+
+    def __init__(self, directory: Path, capture: Callable[[], Callable[[Path], None]], *, keep: int) -> None:
         self._directory = directory.absolute()
-        self._write = write
+        self._capture = capture
         self._keep = keep
         self._written: set[int] = set()
 
-    def stage(self, version: int) -> StagedWeights:
-        """Write a version, once: a second call for the same version finds it.
+    def capture(self, version: int) -> Callable[[], StagedWeights]:
+        """Copy the weights; the returned function writes them, once for each version.
 
         A directory that an earlier run left under this version's name is replaced: after a resume from a
         checkpoint the same number can stand for other weights.
 
         Raises:
-            StagingFailed: The file system refused, or the model cannot be written.
+            StagingFailed: The weights cannot be read; or, later, the file system refused.
         """
         path = self._directory / version_name(version)
-        if version not in self._written or not path.is_dir():
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                if path.exists():
-                    logger.warning("replacing %s, which an earlier run left there", path)
-                    shutil.rmtree(path)
-                self._write(path)
-            except (OSError, CheckpointError) as error:
-                raise StagingFailed(f"version {version} could not be written to {path}: {error}") from error
-            self._written.add(version)
-        return StagedWeights(version=version, path=path, dtype=_stated_dtype(path))
+        if version in self._written and path.is_dir():
+            return lambda: self._staged(version, path)
+        try:
+            write = self._capture()
+        except CheckpointError as error:
+            raise StagingFailed(f"version {version} cannot be published: {error}") from error
+        return lambda: self._write(version, path, write)
+
+    def connect(self, server: InferenceServer) -> None:
+        """Nothing to agree on: the server only has to see the directory."""
+
+    def needs_pause(self, server: InferenceServer) -> bool:
+        """Weights are replaced in place, so nothing may be computed meanwhile."""
+        return True
+
+    def served_name(self, server: InferenceServer, staged: StagedWeights) -> str | None:
+        """The model's own."""
+        return None
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Let the server read the directory."""
         server.load_directory(staged)
+
+    def activate(self, server: InferenceServer, staged: StagedWeights) -> None:
+        """Nothing to do: what is loaded is what is sampled from."""
+
+    def is_served(self, server: InferenceServer, staged: StagedWeights) -> bool:
+        """Whether the label still agrees; a server without labels cannot tell."""
+        label = server.weight_version(staged.version)
+        return label is None or label == str(staged.version)
 
     def prune(self, served: int) -> None:
         """Delete all but the newest versions up to `served`, which the servers hold.
@@ -81,6 +98,25 @@ class DiskTransport:
                 logger.warning("old weights stay on disk: %s: %s", path, error)
             self._written.discard(version)
             remove_leftovers(path)
+
+    def close(self, servers: Sequence[InferenceServer]) -> None:
+        """Nothing is held."""
+
+    def _write(self, version: int, path: Path, write: Callable[[Path], None]) -> StagedWeights:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                logger.warning("replacing %s, which an earlier run left there", path)
+                shutil.rmtree(path)
+            write(path)
+        except (OSError, CheckpointError) as error:
+            raise StagingFailed(f"version {version} could not be written to {path}: {error}") from error
+        self._written.add(version)
+        return self._staged(version, path)
+
+    def _staged(self, version: int, path: Path) -> StagedWeights:
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        return StagedWeights(version=version, path=path, dtype=_stated_dtype(path), weight_bytes=size)
 
 
 def version_name(version: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,13 @@ class Expectation:
     tolerance: float
 
 
+def make_expectation(
+    score: Callable[[list[list[int]]], Scores], probes: list[list[int]], version: int, tolerance: float
+) -> Expectation:
+    """Score the probes with the trainer's own weights, as they are now."""
+    return Expectation(version=version, scores=score(probes), tolerance=tolerance)
+
+
 class ServerVerifier:
     """Verifies one server, again and again. Used from one thread at a time."""
 
@@ -45,14 +53,17 @@ class ServerVerifier:
         self._probes = probes
         self._baseline: Baseline | None = None
 
-    def compare(self, expectation: Expectation) -> Comparison:
+    def warm(self, version: int) -> None:
+        """Bring the probes into the server's caches while it still has its old weights."""
+
+    def compare(self, expectation: Expectation, *, served_name: str | None = None) -> Comparison:
         """Score the probes on the server and judge the numbers; a match may become the next baseline.
 
         Raises:
             ServerFailure: The server did not score the probes.
         """
         version = expectation.version
-        served = self._server.score(self._probes, version)
+        served = self._server.score(self._probes, version, served_name=served_name)
         comparison = compare(
             served, expectation.scores, tolerance=expectation.tolerance, baseline=self._baseline
         )
@@ -62,7 +73,7 @@ class ServerVerifier:
             self._baseline = Baseline(version=version, expected=expectation.scores, served=served)
         return comparison
 
-    def verify(self, expectation: Expectation) -> Comparison:
+    def verify(self, expectation: Expectation, *, served_name: str | None = None) -> Comparison:
         """Prove that the server serves a version.
 
         Raises:
@@ -71,9 +82,11 @@ class ServerVerifier:
         """
         version = expectation.version
         where: dict[str, Any] = {"server": self._server.url, "phase": Phase.VERIFY, "version": version}
-        comparison = self.compare(expectation)
+        comparison = self.compare(expectation, served_name=served_name)
         if not comparison.matches:
             raise VerificationFailed(comparison.describe(), comparison=comparison, **where)
+        if served_name is not None:  # an adapter is labelled when it is activated, after the proof
+            return comparison
         label = self._server.weight_version(version)
         if label is not None and label != str(version):
             raise VerificationFailed(

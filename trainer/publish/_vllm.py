@@ -23,7 +23,7 @@ from trainer.config import PublishSettings
 from trainer.publish._http import Deadline, ServerConnection
 from trainer.publish._protocol import StagedWeights
 from trainer.publish._retry import Repeatability
-from trainer.publish.errors import Phase, ScoringFailed, ServerFailure, ServerNotReady
+from trainer.publish.errors import LoadFailed, Phase, ScoringFailed, ServerFailure, ServerNotReady
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,13 @@ class VllmRoutes:
 
     def load_directory(self, staged: StagedWeights) -> None:
         """Let every worker reload its weights from the directory."""
+        if staged.path is None:
+            raise LoadFailed(
+                "this version was not written to a directory",
+                server=self.url,
+                phase=Phase.LOAD,
+                version=staged.version,
+            )
         request = CollectiveRpcRequest(
             method="reload_weights", kwargs={"weights_path": str(staged.path.absolute())}
         )
@@ -139,10 +146,12 @@ class VllmRoutes:
         """Go on generating. `version` is for messages; None outside a publish."""
         self._post("/resume", phase=Phase.RESUME, version=version, seconds=self._settings.pause_timeout)
 
-    def score(self, token_id_lists: list[list[int]], version: int) -> list[list[float]]:
+    def score(
+        self, token_id_lists: list[list[int]], version: int, *, served_name: str | None = None
+    ) -> list[list[float]]:
         """Score all probes with one request: prompt log-probs, and one generated token that is ignored."""
         request = CompletionRequest(
-            model=self._model_name,
+            model=served_name or self._model_name,
             prompt=token_id_lists,
             max_tokens=1,
             temperature=1.0,

@@ -1,8 +1,12 @@
 """New weights to every inference server, and the proof that they are served.
 
-Data flow: trainer's model -> probe scores and a staged directory -> per server: pause, load, reset, tag,
-resume, verify -> report. The pieces are in `_disk` (staging), `_vllm` (the server's dialect), `_procedure`
-(the order) and `comparison` (the judgement).
+Data flow: live model -> captured (training thread) -> staged -> per server: pause, load, reset, tag, resume,
+verify -> report. With a transport that detaches the weights from the model, everything after `capture`
+happens in a background thread while the next step trains. Between publishes a second thread looks after the
+servers: one that was restarted gets the current version again.
+
+The pieces: `_disk`, `_lora`, `_vllm_transfer`, `_sglang_group` (transports), `_vllm`, `_sglang` (dialects),
+`_procedure` (the order at one server), `_fleet` (all servers, and failures), `comparison` (the judgement).
 """
 
 from __future__ import annotations
@@ -10,104 +14,165 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
-from trainer.publish._disk import DiskTransport
-from trainer.publish._procedure import ServerOutcome, publish_to_server
-from trainer.publish._protocol import InferenceServer, WeightTransport
+from trainer.publish._fleet import Fleet, Job
+from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish._report import PublishReport
-from trainer.publish._verification import Expectation, ServerVerifier, tolerance_for
-from trainer.publish._vllm import VllmRoutes
+from trainer.publish._verification import Expectation, ServerVerifier, make_expectation, tolerance_for
 from trainer.publish.comparison import TOLERANCES, Scores
-from trainer.publish.errors import PublishFailed, ServerFailure
+from trainer.publish.errors import PublishError
 
 logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+"""How often a wait for a publish looks whether the run is to end."""
+
+REMIND_SECONDS = 15.0
+"""How often a wait for a publish says what it waits for."""
 
 
 class Publisher:
     """Publishes versions of one model to all servers of the configuration.
 
-    Use it from one thread; only `served_version` may be read from others. It is a context manager, which
-    closes its connections.
+    Use it from one thread, the training thread; `served_version` and `loaded_version` may be read from
+    others. It is a context manager, which ends its threads and closes its connections.
 
     Args:
         settings: Section `publish` of the configuration.
+        transport: How weights get into the servers.
+        servers: The inference servers.
         probes: Token ids of the texts that verification scores (`make_probes`).
         score: Gives the trainer's own log-probs of tokens 1..T-1 of each probe (`score_with_model`).
-        write: Writes the current weights as the directory that it is given, whole or not at all
-            (`trainer.model_directory.write_model_directory`).
-        directory: Where versioned weights go; the servers see it under the same path.
-        served_model_name: The model's name on the servers. None: the only one that they serve.
+        stop_requested: Whether the run is to end soon: a failing publish is then not repeated any more.
 
     Raises:
-        ConfigurationError: `publish.transport` is `none`: there is nothing to publish to.
+        ConfigurationError: There is no server: nothing can be published.
     """
 
     def __init__(
         self,
         settings: PublishSettings,
         *,
+        transport: WeightTransport,
+        servers: Sequence[InferenceServer],
         probes: list[list[int]],
         score: Callable[[list[list[int]]], Scores],
-        write: Callable[[Path], None],
-        directory: Path,
-        served_model_name: str | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        if settings.transport == "none":
-            raise ConfigurationError(
-                "publish.transport is 'none': nothing can be published; set it to 'disk'"
-            )
+        if not servers:
+            raise ConfigurationError("there is no inference server to publish to; set publish.servers")
         self._settings = settings
         self._probes = probes
         self._score = score
-        self._transport: WeightTransport = DiskTransport(directory, write, keep=settings.keep)
-        self._servers: list[InferenceServer] = [
-            VllmRoutes(url, settings, served_model_name=served_model_name) for url in settings.servers
-        ]
-        self._verifiers = [ServerVerifier(server, probes) for server in self._servers]
-        self._lock = threading.Lock()
+        self._transport = transport
+        self._stop_requested = stop_requested
+        self._overlaps = settings.overlap and transport.overlaps
+        self._cancelled = threading.Event()
+        self._fleet = Fleet(
+            [(server, ServerVerifier(server, probes)) for server in servers],
+            transport,
+            settings,
+            cancelled=self._cancelled,
+        )
+        self._needs_repair = threading.Event()
+        self._busy = threading.Lock()  # the servers are spoken to by one thread at a time
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._watcher = threading.Thread(target=self._watch, name="publish-watch", daemon=True)
+        self._under_way: Future[object] | None = None
+        self._under_way_version = -1
+        self._reports: list[PublishReport] = []
+        self._current: Job | None = None
         self._served_version: int | None = None
 
     @property
     def served_version(self) -> int | None:
-        """The last version that every server is proven to serve; None before `start`. Thread-safe.
+        """The last version that every server counted on is proven to serve; None before `start`.
 
-        With `publish.verify` off: the last version that every server has accepted.
+        With `publish.verify` off: the last version that they have accepted. Thread-safe.
         """
-        with self._lock:
-            return self._served_version
+        return self._served_version
+
+    @property
+    def loaded_version(self) -> int | None:
+        """The oldest version that environments may be sampling from, proven or not yet. Thread-safe.
+
+        None while a server's weights are not known, for instance during a publish.
+        """
+        return self._fleet.loaded_version()
 
     def start(self, version: int) -> PublishReport:
         """Make sure that every server serves the current weights, before anything is sampled.
 
         Waits until the servers are ready and resumes one that a trainer before us left paused. If every
         server proves to serve these weights already, it only gets its label; otherwise they are published.
+        Here the first failure ends it, whatever `publish.on_failure` says: what does not work at the start
+        is a matter of configuration.
 
         Raises:
             PublishError: A server did not become ready, or the weights are not proven to be served.
         """
         started = time.monotonic()
-        self._raise_any(version, self._on_every_server(self._make_ready))
-        if self._settings.verify:
-            # "Close" is not enough to skip a publish: the server may hold a neighbouring version. A server
-            # that rounds more than float32 does therefore gets the weights once more, which settles it.
-            strictest = tolerance_for("float32", self._settings.tolerance)
-            expectation = self._expect(version, min(strictest, TOLERANCES["float32"]))
-            outcomes = self._on_every_server(lambda index: self._check_served(index, expectation))
-            self._raise_any(version, outcomes)
-            if all(outcome.comparison is not None and outcome.comparison.matches for outcome in outcomes):
-                return self._succeeded(version, outcomes, started=started, already_served=True)
-            logger.info("version %d is not proven to be served yet: publishing it", version)
-        return self.publish(version)
+        with self._busy:
+            self._fleet.make_ready(version)
+        report = self._already_served(version, started)
+        if report is None:
+            report = self._publish_here(version, patient=False)
+        else:
+            self._remember(version)
+        self._watcher.start()
+        return report
+
+    def begin(self, version: int) -> None:
+        """Publish the current weights as `version`; return as soon as training may change them.
+
+        Waits for the publish before, so that there is never more than one under way.
+
+        Raises:
+            PublishError: The publish before has failed; or, where nothing overlaps, this one.
+        """
+        self.settle()
+        if not self._overlaps:
+            self._publish_here(version, patient=True)
+            return
+        started, stage, expectation = self._capture(version)
+        captured = time.monotonic() - started
+        self._under_way_version = version
+        self._under_way = self._worker.submit(
+            self._complete, stage, expectation, started=started, captured=captured, patient=True
+        )
+
+    def settle(self) -> None:
+        """Wait until no publish is under way.
+
+        Raises:
+            PublishError: It has failed.
+        """
+        if self._under_way is None:
+            return
+        started = reminded = time.monotonic()
+        while not wait_for_futures([self._under_way], POLL_SECONDS).done:
+            if self._stop_requested():
+                self._cancelled.set()
+            if time.monotonic() - reminded > REMIND_SECONDS:
+                reminded = time.monotonic()
+                logger.info(
+                    "waiting for the publish of version %d (%.0f s)",
+                    self._under_way_version,
+                    reminded - started,
+                )
+        ended, self._under_way = self._under_way, None
+        ended.result()
 
     def publish(self, version: int) -> PublishReport:
-        """Bring the current weights to every server, as `version`, and verify each.
+        """Publish the current weights as `version` and wait for the proof.
 
         Publishing the same version again, for instance after a server was restarted, reuses what was
         written the first time.
@@ -117,27 +182,38 @@ class Publisher:
             ServerFailure: There is one server, and one phase failed.
             PublishFailed: Any other failure; `.outcomes` has what happened at every server.
         """
-        started = time.monotonic()
-        staged = self._transport.stage(version)
-        tolerance = tolerance_for(staged.dtype, self._settings.tolerance)
-        expectation = self._expect(version, tolerance) if self._settings.verify else None
-        stage_seconds = time.monotonic() - started
-        outcomes = self._on_every_server(
-            lambda index: publish_to_server(
-                self._servers[index],
-                self._transport,
-                staged,
-                verifier=self._verifiers[index],
-                expectation=expectation,
-            )
-        )
-        self._raise_any(version, outcomes)
-        return self._succeeded(version, outcomes, started=started, stage_seconds=stage_seconds)
+        self.settle()
+        return self._publish_here(version, patient=True)
+
+    def tend(self, version: int) -> None:
+        """Let the training thread see to what only it can do; call it often, also while waiting.
+
+        A failure in the background comes out here. With a transport that sends weights from the live model,
+        a server that was restarted gets them again, as `version`.
+
+        Raises:
+            PublishError: The publish under way has failed.
+        """
+        if self._under_way is not None and self._under_way.done():
+            self.settle()
+        if self._transport.overlaps or self._under_way is not None:
+            return
+        if self._needs_repair.is_set():
+            self._needs_repair.clear()
+            self._publish_here(version, patient=True)
+
+    def take_reports(self) -> list[PublishReport]:
+        """The reports of the publishes that have ended since the last call, oldest first."""
+        reports, self._reports = self._reports, []
+        return reports
 
     def close(self) -> None:
-        """Close the connections to the servers; nothing can be published afterwards."""
-        for server in self._servers:
-            server.close()
+        """End the threads, waiting for a publish under way (no longer for its retries); close connections."""
+        self._cancelled.set()
+        self._worker.shutdown(wait=True)
+        if self._watcher.is_alive():
+            self._watcher.join()
+        self._fleet.close()
 
     def __enter__(self) -> Self:
         return self
@@ -147,66 +223,123 @@ class Publisher:
     ) -> None:
         self.close()
 
-    def _expect(self, version: int, tolerance: float) -> Expectation:
-        return Expectation(version=version, scores=self._score(self._probes), tolerance=tolerance)
+    def _already_served(self, version: int, started: float) -> PublishReport | None:
+        """The report of a start at which nothing had to be sent; None if something has to be."""
+        if not self._settings.verify:
+            return None
+        # "Close" is not enough to skip a publish: the server may hold a neighbouring version. A server
+        # that rounds more than float32 does therefore gets the weights once more, which settles it.
+        strictest = min(tolerance_for("float32", self._settings.tolerance), TOLERANCES["float32"])
+        expectation = make_expectation(self._score, self._probes, version, strictest)
+        with self._busy:
+            outcomes = self._fleet.check_served(expectation)
+        if not all(outcome.comparison is not None and outcome.comparison.matches for outcome in outcomes):
+            logger.info("version %d is not proven to be served yet: publishing it", version)
+            return None
+        self._served_version = version
+        seconds = time.monotonic() - started
+        report = PublishReport(
+            version=version,
+            already_served=True,
+            verified=True,
+            total_seconds=seconds,
+            servers=tuple(outcomes),
+            oldest_version=self._fleet.oldest_version,
+        )
+        return self._keep(report)
 
-    def _make_ready(self, index: int) -> ServerOutcome:
-        server = self._servers[index]
-        errors: tuple[ServerFailure, ...] = ()
-        try:
-            server.wait_until_ready()
-            if server.is_paused():
-                logger.warning("%s is paused, perhaps by a trainer that died: resuming it", server.url)
-                server.resume(None)
-        except ServerFailure as error:
-            errors = (error,)
-        return ServerOutcome(server=server.url, errors=errors)
+    def _remember(self, version: int) -> None:
+        """Stage a version that is served already: a server that restarts before the next will need it."""
+        if not self._overlaps:
+            return
+        _, stage, expectation = self._capture(version)
 
-    def _check_served(self, index: int, expectation: Expectation) -> ServerOutcome:
-        server = self._servers[index]
-        comparison = None
-        errors: tuple[ServerFailure, ...] = ()
-        try:
-            comparison = self._verifiers[index].compare(expectation)
-            if comparison.matches:
-                server.tag(expectation.version)
-        except ServerFailure as error:
-            errors = (error,)
-        return ServerOutcome(server=server.url, comparison=comparison, errors=errors)
+        def remember() -> None:
+            job = self._job(stage(), expectation)
+            with self._busy:
+                self._current = job
 
-    def _on_every_server(self, action: Callable[[int], ServerOutcome]) -> list[ServerOutcome]:
-        """Run an action for all servers at once and wait for all of them."""
-        if len(self._servers) == 1:  # in this thread, so that Ctrl-C ends the wait and still resumes
-            return [action(0)]
-        with ThreadPoolExecutor(len(self._servers), thread_name_prefix="publish") as pool:
-            return list(pool.map(action, range(len(self._servers))))
+        self._under_way_version = version
+        self._under_way = self._worker.submit(remember)
 
-    def _raise_any(self, version: int, outcomes: list[ServerOutcome]) -> None:
-        """Raise what failed. The place for a policy that goes on with the servers that are left."""
-        failed = [outcome for outcome in outcomes if outcome.errors]
-        if len(outcomes) == 1 and failed and len(failed[0].errors) == 1:
-            raise failed[0].errors[0]
-        if failed:
-            raise PublishFailed(version, outcomes) from failed[0].errors[0]
+    def _publish_here(self, version: int, *, patient: bool) -> PublishReport:
+        started, stage, expectation = self._capture(version)
+        captured = time.monotonic() - started
+        return self._complete(stage, expectation, started=started, captured=captured, patient=patient)
 
-    def _succeeded(
+    def _capture(self, version: int) -> tuple[float, Callable[[], StagedWeights], Expectation | None]:
+        """Everything that has to see the model before the next step changes it."""
+        started = time.monotonic()
+        stage = self._transport.capture(version)
+        expectation = None
+        if self._settings.verify:
+            tolerance = tolerance_for(None, self._settings.tolerance)
+            expectation = make_expectation(self._score, self._probes, version, tolerance)
+        return started, stage, expectation
+
+    def _complete(
         self,
-        version: int,
-        outcomes: list[ServerOutcome],
+        stage: Callable[[], StagedWeights],
+        expectation: Expectation | None,
         *,
         started: float,
-        stage_seconds: float = 0.0,
-        already_served: bool = False,
+        captured: float,
+        patient: bool,
     ) -> PublishReport:
-        with self._lock:
-            self._served_version = version
-        self._transport.prune(version)
-        return PublishReport(
-            version=version,
-            already_served=already_served,
+        """Everything after `capture`, in whatever thread."""
+        staging = time.monotonic()
+        staged = stage()
+        stage_seconds = time.monotonic() - staging
+        job = self._job(staged, expectation)
+        with self._busy:
+            delivery = self._fleet.bring(job, patient=patient)
+            self._current = job
+        self._served_version = job.version
+        self._transport.prune(job.version)
+        report = PublishReport(
+            version=job.version,
             verified=self._settings.verify,
+            capture_seconds=captured,
             stage_seconds=stage_seconds,
-            pause_seconds=max(outcome.pause_seconds for outcome in outcomes),
+            pause_seconds=max(outcome.pause_seconds for outcome in delivery.outcomes),
             total_seconds=time.monotonic() - started,
-            servers=tuple(outcomes),
+            attempts=delivery.attempts,
+            weight_bytes=staged.weight_bytes,
+            servers=delivery.outcomes,
+            lost=delivery.lost,
+            oldest_version=self._fleet.oldest_version,
         )
+        return self._keep(report)
+
+    def _job(self, staged: StagedWeights, expectation: Expectation | None) -> Job:
+        if expectation is not None:
+            tolerance = tolerance_for(staged.dtype, self._settings.tolerance)
+            expectation = replace(expectation, tolerance=tolerance)
+        return Job(staged=staged, expectation=expectation)
+
+    def _keep(self, report: PublishReport) -> PublishReport:
+        logger.info("%s", report.describe())
+        self._reports.append(report)
+        return report
+
+    def _watch(self) -> None:
+        """Look after the servers between publishes, until `close`."""
+        while not self._cancelled.wait(self._settings.watch_interval):
+            if not self._busy.acquire(blocking=False):  # a publish is under way: it looks for itself
+                continue
+            try:
+                self._look_after_servers()
+            except PublishError as error:
+                logger.warning("looking after the servers: %s", error)
+            finally:
+                self._busy.release()
+
+    def _look_after_servers(self) -> None:
+        job = self._current
+        if job is None:
+            return
+        for member in self._fleet.out_of_date(job):
+            if self._transport.overlaps:
+                self._fleet.repair(member, job)
+            else:
+                self._needs_repair.set()
