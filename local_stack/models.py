@@ -83,6 +83,7 @@ def make_tiny_model(
     seed: int = 0,
     hidden_size: int = 64,
     layers: int = 2,
+    head_size: int = 16,
     max_position_embeddings: int = 2048,
 ) -> Path:
     """Write a tiny random Llama with its tokenizer to `directory` and return it.
@@ -93,8 +94,9 @@ def make_tiny_model(
     Args:
         directory: A directory that does not exist yet; an existing one is kept as it is.
         seed: Of the random weights; the global random state is left alone.
-        hidden_size: A multiple of 16.
+        hidden_size: A multiple of `head_size`.
         layers: Number of decoder layers.
+        head_size: Of every attention head; vLLM's attention for the CPU needs 32 or more.
         max_position_embeddings: Longest sequence in tokens.
     """
     if directory.is_dir():
@@ -105,8 +107,8 @@ def make_tiny_model(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 16,
-        num_key_value_heads=max(1, hidden_size // 32),
+        num_attention_heads=hidden_size // head_size,
+        num_key_value_heads=max(1, hidden_size // (2 * head_size)),
         max_position_embeddings=max_position_embeddings,
         initializer_range=0.2,
         tie_word_embeddings=True,
