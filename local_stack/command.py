@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from trainer.cli import Command
 
 DEFAULT_STEPS = 25
-_DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+ENGINES = ("embedded", "vllm")
+"""Inference servers to choose from."""
+_DEFAULT_CONFIG = Path(__file__).resolve().parent / "demo.yaml"
 
 
 class LocalCommand:
@@ -39,6 +41,20 @@ class LocalCommand:
             default=DEFAULT_STEPS,
             help=f"optimizer steps; default: {DEFAULT_STEPS}",
         )
+        parser.add_argument(
+            "--engine",
+            choices=ENGINES,
+            default="embedded",
+            help="inference server: embedded (small, starts in seconds) or vllm (stock vLLM with our "
+            "middleware, from an environment of its own: make vllm); default: embedded",
+        )
+        parser.add_argument(
+            "--vllm-python",
+            type=Path,
+            default=None,
+            metavar="PATH",
+            help="interpreter of the environment with vLLM; default: .venv-vllm/bin/python",
+        )
         parser.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and training")
         parser.add_argument(
             "--run-dir",
@@ -61,6 +77,7 @@ class LocalCommand:
         from rich.console import Console
 
         from local_stack.launcher import LocalOptions, check_settings, run_local
+        from local_stack.vllm import DEFAULT_PYTHON
 
         options = LocalOptions(
             model=args.model,
@@ -69,6 +86,8 @@ class LocalCommand:
             run_dir=args.run_dir or new_run_directory(),
             config=args.config,
             settings=tuple(args.settings),
+            engine=args.engine,
+            vllm_python=args.vllm_python or DEFAULT_PYTHON,
         )
         check_settings(options)
         return run_local(options, Console())

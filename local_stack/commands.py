@@ -6,6 +6,7 @@ host names and paths.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ SERVED_MODEL_NAME = "policy"
 MAX_MODEL_LENGTH = 512
 """Longest sequence, in tokens, that the demonstration's inference server holds."""
 MAX_SEQUENCES_AT_ONCE = 128
-"""Sequences the embedded server generates at once: a training batch (96) and some."""
+"""Sequences that the inference server generates at once: a training batch (96) and some."""
+VLLM_PLUGINS = Path(__file__).resolve().parent.parent / "inference_plugins"
+"""What vLLM loads from us: single files, found through `PYTHONPATH`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,59 @@ def inference_command(listen: Address, *, model: str, seed: int, python: str = s
         *("--max-num-seqs", str(MAX_SEQUENCES_AT_ONCE)),
         *("--seed", str(seed)),
     ]
+
+
+def vllm_command(
+    listen: Address, *, model: str, seed: int, python: str, lora_rank: int | None = None
+) -> list[str]:
+    """Return the command of a stock vLLM server for the CPU that serves `model` as `SERVED_MODEL_NAME`.
+
+    Args:
+        listen: Where it listens.
+        model: Directory or hub id of the model.
+        seed: Of its sampling.
+        python: Interpreter of the environment that vLLM is installed in.
+        lora_rank: Largest rank of adapters that it takes at run time; None: no adapters.
+    """
+    adapters = ("--enable-lora", "--max-lora-rank", str(lora_rank)) if lora_rank is not None else ()
+    return [
+        *(python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model),
+        *("--served-model-name", SERVED_MODEL_NAME),
+        *("--host", listen.host),
+        *("--port", str(listen.port)),
+        # The demonstration publishes float32: the server's log-probs are the trainer's to 5 digits.
+        *("--dtype", "float32"),
+        *("--max-model-len", str(MAX_MODEL_LENGTH)),
+        *("--max-num-seqs", str(MAX_SEQUENCES_AT_ONCE)),
+        # Small blocks let short prompts share what they begin with (the default for CPUs is 128 tokens).
+        *("--block-size", "32"),
+        "--enforce-eager",  # compiling takes longer than it saves here
+        *("--seed", str(seed)),
+        *("--middleware", "atropos_generate.AtroposGenerate"),
+        # Environments ask for the version ten times a second; warnings and errors are still logged.
+        "--disable-uvicorn-access-log",
+        *adapters,
+    ]
+
+
+def vllm_environment() -> dict[str, str]:
+    """Return the environment variables of `vllm_command`."""
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONPATH": f"{VLLM_PLUGINS}{os.pathsep}{inherited}" if inherited else str(VLLM_PLUGINS),
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause, reload and tag weights
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: over 20,000 tokens of the demonstration's model
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would reserve a core and fight with the trainer
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def generation_check_command(inference: Address, *, python: str = sys.executable) -> list[str]:
+    """Return the command that succeeds once the inference server has answered one `/generate`."""
+    return [python, "-m", "local_stack.health", "--generate", inference.url]
 
 
 def serve_command(

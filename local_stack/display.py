@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from local_stack.curve import curve
-from local_stack.records import StepRow
+from local_stack.records import PublishRow, StepRow
 from local_stack.state import RunState
 
 _CURVE_WIDTH = 40
@@ -72,12 +72,13 @@ class PanelDisplay:
 
 
 class LineDisplay:
-    """One line for each new phase, finished evaluation and step; for logs and pipes."""
+    """One line for each new phase, finished evaluation, step and publish; for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._phase = ""
         self._steps_shown = 0
+        self._publishes_shown = 0
         self._evaluation_shown = False
 
     def __enter__(self) -> Self:
@@ -99,6 +100,9 @@ class LineDisplay:
         for row in state.rows[self._steps_shown :]:
             self._say(state, describe_step(row, state.steps))
         self._steps_shown = len(state.rows)
+        for publish in state.publishes[self._publishes_shown :]:
+            self._say(state, describe_publish(publish))
+        self._publishes_shown = len(state.publishes)
 
     def _say(self, state: RunState, text: str) -> None:
         self._console.print(f"[{state.seconds:5.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
@@ -113,11 +117,16 @@ def describe_step(row: StepRow, steps: int) -> str:
         parts.append(f"loss {row.loss:+.4f}")
     if row.tokens_per_second is not None:
         parts.append(f"{row.tokens_per_second:.0f} tokens/s")
-    if row.publish_seconds is not None:
-        parts.append(f"published in {row.publish_seconds:.1f} s")
-    if row.publish_verified is not None:
-        parts.append("verified" if row.publish_verified else "NOT VERIFIED")
     return "  ".join(parts)
+
+
+def describe_publish(row: PublishRow) -> str:
+    """Put one publish into one line, e.g. `version 3 published in 1.8 s  paused 0.6 s  verified`."""
+    proof = "verified" if row.publish_verified else "NOT VERIFIED"
+    return (
+        f"version {row.version} published in {row.publish_seconds:.1f} s"
+        f"  paused {row.publish_pause_seconds:.1f} s  {proof}"
+    )
 
 
 def draw_panel(state: RunState) -> RenderableType:
@@ -187,15 +196,15 @@ def _values(state: RunState) -> list[tuple[str, RenderableType]]:
 
 
 def _publishing(state: RunState) -> Text:
-    last = next(row for row in reversed(state.rows) if row.publish_seconds is not None)
-    text = Text(f"version {last.policy_version} in {last.publish_seconds:.1f} s")
-    if last.publish_verified is not None:
-        proven = state.publishes_verified == state.publishes_made
-        text.append(
-            f"  {'✓' if proven else '✗'} {state.publishes_verified} of {state.publishes_made} proven served",
-            style="green" if proven else "bold red",
-        )
-    return text
+    last = state.publishes[-1]
+    text = Text(
+        f"version {last.version} in {last.publish_seconds:.1f} s, paused {last.publish_pause_seconds:.1f} s"
+    )
+    proven = state.publishes_verified == state.publishes_made
+    return text.append(
+        f"  {'✓' if proven else '✗'} {state.publishes_verified} of {state.publishes_made} proven served",
+        style="green" if proven else "bold red",
+    )
 
 
 def _clock(seconds: float) -> str:

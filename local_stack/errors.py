@@ -4,6 +4,7 @@
 
     LocalStackError (Exception)
     ├── RunDirectoryError (ValueError)      the run directory cannot be used as asked
+    ├── EngineMissingError (FileNotFoundError)  the inference engine that was asked for is not installed
     ├── ProcessDiedError (ChildProcessError)  a service ended although it should run
     ├── NotReadyError (TimeoutError)        a service did not answer in time
     └── StoppedByUserError                  Ctrl-C, or another request to end
@@ -18,6 +19,10 @@ class LocalStackError(Exception):
 
 class RunDirectoryError(LocalStackError, ValueError):
     """The run directory holds something that must not be overwritten; the message says what to do."""
+
+
+class EngineMissingError(LocalStackError, FileNotFoundError):
+    """The inference engine that was asked for is not installed; the message says how to install it."""
 
 
 class ProcessDiedError(LocalStackError, ChildProcessError):

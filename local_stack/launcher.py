@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from signal import SIGINT
+from typing import Literal
 
 from rich.console import Console
 
@@ -30,10 +31,13 @@ from local_stack.commands import (
     Address,
     api_command,
     evaluate_command,
+    generation_check_command,
     inference_command,
     prepare_model_command,
     serve_command,
     train_command,
+    vllm_command,
+    vllm_environment,
 )
 from local_stack.display import Display, make_display
 from local_stack.errors import LocalStackError, RunDirectoryError, StoppedByUserError
@@ -44,7 +48,8 @@ from local_stack.report import Report, draw_report, make_report
 from local_stack.services import Services, answers, free_addresses
 from local_stack.signals import StopRequests
 from local_stack.state import RunState
-from trainer.config import load_config
+from local_stack.vllm import DEFAULT_PYTHON, require_vllm, starting_part
+from trainer.config import TrainerConfig, load_config
 
 Watch = Callable[[], None]
 """Called ten times a second, whatever is waited for: reads progress, shows it, raises what ends the run."""
@@ -56,14 +61,25 @@ INFERENCE = "inference server"
 ENVIRONMENT = "environment"
 TRAINER = "trainer"
 _EVALUATION = "evaluation"
+_FIRST_TOKENS = "first tokens"
 _MODEL = "model preparation"
 
 _MODEL_TIMEOUT = 600.0
 """Reading the packaged model and writing it as a checkpoint takes half a minute; a slow disk more."""
-_READY_TIMEOUT = 300.0
-"""Importing torch in four processes at once and loading a small model takes 20 s on two cores."""
+_READY_TIMEOUT = 600.0
+"""Importing torch in four processes at once and loading a small model takes 20 s on two cores; vLLM's own
+start adds a minute."""
+_FIRST_TOKENS_TIMEOUT = 240.0
 _EVALUATION_TIMEOUT = 900.0
-_PATIENCE = {TRAINER: 120.0, ENVIRONMENT: 5.0, INFERENCE: 10.0, API: 10.0, _EVALUATION: 5.0, _MODEL: 5.0}
+_PATIENCE = {
+    TRAINER: 120.0,
+    ENVIRONMENT: 5.0,
+    INFERENCE: 10.0,
+    API: 10.0,
+    _EVALUATION: 5.0,
+    _MODEL: 5.0,
+    _FIRST_TOKENS: 0.0,
+}
 """Seconds to end after being asked. The trainer finishes its step and writes a checkpoint."""
 _WAITING = "waiting for the first step"
 _EXIT_STOPPED = 130
@@ -83,17 +99,21 @@ class LocalOptions:
     """YAML file with the trainer's settings."""
     settings: tuple[str, ...] = ()
     """Further settings for the trainer, e.g. `("--optimizer.learning_rate", "1e-5")`."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """Inference server."""
+    vllm_python: Path = DEFAULT_PYTHON
+    """Interpreter of the environment with vLLM."""
 
 
-def check_settings(options: LocalOptions) -> None:
-    """Refuse wrong settings before anything is started.
+def check_settings(options: LocalOptions) -> TrainerConfig:
+    """Refuse wrong settings before anything is started; returns the trainer's configuration.
 
     Raises:
         trainer.errors.ConfigurationError: As `atropos-train run` would.
     """
     # Addresses are found later; any will do for a check.
     words = ["--model.path", options.model, "--publish.servers", Address(port=1).url]
-    load_config(options.config, [*words, *options.settings])
+    return load_config(options.config, [*words, *options.settings])
 
 
 def run_local(options: LocalOptions, console: Console) -> int:
@@ -101,6 +121,7 @@ def run_local(options: LocalOptions, console: Console) -> int:
     run = _LocalRun(options)
     with StopRequests() as stop:
         try:
+            run.check_engine()
             run.check_directory()
             with make_display(console) as display:
                 report = run.run(display, stop)
@@ -138,6 +159,11 @@ class _LocalRun:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._read_progress()
 
+    def check_engine(self) -> None:
+        """Refuse an inference engine that is not installed."""
+        if self._options.engine == "vllm":
+            require_vllm(self._options.vllm_python)
+
     def how_to_go_on(self) -> str:
         """Say where the newest checkpoint is and how to go on from it."""
         checkpoint = newest_checkpoint(self._options.run_dir)
@@ -152,6 +178,8 @@ class _LocalRun:
             str(self._options.steps),
         ]
         again += ["--seed", str(self._options.seed), "--run-dir", str(self._options.run_dir)]
+        if self._options.engine != "embedded":
+            again += ["--engine", self._options.engine, "--vllm-python", str(self._options.vllm_python)]
         return (
             f"The newest checkpoint is {checkpoint}\n"
             f"  as a model: {checkpoint / 'model'}\n"
@@ -199,6 +227,7 @@ class _LocalRun:
             state.services |= {ENVIRONMENT: "ready", TRAINER: "ready"}
             state.training_since = (time.monotonic(), self._metrics.rows[-1].step)
         state.rows = self._metrics.rows
+        state.publishes = self._metrics.publishes
         if state.heldout_before is None:
             state.heldout_before = read_accuracy(self._before)
 
@@ -220,9 +249,7 @@ class _LocalRun:
         self._state.phase = "starting"
         api, inference = free_addresses(2)
         api_child = services.start(API, api_command(api))
-        inference_child = services.start(
-            INFERENCE, inference_command(inference, model=model, seed=self._options.seed)
-        )
+        inference_child = self._start_inference(services, inference, model)
         services.start(ENVIRONMENT, self._serve_command(api, inference, model))
         services.start(
             TRAINER, self._train_command(api, inference, model), stop_signal=SIGINT, may_finish=True
@@ -230,10 +257,49 @@ class _LocalRun:
         self._state.services = dict.fromkeys((API, INFERENCE, ENVIRONMENT, TRAINER), "starting")
         for child, url in ((api_child, f"{api.url}/status"), (inference_child, f"{inference.url}/health")):
             wait_until(
-                child, partial(answers, url), timeout=_READY_TIMEOUT, what=f"answer at {url}", watch=watch
+                child,
+                partial(answers, url),
+                timeout=_READY_TIMEOUT,
+                what=f"answer at {url}",
+                watch=self._watch_start(child, watch),
             )
+            if child is inference_child:
+                self._wait_for_first_tokens(services, inference, watch)
             self._state.services[child.name] = "ready"
         return inference
+
+    def _start_inference(self, services: Services, listen: Address, model: str) -> ChildProcess:
+        seed = self._options.seed
+        if self._options.engine == "embedded":
+            return services.start(INFERENCE, inference_command(listen, model=model, seed=seed))
+        settings = check_settings(self._options)
+        lora = settings.model.lora if settings.publish.transport == "lora" else None
+        command = vllm_command(
+            listen,
+            model=model,
+            seed=seed,
+            # Not resolved: through its symbolic link an interpreter would not find its environment.
+            python=str(self._options.vllm_python.absolute()),
+            lora_rank=lora.rank if lora is not None else None,
+        )
+        return services.start(INFERENCE, command, environment=vllm_environment())
+
+    def _watch_start(self, child: ChildProcess, watch: Watch) -> Watch:
+        """Like `watch`, and where vLLM is what is waited for, show how far it is."""
+        if child.name != INFERENCE or self._options.engine != "vllm":
+            return watch
+
+        def watch_vllm() -> None:
+            self._state.phase = f"starting · vLLM is {starting_part(child.log_path)}"
+            watch()
+
+        return watch_vllm
+
+    def _wait_for_first_tokens(self, services: Services, inference: Address, watch: Watch) -> None:
+        """Let a healthy server generate something: its first reply can take long, and no run should wait."""
+        self._state.phase = "starting · first tokens"
+        child = services.start(_FIRST_TOKENS, generation_check_command(inference), may_finish=True)
+        wait_until(child, _finished(child), timeout=_FIRST_TOKENS_TIMEOUT, what="arrive", watch=watch)
 
     def _serve_command(self, api: Address, inference: Address, model: str) -> list[str]:
         # A run that goes on from a checkpoint has been measured, and its weights are no longer untrained.
@@ -289,7 +355,7 @@ class _LocalRun:
         try:
             if self._state.phase != "done":
                 self._state.phase = "saving a checkpoint"
-            for names in ((TRAINER, ENVIRONMENT, _EVALUATION, _MODEL), (INFERENCE, API)):
+            for names in ((TRAINER, ENVIRONMENT, _EVALUATION, _MODEL, _FIRST_TOKENS), (INFERENCE, API)):
                 self._state.services |= dict.fromkeys(set(names) & set(self._state.services), "stopping")
                 display.update(self._state, final=True)
                 services.stop(names, patience=_PATIENCE, hurry=lambda: stop.hurry)

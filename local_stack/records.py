@@ -32,12 +32,25 @@ class StepRow(BaseModel):
     """Mean score of the step's sequences."""
     tokens_per_second: float | None = None
     """Trained tokens over the seconds of training."""
-    publish_seconds: float | None = None
-    """Seconds spent on publishing; None if this step did not publish."""
-    publish_verified: bool | None = None
-    """Whether the servers were proven to serve the new weights; None if nothing was compared."""
-    publish_max_difference: float | None = None
-    """Largest log-prob difference, in nats, between servers and trainer."""
+
+
+class PublishRow(BaseModel):
+    """One publish as the trainer wrote it into `metrics.jsonl`; keys not shown here are ignored.
+
+    Publishing goes on beside the next step, so it has rows of its own. A version has several where it was
+    published again, for instance to a server that was restarted.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    version: int
+    """Version of the weights; version 0 is what training began with."""
+    publish_seconds: float
+    """Seconds from taking the weights out of the model to the last proof."""
+    publish_pause_seconds: float
+    """Seconds that generation stood still."""
+    publish_verified: bool
+    """Whether the servers were proven to serve these weights."""
 
 
 class MetricsReader:
@@ -52,11 +65,17 @@ class MetricsReader:
         self._file_id: int | None = None
         self._offset = 0
         self._rows: dict[int, StepRow] = {}
+        self._publishes: dict[int, PublishRow] = {}
 
     @property
     def rows(self) -> list[StepRow]:
         """All steps so far, in order."""
         return [self._rows[step] for step in sorted(self._rows)]
+
+    @property
+    def publishes(self) -> list[PublishRow]:
+        """The last publish of each version made by training, in order of versions."""
+        return [self._publishes[version] for version in sorted(self._publishes)]
 
     def read_new(self) -> list[StepRow]:
         """Read what was appended since the last call and return the new steps."""
@@ -64,23 +83,29 @@ class MetricsReader:
             with self._path.open("rb") as file:
                 file_id = os.fstat(file.fileno()).st_ino
                 if file_id != self._file_id:
-                    self._file_id, self._offset, self._rows = file_id, 0, {}
+                    self._file_id, self._offset, self._rows, self._publishes = file_id, 0, {}, {}
                 file.seek(self._offset)
                 appended = file.read()
         except FileNotFoundError:
             return []
         complete = appended[: appended.rfind(b"\n") + 1]
         self._offset += len(complete)
-        new = [row for line in complete.splitlines() if (row := _parse_step(line)) is not None]
-        self._rows.update({row.step: row for row in new})
-        return new
+        rows = [row for line in complete.splitlines() if (row := _parse(line)) is not None]
+        steps = [row for row in rows if isinstance(row, StepRow)]
+        self._rows.update({row.step: row for row in steps})
+        for row in rows:
+            if isinstance(row, PublishRow) and row.version > 0:
+                self._publishes[row.version] = row
+        return steps
 
 
-def _parse_step(line: bytes) -> StepRow | None:
+def _parse(line: bytes) -> StepRow | PublishRow | None:
     """Read one line; None for a row of another kind, or one that cannot be read."""
+    kinds: dict[str, type[StepRow] | type[PublishRow]] = {"step": StepRow, "publish": PublishRow}
     try:
         fields = json.loads(line)
-        return StepRow.model_validate(fields) if fields.get("kind") == "step" else None
+        kind = kinds.get(fields.get("kind"))
+        return None if kind is None else kind.model_validate(fields)
     except (ValueError, AttributeError, ValidationError) as error:
         logger.warning("a line of metrics.jsonl cannot be read (%s): %r", error, line[:200])
         return None

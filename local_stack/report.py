@@ -30,9 +30,11 @@ class Report(BaseModel):
     heldout_after: float
     """The same after training, sampled from the inference server with the published weights."""
     publishes_made: int
-    """Steps whose weights were published."""
+    """Versions of the weights that were published."""
     publishes_verified: int
-    """Published steps whose weights were proven to be served."""
+    """Published versions that were proven to be served."""
+    publish_pause_seconds: float | None
+    """Seconds that generation stood still for a publish: the median; None if nothing was published."""
     seconds: float
     """Wall-clock seconds from the start of the command to the end of the last evaluation."""
     seed: int
@@ -61,6 +63,7 @@ def make_report(state: RunState, *, model: str, heldout_after: float) -> Report:
         heldout_after=heldout_after,
         publishes_made=state.publishes_made,
         publishes_verified=state.publishes_verified,
+        publish_pause_seconds=state.publish_pause_seconds,
         seconds=round(state.seconds, 1),
         seed=state.seed,
         model=model,
@@ -126,4 +129,6 @@ def _scores(report: Report) -> Text:
 def _publishes(report: Report) -> Text:
     proven = report.publishes_verified == report.publishes_made
     text = f"{report.publishes_made} versions, {report.publishes_verified} proven to be served"
+    if report.publish_pause_seconds is not None:
+        text += f", generation paused {report.publish_pause_seconds:.2f} s each"
     return Text(text, style="default" if proven else "bold red")

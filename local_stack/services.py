@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import time
@@ -17,6 +18,8 @@ from local_stack.processes import ChildProcess
 logger = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT = 5.0
+_GENERATION_TIMEOUT = 180.0
+"""The first tokens of a server that has just started may take long: vLLM took up to 18 s on two cores."""
 
 
 class Services:
@@ -36,14 +39,28 @@ class Services:
         return self._children[name]
 
     def start(
-        self, name: str, command: Sequence[str], *, stop_signal: Signals = SIGTERM, may_finish: bool = False
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        stop_signal: Signals = SIGTERM,
+        may_finish: bool = False,
     ) -> ChildProcess:
-        """Start a service; it is watched from now on. `may_finish`: it may end, with status 0."""
+        """Start a service; it is watched from now on.
+
+        Args:
+            name: What messages call it.
+            command: Program and arguments.
+            environment: Variables for this service only, on top of those for all.
+            stop_signal: What asks it to end by itself.
+            may_finish: Whether it may end, with status 0.
+        """
         child = ChildProcess(
             name,
             command,
             log_path=self._log_dir / f"{name.replace(' ', '-').lower()}.log",
-            environment=self._environment,
+            environment={**self._environment, **(environment or {})},
             stop_signal=stop_signal,
             may_finish=may_finish,
         )
@@ -93,10 +110,26 @@ def free_addresses(count: int) -> list[Address]:
 
 def answers(url: str) -> bool:
     """Whether a GET of `url`, a loopback address, is answered with success."""
+    return _succeeds(urllib.request.Request(url), timeout=_HEALTH_TIMEOUT)  # noqa: S310 - our own http URL
+
+
+def generates(url: str) -> bool:
+    """Whether the inference server at base URL `url`, a loopback address, generates a token."""
+    body = {"prompt": {"prompt_token_ids": [1]}, "max_tokens": 1, "temperature": 1.0, "logprobs": 0}
+    request = urllib.request.Request(  # noqa: S310 - our own http URL
+        f"{url}/generate",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+        method="POST",
+    )
+    return _succeeds(request, timeout=_GENERATION_TIMEOUT)
+
+
+def _succeeds(request: urllib.request.Request, *, timeout: float) -> bool:
     # A proxy of the environment must not be asked for an address on this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=_HEALTH_TIMEOUT) as reply:
+        with opener.open(request, timeout=timeout) as reply:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False

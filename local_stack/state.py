@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from local_stack.records import StepRow
+from local_stack.records import PublishRow, StepRow
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,8 @@ class RunState:
     """State of each service, by name: starting, ready, stopping or stopped."""
     rows: list[StepRow] = field(default_factory=list)
     """Steps so far, in order."""
+    publishes: list[PublishRow] = field(default_factory=list)
+    """The last publish of each version so far, in order of versions."""
     heldout_before: float | None = None
     heldout_after: float | None = None
     started_at: float = field(default_factory=time.monotonic)
@@ -52,10 +55,17 @@ class RunState:
 
     @property
     def publishes_made(self) -> int:
-        """Steps whose weights were published."""
-        return sum(row.publish_seconds is not None for row in self.rows)
+        """Versions that were published."""
+        return len(self.publishes)
 
     @property
     def publishes_verified(self) -> int:
-        """Published steps that were proven to be served."""
-        return sum(row.publish_verified is True for row in self.rows)
+        """Published versions that were proven to be served."""
+        return sum(row.publish_verified for row in self.publishes)
+
+    @property
+    def publish_pause_seconds(self) -> float | None:
+        """Seconds that generation stood still for a publish: the median; None before the first."""
+        return (
+            statistics.median(row.publish_pause_seconds for row in self.publishes) if self.publishes else None
+        )

@@ -12,6 +12,9 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+UNPUBLISHED = "default"
+"""What inference servers call the weights that they were started with, until a trainer labels them."""
+
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
@@ -22,6 +25,8 @@ class Turns:
 
     Args:
         read_version: The version that is served now; None if the server does not tell, then nobody waits.
+            Weights that no trainer has labelled yet, at the start or after the server was restarted, get no
+            turns: they may be far from the newest.
         per_version: Turns for each version: the groups of one training batch.
         patience: Seconds after which new turns are handed out although the version stayed. A trainer that
             can do nothing with a batch makes no new version and needs another batch.
@@ -46,7 +51,8 @@ class Turns:
                 if version is None:
                     return None
                 if version != self._version:
-                    self._version, self._left = version, self._per_version
+                    self._version = version
+                    self._left = 0 if version == UNPUBLISHED else self._per_version
                 elif not self._left and time.monotonic() - since > self._patience:
                     logger.warning("still version %s after %.0f s: sampling again", version, self._patience)
                     self._left = self._per_version

@@ -135,9 +135,9 @@ def test_the_environment_runs_the_command_that_is_tested(suffix: str) -> None:
     assert SERVICES[f"environment{suffix}"]["command"] == command
 
 
-@pytest.mark.parametrize(("suffix", "config"), [("", "demo"), ("-gpu", "gpu")])
+@pytest.mark.parametrize(("suffix", "config"), [("", "local_stack/demo.yaml"), ("-gpu", "configs/gpu.yaml")])
 def test_the_trainer_runs_the_command_that_is_tested(suffix: str, config: str) -> None:
-    path = Path(f"configs/{config}.yaml")
+    path = Path(config)
     command = train_command(**stack(suffix), config=path, steps=STEPS, output_dir=RUN)
     assert SERVICES[f"trainer{suffix}"]["command"] == command
 

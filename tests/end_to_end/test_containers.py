@@ -121,6 +121,8 @@ def test_the_containers_commands_train_publish_and_end(stack: DirectStack, tmp_p
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["kind"] == "step"]
     assert [row["step"] for row in steps] == [1, 2]
-    assert all(row["publish_verified"] is True for row in steps)
+    publishes = [row for row in rows if row["kind"] == "publish" and row["version"] > 0]
+    assert [row["version"] for row in publishes] == [1, 2]
+    assert all(row["publish_verified"] is True for row in publishes)
     assert (run / "final" / "model.safetensors").is_file()
     assert (run / "evaluations" / "before" / "metrics.json").is_file()

@@ -18,9 +18,9 @@ from tests.end_to_end.launching import Launched
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+def read_rows(run_dir: Path, kind: str = "step") -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == "step"]
+    return [row for row in rows if row["kind"] == kind]
 
 
 def read_report(run: Launched) -> dict[str, Any]:
@@ -41,7 +41,9 @@ def test_every_publish_was_made_and_proven(finished_run: Launched) -> None:
     assert report["publishes_made"] == report["publishes_verified"] == report["steps"] == 3
     rows = read_rows(finished_run.run_dir)
     assert [row["policy_version"] for row in rows] == [1, 2, 3]
-    assert all(row["publish_verified"] is True for row in rows)
+    publishes = read_rows(finished_run.run_dir, "publish")
+    assert [row["version"] for row in publishes if row["version"] > 0] == [1, 2, 3]
+    assert all(row["publish_verified"] is True for row in publishes)
 
 
 def test_the_report_holds_what_was_promised(finished_run: Launched) -> None:

@@ -21,7 +21,7 @@ from local_stack.signals import StopRequests
 from trainer.config import load_config
 from trainer.errors import ConfigurationError
 
-DEMO_CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+DEMO_CONFIG = Path(__file__).parents[2] / "local_stack" / "demo.yaml"
 
 
 def parse(*words: str) -> argparse.Namespace:

@@ -11,9 +11,9 @@ from PIL import Image
 from rich.console import Console
 
 from local_stack.curve import curve
-from local_stack.display import LineDisplay, PanelDisplay, describe_step, draw_panel, make_display
+from local_stack.display import LineDisplay, PanelDisplay, draw_panel, make_display
 from local_stack.picture import draw_picture, running_mean
-from local_stack.records import StepRow
+from local_stack.records import PublishRow, StepRow
 from local_stack.report import Report, draw_report, make_report
 from local_stack.state import RunState
 
@@ -24,15 +24,19 @@ def step(number: int, **values: object) -> StepRow:
         "reward_mean": number / 10,
         "loss": -0.0125,
         "tokens_per_second": 212.4,
-        "publish_seconds": 0.84,
-        "publish_verified": True,
     }
     return StepRow.model_validate({"step": number, **measured, **values})
+
+
+def publish(version: int, **values: object) -> PublishRow:
+    measured = {"publish_seconds": 1.84, "publish_pause_seconds": 0.52, "publish_verified": True}
+    return PublishRow.model_validate({"version": version, **measured, **values})
 
 
 def state(rows: int = 0, **values: object) -> RunState:
     made = RunState(model="demo", steps=30, seed=3, run_dir=Path("runs/x"))
     made.rows = [step(number) for number in range(1, rows + 1)]
+    made.publishes = [publish(number) for number in range(1, rows + 1)]
     for name, value in values.items():
         setattr(made, name, value)
     return made
@@ -79,7 +83,7 @@ def test_the_panel_of_a_run_in_training_shows_every_number_asked_for() -> None:
         "▁▂▃",
         "-0.0125",
         "212 tokens/s",
-        "version 3 in 0.8 s",
+        "version 3 in 1.8 s, paused 0.5 s",
         "✓ 3 of 3 proven served",
     ):
         assert part in text
@@ -87,15 +91,22 @@ def test_the_panel_of_a_run_in_training_shows_every_number_asked_for() -> None:
 
 def test_the_panel_does_not_hide_a_publish_that_was_not_proven() -> None:
     run = state(2)
-    run.rows.append(step(3, publish_verified=False))
+    run.publishes.append(publish(3, publish_verified=False))
     assert "✗ 2 of 3 proven served" in shown(draw_panel(run))
 
 
-def test_a_step_without_publish_is_not_counted_as_one() -> None:
+def test_a_step_whose_publish_has_not_ended_is_not_counted_as_published() -> None:
     run = state(1)
-    run.rows.append(step(2, publish_seconds=None, publish_verified=None))
+    run.rows.append(step(2))
     assert (run.publishes_made, run.publishes_verified) == (1, 1)
-    assert describe_step(run.rows[1], 30) == "step 2/30  reward 0.200  loss -0.0125  212 tokens/s"
+    assert "version 1 in 1.8 s" in shown(draw_panel(run))
+
+
+def test_the_pause_of_the_report_is_the_median() -> None:
+    run = state()
+    assert run.publish_pause_seconds is None
+    run.publishes = [publish(number, publish_pause_seconds=number) for number in (1, 2, 9)]
+    assert run.publish_pause_seconds == 2
 
 
 def test_a_terminal_gets_the_panel_and_a_pipe_gets_lines() -> None:
@@ -114,6 +125,9 @@ def test_lines_say_everything_once() -> None:
         run.rows = [step(1)]
         display.update(run)
         run.rows = [step(1), step(2)]
+        run.publishes = [publish(1)]
+        display.update(run)
+        run.publishes = [publish(1), publish(2, publish_verified=False)]
         display.update(run)
     assert isinstance(console.file, io.StringIO)
     lines = [line.partition("] ")[2] for line in console.file.getvalue().splitlines()]
@@ -121,8 +135,10 @@ def test_lines_say_everything_once() -> None:
         "starting",
         "training",
         "held-out score before training: 12.5%",
-        "step 1/30  reward 0.100  loss -0.0125  212 tokens/s  published in 0.8 s  verified",
-        "step 2/30  reward 0.200  loss -0.0125  212 tokens/s  published in 0.8 s  verified",
+        "step 1/30  reward 0.100  loss -0.0125  212 tokens/s",
+        "step 2/30  reward 0.200  loss -0.0125  212 tokens/s",
+        "version 1 published in 1.8 s  paused 0.5 s  verified",
+        "version 2 published in 1.8 s  paused 0.5 s  NOT VERIFIED",
     ]
 
 
@@ -149,6 +165,7 @@ def test_the_report_sums_the_run_up_and_survives_the_file(tmp_path: Path) -> Non
         "heldout_after": 0.75,
         "publishes_made": 5,
         "publishes_verified": 5,
+        "publish_pause_seconds": 0.52,
         "seed": 3,
         "steps": 5,
         "model": "/models/demo",
@@ -166,7 +183,7 @@ def test_the_terminal_report_says_what_was_reached_and_where_it_lies() -> None:
     for part in (
         "12.5% → 75.0%",
         "▁▂▃▄▅",
-        "5 versions, 5 proven to be served",
+        "5 versions, 5 proven to be served, generation paused 0.52 s each",
         "6 min 42 s for 5 steps",
         "runs/x/final",
         "runs/x/report.png",

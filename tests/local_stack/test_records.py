@@ -28,10 +28,26 @@ def test_only_new_steps_are_returned_and_all_are_kept(tmp_path: Path) -> None:
     assert [row.step for row in reader.read_new()] == [1]
     assert reader.read_new() == []
     with path.open("a") as file:
-        file.write(line(2, reward_mean=0.5, publish_verified=True))
+        file.write(line(2, reward_mean=0.5))
     assert [row.step for row in reader.read_new()] == [2]
     assert [row.reward_mean for row in reader.rows] == [0.25, 0.5]
-    assert reader.rows[1].publish_verified is True
+
+
+def publish_line(version: int, **values: object) -> str:
+    measured = {"publish_seconds": 2.0, "publish_pause_seconds": 0.5, "publish_verified": True, **values}
+    return line(version, kind="publish", version=version, **measured)
+
+
+def test_publishes_are_kept_by_version_the_last_one_of_each(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reader = MetricsReader(path)
+    path.write_text(publish_line(0) + line(1) + line(2) + publish_line(1) + line(3) + publish_line(2))
+    assert [row.step for row in reader.read_new()] == [1, 2, 3]
+    assert [row.version for row in reader.publishes] == [1, 2]
+    with path.open("a") as file:
+        file.write(publish_line(2, publish_pause_seconds=0.25))
+    assert reader.read_new() == []
+    assert [row.publish_pause_seconds for row in reader.publishes] == [0.5, 0.25]
 
 
 def test_a_line_counts_once_it_is_complete(tmp_path: Path) -> None:
@@ -48,13 +64,14 @@ def test_a_line_counts_once_it_is_complete(tmp_path: Path) -> None:
 def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     reader = MetricsReader(path)
-    path.write_text(line(1) + line(2) + line(3))
+    path.write_text(line(1) + line(2) + publish_line(2) + line(3))
     reader.read_new()
     shorter = tmp_path / "metrics.partial"
     shorter.write_text(line(1))
     shorter.replace(path)
     assert [row.step for row in reader.read_new()] == [1]
     assert [row.step for row in reader.rows] == [1]
+    assert reader.publishes == []
 
 
 @pytest.mark.parametrize("bad", ["not json\n", "[1]\n", '{"kind": "step", "step": "one"}\n'])

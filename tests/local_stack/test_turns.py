@@ -69,3 +69,16 @@ async def test_a_cancelled_wait_lets_others_go_on() -> None:
         await waiting
     served.version = "1"
     assert await turns.take() == "1"
+
+
+async def test_weights_that_no_trainer_has_labelled_yet_get_no_turns() -> None:
+    served = Served()
+    served.version = "default"
+    turns = Turns(served.read, per_version=1)
+    assert await taken(turns, 1) == []
+    served.version = "0"
+    assert await taken(turns, 2) == ["0"]
+    served.version = "default"  # the server was restarted
+    assert await taken(turns, 1) == []
+    served.version = "0"  # and got its version again
+    assert await taken(turns, 2) == ["0"]
