@@ -1,0 +1,331 @@
+"""The stream of live weights: the checkpoint's own names and bits, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tests.trainer.models import VOCABULARY, tiny_model
+from trainer.errors import CheckpointError
+from trainer.model_directory import write_model_directory
+from trainer.publish._weight_stream import WeightStream
+
+MIB = 1 << 20
+
+
+def collect(stream: WeightStream) -> dict[str, Tensor]:
+    return {name: tensor.clone() for bucket in stream.buckets() for name, tensor in bucket}
+
+
+def written(model: nn.Module, path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    write_model_directory(path, model=model, tokenizer=None, dtype=dtype)
+    return load_file(path / "model.safetensors")
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+def with_adapter(model: nn.Module, **options: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="adapters need the optional peft")
+    targets = options.pop("target_modules", ["q_proj", "v_proj", "down_proj"])
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapted
+
+
+def mixture() -> nn.Module:
+    """In memory its experts are one tensor per layer, in the checkpoint one per expert and projection."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: tiny_model("qwen2", dtype=torch.float32),
+    "tied": lambda: tiny_model("llama", dtype=torch.float32),
+    "transposed": lambda: tiny_model("gpt2", dtype=torch.float32),
+    "compiled": lambda: torch.compile(tiny_model("llama", dtype=torch.float32), backend="eager"),
+    "adapted": lambda: with_adapter(tiny_model("llama", dtype=torch.float32)),
+    "adapted in half precision": lambda: with_adapter(tiny_model("qwen2", dtype=torch.bfloat16)),
+    "experts": mixture,
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as it is", "bfloat16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_stream_is_what_the_directory_holds(kind: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+    model = MODELS[kind]()
+    stream = WeightStream(model, dtype=dtype, bucket_bytes=4096)
+    assert_same(collect(stream), written(model, tmp_path / "out", dtype))
+
+
+def test_a_data_parallel_model_is_unwrapped(tmp_path: Path) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = tiny_model("llama", dtype=torch.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parallel = nn.parallel.DistributedDataParallel(model)
+        streamed = collect(WeightStream(parallel, dtype=None, bucket_bytes=MIB))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same(streamed, written(model, tmp_path / "out", None))
+
+
+@pytest.mark.slow
+def test_weights_in_shards_are_gathered(tmp_path: Path, free_port: int) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+        *("--master_addr", "127.0.0.1", "--master_port", str(free_port)),
+        *("-m", "tests.trainer.sharded_stream_run", str(tmp_path / "streamed.safetensors")),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = written(tiny_model("llama", dtype=torch.float32), tmp_path / "out", torch.bfloat16)
+    assert_same(load_file(tmp_path / "streamed.safetensors"), whole)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_announced_is_what_comes_every_time(kind: str) -> None:
+    stream = WeightStream(MODELS[kind](), dtype=torch.float16, bucket_bytes=5000)
+    announced = [(entry.name, entry.dtype, entry.shape) for entry in stream.entries()]
+    for _ in range(2):
+        one_by_one = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stream.weights()]
+        assert one_by_one == announced
+        in_buckets = [
+            (name, tensor.dtype, tuple(tensor.shape)) for b in stream.buckets() for name, tensor in b
+        ]
+        assert in_buckets == announced
+    assert stream.total_bytes == sum(tensor.nbytes for _, tensor in stream.weights())
+    assert stream.largest_bytes == max(tensor.nbytes for _, tensor in stream.weights())
+    assert stream.dtype_name == "float16"
+
+
+def test_announcing_touches_no_data() -> None:
+    with torch.device("meta"):
+        model = tiny_model("llama", dtype=torch.float32)
+    entries = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB).entries()
+    real = WeightStream(tiny_model("llama", dtype=torch.float32), dtype=torch.bfloat16, bucket_bytes=MIB)
+    assert entries == real.entries()
+
+
+def test_the_weights_are_read_when_they_are_asked_for() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)
+    before = collect(stream)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)  # exact in any type
+    after = collect(stream)
+    assert all(torch.equal(after[name], 2.0 * before[name]) for name in before)
+
+
+def test_an_adapter_stays_apart_from_the_weights_it_adapts() -> None:
+    model = with_adapter(tiny_model("llama", dtype=torch.float32))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    collect(WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_buckets_are_full_but_not_overfull() -> None:
+    limit = 9000
+    model = tiny_model("qwen2", dtype=torch.float32)
+    sizes = []
+    for bucket in WeightStream(model, dtype=torch.bfloat16, bucket_bytes=limit).buckets():
+        parts = [tensor.nbytes for _, tensor in bucket]
+        assert sum(parts) <= limit or len(parts) == 1
+        sizes.append((parts[0], sum(parts)))
+    assert len(sizes) > 5
+    assert all(size + first_of_next > limit for (_, size), (first_of_next, _) in pairwise(sizes))
+
+
+def test_a_weight_larger_than_a_bucket_has_one_for_itself() -> None:
+    stream = WeightStream(tiny_model("qwen2", dtype=torch.float32), dtype=None, bucket_bytes=1)
+    assert all(len(list(bucket)) == 1 for bucket in stream.buckets())
+
+
+def test_a_bucket_is_emptied_when_the_next_one_is_asked_for() -> None:
+    buckets = WeightStream(MODELS["plain"](), dtype=torch.bfloat16, bucket_bytes=9000).buckets()
+    first = next(buckets)
+    assert first
+    next(buckets)
+    assert first == []
+
+
+def allocated_peak(action: Callable[[], object]) -> int:
+    """Bytes that the CPU allocator gave out at once while `action` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as session:
+        action()
+    assert session.profiler is not None
+    assert session.profiler.kineto_results is not None
+    current = peak = 0
+    events = session.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
+
+
+def wide_model(*, adapted: bool = False) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    return with_adapter(model) if adapted else model
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapted"])
+def test_the_memory_beside_the_model_is_one_bucket(adapted: bool) -> None:
+    model = wide_model(adapted=adapted)
+    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)
+    whole = stream.total_bytes
+    assert whole > 10 * MIB
+
+    def send() -> None:
+        for bucket in stream.buckets():
+            for _name, _tensor in bucket:  # the loop's variables keep the last one, as a sender's would
+                pass
+
+    everything = allocated_peak(lambda: collect(WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)))
+    assert everything >= whole  # the measurement sees what is held
+    largest_in_memory = 2 * stream.largest_bytes  # float32
+    merging = 3 * largest_in_memory if adapted else 0  # the difference, its product's own, the sum
+    assert MIB // 2 < allocated_peak(send) <= MIB + stream.largest_bytes + merging + 4096
+
+
+def test_nothing_is_copied_where_nothing_has_to_be_cast() -> None:
+    stream = WeightStream(wide_model(), dtype=torch.float32, bucket_bytes=MIB)
+
+    def send() -> None:
+        for _bucket in stream.buckets():
+            pass
+
+    assert allocated_peak(send) <= 4096
+
+
+def test_a_layer_that_was_exchanged_is_noticed() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    stream = WeightStream(model, dtype=None, bucket_bytes=MIB)
+    model.model.norm.weight = nn.Parameter(torch.ones(33))
+    with pytest.raises(CheckpointError, match=r"model.norm.weight is torch.float32 \[33\], and was"):
+        collect(stream)
+
+
+def test_adapters_that_cannot_be_merged_by_adding_are_refused() -> None:
+    model = with_adapter(tiny_model("llama", dtype=torch.float32), use_dora=True)
+    with pytest.raises(CheckpointError, match="DoRA"):
+        collect(WeightStream(model, dtype=None, bucket_bytes=MIB))
+
+
+def test_a_tied_weight_that_only_one_of_its_names_adapts_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = with_adapter(tiny_model("llama", dtype=torch.float32), target_modules=["lm_head"])
+    with pytest.raises(CheckpointError, match=r"lm_head.weight.* tied"):
+        WeightStream(model, dtype=None, bucket_bytes=MIB)
+
+
+def test_weights_in_flat_shards_are_refused() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    with pytest.raises(CheckpointError, match=r"publish\.transport disk"):
+        WeightStream(FullyShardedDataParallel(MODELS["plain"]()), dtype=None, bucket_bytes=MIB)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", ["tied", "adapted", "experts"])
+def test_on_a_gpu_the_stream_is_what_the_directory_holds(kind: str, tmp_path: Path) -> None:
+    model = MODELS[kind]().to("cuda")
+    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=4096)
+    assert stream.device.type == "cuda"
+    streamed = {name: tensor.cpu() for name, tensor in collect(stream).items()}
+    assert_same(streamed, written(model, tmp_path / "out", torch.bfloat16))
+
+
+@needs_cuda
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapted"])
+def test_on_a_gpu_the_memory_beside_the_model_is_one_bucket(adapted: bool) -> None:
+    model = wide_model(adapted=adapted).to("cuda")
+    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for bucket in stream.buckets():
+        for _name, _tensor in bucket:
+            pass
+    extra = torch.cuda.max_memory_allocated() - before
+    merging = 6 * stream.largest_bytes if adapted else 0
+    rounding = 512 * len(stream.entries())  # the allocator's granularity
+    assert MIB // 2 < extra <= MIB + stream.largest_bytes + merging + rounding
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", ["adapted", "experts"])
+def test_on_a_gpu_senders_may_alternate_between_streams(kind: str) -> None:
+    """As vLLM's packed transfer does: two CUDA streams in turn, which know nothing of each other."""
+    model = MODELS[kind]().to("cuda")
+    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=4096)
+    expected = collect(stream)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(20):
+        received = {}
+        weights = stream.weights()
+        for number in range(len(expected)):
+            with torch.cuda.stream(streams[number % 2]):
+                torch.cuda._sleep(20_000)  # type: ignore[no-untyped-call]  # what comes first is not done first
+                name, tensor = next(weights)
+                received[name] = tensor.clone()
+                del tensor
+        torch.cuda.synchronize()
+        assert_same(received, expected)
