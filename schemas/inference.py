@@ -386,6 +386,13 @@ class WeightVersionReply(_Message):
     new_version: str
 
 
+class WorldSize(_Message):
+    """Reply of `GET /get_world_size`."""
+
+    world_size: int = Field(ge=1)
+    """Workers that hold a part or a copy of the model, over all kinds of parallelism."""
+
+
 class WeightInfo(_Message):
     """Reply of `GET /weight_info`; the label is `default` until somebody sets one."""
 

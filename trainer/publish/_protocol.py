@@ -125,12 +125,15 @@ class InferenceServer(Protocol):
         """Forget an adapter; not knowing it is no failure."""
         ...
 
-    def world_size(self, version: int) -> int:
+    def world_size(self, version: int | None) -> int:
         """Number of the server's workers that take part in a transfer over a process group."""
         ...
 
-    def weight_request(self, route: str, body: Mapping[str, Any], version: int) -> None:
-        """One request of a weight transfer, e.g. `/update_weights`, inside the load deadline; sent once."""
+    def weight_request(self, route: str, body: Mapping[str, Any], version: int | None) -> None:
+        """One request of a weight transfer, e.g. `/update_weights`, inside the load deadline; sent once.
+
+        `version` is for messages; None while shaking hands.
+        """
         ...
 
     def close(self) -> None:

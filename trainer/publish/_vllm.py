@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -18,6 +19,7 @@ from schemas.inference import (
     PromptLogProbs,
     WeightInfo,
     WeightVersionRequest,
+    WorldSize,
 )
 from trainer.config import PublishSettings
 from trainer.publish._http import Deadline, ServerConnection
@@ -26,6 +28,9 @@ from trainer.publish._retry import Repeatability
 from trainer.publish.errors import LoadFailed, Phase, ScoringFailed, ServerFailure, ServerNotReady
 
 logger = logging.getLogger(__name__)
+
+CONNECT_ROUTES = ("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine")
+"""The steps of a weight transfer that only join or leave the group of those who transfer."""
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -184,6 +189,29 @@ class VllmRoutes:
                 return None
             raise
         return info.weight_version
+
+    def world_size(self, version: int | None) -> int:
+        """Ask `/get_world_size` for the number of workers. `version` is for messages."""
+        deadline = Deadline(self._settings.pause_timeout)
+        reply = self._get(
+            "/get_world_size", WorldSize, phase=Phase.CONNECT, version=version, deadline=deadline
+        )
+        return reply.world_size
+
+    def weight_request(self, route: str, body: Mapping[str, Any], version: int | None) -> None:
+        """One step of a weight transfer; sent once, because its other side runs beside it.
+
+        An empty body is sent as no body: vLLM's routes then take their defaults.
+        """
+        self._connection.call(
+            "POST",
+            route,
+            phase=Phase.CONNECT if route in CONNECT_ROUTES else Phase.LOAD,
+            version=version,
+            deadline=Deadline(self._settings.load_timeout),
+            repeatability=Repeatability.ONCE,
+            body=dict(body) or None,
+        )
 
     def _get(
         self, path: str, kind: type[Reply], *, phase: Phase, version: int | None, deadline: Deadline
