@@ -61,6 +61,7 @@ from schemas.inference import (
     WeightInfo,
     WeightVersionReply,
     WeightVersionRequest,
+    WorldSize,
 )
 
 __all__ = [
@@ -120,6 +121,7 @@ __all__ = [
     "WeightInfo",
     "WeightVersionReply",
     "WeightVersionRequest",
+    "WorldSize",
     "WireModel",
     "first_problem",
 ]
