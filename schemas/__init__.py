@@ -121,7 +121,7 @@ __all__ = [
     "WeightInfo",
     "WeightVersionReply",
     "WeightVersionRequest",
-    "WorldSize",
     "WireModel",
+    "WorldSize",
     "first_problem",
 ]
