@@ -173,6 +173,8 @@ class Trainer:
         if self._checkpointed_step != self.step:
             self.write_checkpoint()
         final = self._write_final_model() if stopped_early is None else None
+        # Nobody leaves the process group while another still writes: its abrupt end can abort a process.
+        self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
         return RunSummary(
             step=self.step,
