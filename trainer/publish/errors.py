@@ -132,8 +132,8 @@ class LoadFailed(ServerFailure):
     """The server did not load the weights; what it serves now is unknown."""
 
     remedy = (
-        "see that the server can read publish.directory under the same path and serves the same "
-        "architecture; otherwise look into its log"
+        "see that the server serves the same architecture and, with publish.transport disk, can read "
+        "publish.directory under the same path; otherwise look into its log"
     )
 
 

@@ -1,0 +1,70 @@
+"""Calls that may never return: a collective whose other side has died waits for ever, and cannot be ended."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+class BoundedCall(Generic[Value]):
+    """Runs an action in a daemon thread, which is left behind if it does not end in time.
+
+    The action has to be one that does no harm when it goes on after nobody waits for it any more.
+
+    Args:
+        action: What to do.
+        name: The thread's name.
+    """
+
+    def __init__(self, action: Callable[[], Value], *, name: str) -> None:
+        self._action = action
+        self._outcome: Future[Value] = Future()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def fail(self, error: BaseException) -> None:
+        """End the wait with an error, for instance because the other side has said no. Thread-safe."""
+        try:
+            self._outcome.set_exception(error)
+        except InvalidStateError:  # it has ended, one way or the other
+            return
+
+    def result(self, seconds: float) -> Value:
+        """Wait for what the action returns.
+
+        Raises:
+            NotEndedError: It has not ended in time.
+            BaseException: What the action raised, or what `fail` was given.
+        """
+        try:
+            return self._outcome.result(seconds)
+        except TimeoutError:
+            if self._outcome.done():  # the action's own
+                raise
+            raise NotEndedError(seconds) from None
+
+    def _run(self) -> None:
+        try:
+            value = self._action()
+        except BaseException as error:  # noqa: BLE001 - it belongs to the thread that waits
+            self.fail(error)
+            return
+        try:
+            self._outcome.set_result(value)
+        except InvalidStateError:  # given up meanwhile
+            return
+
+
+class NotEndedError(Exception):
+    """A call did not end in its time.
+
+    Attributes:
+        seconds: That time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"it did not end within {seconds:g} s")

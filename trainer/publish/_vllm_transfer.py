@@ -1,0 +1,388 @@
+"""The transports `nccl` and `ipc` for vLLM: weights from the live model into the workers, without a disk.
+
+vLLM's own classes do the transfer (`_vllm_engine`); here is what surrounds it: one group for each server, a
+deadline around every step that could wait for ever, and tidying up after a failure.
+
+A group whose transfer failed is never used again. The next attempt builds a new one. If the server still
+answers, it is first brought out of the half-done update, because vLLM holds layers without any data in the
+middle of one and would fail at the next token.
+
+Servers get the weights one after the other: vLLM's sender shares its CUDA streams between all groups of a
+process, and gathering sharded weights is a collective. A server that waits for its turn is paused already.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TypeVar
+
+import httpx
+import torch
+
+from trainer.config import PublishSettings
+from trainer.errors import ConfigurationError
+from trainer.publish._bounded import BoundedCall, NotEndedError
+from trainer.publish._protocol import InferenceServer, StagedWeights
+from trainer.publish._vllm_engine import (
+    Backend,
+    SyncClient,
+    TransferEngine,
+    TransferGroup,
+    build_engine,
+    require_vllm,
+)
+from trainer.publish._weight_stream import WeightStream
+from trainer.publish.errors import ConnectFailed, LoadFailed, Phase, PhaseDeadlineExceeded, ServerFailure
+
+logger = logging.getLogger(__name__)
+
+ABORT_SECONDS = 10.0
+"""For leaving a group. vLLM gives NCCL 5 seconds to abort; a GPU that hangs longer will not come back."""
+
+PORT_ATTEMPTS = 8
+"""A rendezvous that nobody came to keeps its port for some minutes; the next attempts step over it."""
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """One server's group."""
+
+    engine: TransferEngine
+    client: SyncClient
+
+
+class VllmTransferTransport:
+    """Sends the live model's weights to vLLM servers.
+
+    Args:
+        backend: `nccl`: over the network or between GPUs of one machine. `ipc`: to a server on the same GPU.
+        stream: The weights.
+        settings: Section `publish` of the configuration.
+        build: Builds a group's engine; None: vLLM's own.
+
+    Raises:
+        ConfigurationError: This machine or this configuration cannot send that way.
+    """
+
+    overlaps = False
+
+    def __init__(
+        self,
+        backend: Backend,
+        stream: WeightStream,
+        settings: PublishSettings,
+        *,
+        build: Callable[[TransferGroup], TransferEngine] | None = None,
+    ) -> None:
+        if backend == "ipc":
+            _require_one_machine(settings.servers)
+        if build is None:
+            require_vllm(backend, stream.device)
+        self._backend = backend
+        self._stream = stream
+        self._settings = settings
+        self._build = build or build_engine
+        self._numbers = {_plain(url): number for number, url in enumerate(settings.servers)}
+        self._connections: dict[str, _Connection] = {}
+        self._turn = threading.Lock()
+
+    def capture(self, version: int) -> Callable[[], StagedWeights]:
+        """Nothing is copied: see that the last step's work on the GPU is done, and say what will travel."""
+        if self._stream.device.type == "cuda":
+            torch.cuda.current_stream(self._stream.device).synchronize()
+        staged = StagedWeights(
+            version=version, dtype=self._stream.dtype_name, weight_bytes=self._stream.total_bytes
+        )
+        return lambda: staged
+
+    def connect(self, server: InferenceServer) -> None:
+        """Build a new group with a server; an older one is left behind without waiting for it.
+
+        Raises:
+            ServerFailure: The server was not started for this transport, or its workers did not come.
+        """
+        with self._turn:
+            former = self._connections.pop(server.url, None)
+            if former is not None:
+                self._leave(former)
+            self._free_server(server)
+            workers = server.world_size(None)
+            if self._backend == "ipc" and workers != 1:
+                raise ConnectFailed(
+                    f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU",
+                    server=server.url,
+                    phase=Phase.CONNECT,
+                )
+            client = SyncClient(server)
+            group = TransferGroup(
+                backend=self._backend,
+                client=client,
+                stream=self._stream,
+                workers=workers,
+                address=self._settings.group_address,
+                port=self._port(server) if self._backend == "nccl" else 0,
+            )
+            call = self._start(lambda: self._join(group), f"connect {server.url}")
+            client.on_failure = call.fail
+            try:
+                engine = call.result(self._settings.load_timeout)
+            except BaseException as error:
+                client.close()
+                explained = self._explained(error, server, Phase.CONNECT, None)
+                if explained is error:
+                    raise
+                raise explained from error
+            client.on_failure = lambda _error: None
+            self._connections[server.url] = _Connection(engine, client)
+
+    def needs_pause(self, server: InferenceServer) -> bool:
+        """Weights are replaced in place, so nothing may be computed meanwhile."""
+        return True
+
+    def served_name(self, server: InferenceServer, staged: StagedWeights) -> str | None:
+        """The model's own."""
+        return None
+
+    def load(self, server: InferenceServer, staged: StagedWeights) -> None:
+        """Send the weights, when it is this server's turn.
+
+        Raises:
+            ServerFailure: The server refused, or the transfer did not end in time. The group is given up.
+        """
+        with self._turn:
+            connection = self._connections.get(server.url)
+            if connection is None:
+                raise LoadFailed(
+                    "there is no transfer group with it",
+                    server=server.url,
+                    phase=Phase.LOAD,
+                    version=staged.version,
+                )
+            connection.client.version = staged.version
+            call = self._start(connection.engine.send_weights, f"send {server.url}")
+            connection.client.on_failure = call.fail
+            try:
+                call.result(self._settings.load_timeout)
+            except BaseException as error:
+                self._give_up(server, connection, staged.version, error)
+                explained = self._explained(error, server, Phase.LOAD, staged.version)
+                if explained is error:
+                    raise
+                raise explained from error
+
+    def activate(self, server: InferenceServer, staged: StagedWeights) -> None:
+        """Nothing to do: what is loaded is what is sampled from."""
+
+    def is_served(self, server: InferenceServer, staged: StagedWeights) -> bool:
+        """Whether the label still agrees; a server without labels cannot tell."""
+        label = server.weight_version(staged.version)
+        return label is None or label == str(staged.version)
+
+    def prune(self, served: int) -> None:
+        """Nothing is kept."""
+
+    def close(self, servers: Sequence[InferenceServer]) -> None:
+        """Leave all groups, and let the workers leave them."""
+        for server in servers:
+            connection = self._connections.pop(server.url, None)
+            if connection is None:
+                continue
+            leaving = self._start(connection.client.shutdown_weight_transfer_engine, f"close {server.url}")
+            try:
+                leaving.result(ABORT_SECONDS)
+            except (ServerFailure, NotEndedError) as error:
+                logger.debug("%s: leaving its transfer group: %s", server.url, error)
+            self._wait_for(self._leave(connection))
+
+    def _start(self, action: Callable[[], Value], name: str) -> BoundedCall[Value]:
+        """Start an action on the weights' GPU: which GPU is current is a thread's own affair."""
+
+        def run() -> Value:
+            if self._stream.device.type == "cuda":
+                torch.cuda.set_device(self._stream.device)
+            return action()
+
+        return BoundedCall(run, name=name)
+
+    def _join(self, group: TransferGroup) -> TransferEngine:
+        engine = self._build(group)
+        if group.client.closed:  # its workers came after it was given up
+            engine.shutdown()
+        return engine
+
+    def _leave(self, connection: _Connection) -> BoundedCall[None]:
+        """Abort a group, in a thread of its own."""
+        connection.client.close()
+        return self._start(connection.engine.shutdown, "leave transfer group")
+
+    def _wait_for(self, call: BoundedCall[None]) -> None:
+        try:
+            call.result(ABORT_SECONDS)
+        except Exception as error:  # noqa: BLE001 - whatever NCCL says of a group that is dead anyway
+            logger.warning("leaving a transfer group: %s", error)
+
+    def _give_up(
+        self, server: InferenceServer, connection: _Connection, version: int, error: BaseException
+    ) -> None:
+        """Leave the group, so that the GPU is free again; bring the server out of the update."""
+        del self._connections[server.url]
+        self._wait_for(self._leave(connection))
+        stuck = isinstance(error, NotEndedError | PhaseDeadlineExceeded)
+        gone = isinstance(error, ServerFailure) and error.status in (None, HTTPStatus.NOT_FOUND)
+        if not stuck and not gone and isinstance(error, Exception):
+            self._end_update(server, version)
+
+    def _end_update(self, server: InferenceServer, version: int | None) -> bool:
+        """End a half-done update: layers that got nothing keep their old weights. Says whether it worked.
+
+        vLLM counts an update that failed as ended, but only the end of one puts the layers back. So if there
+        is none to be ended, one is begun for that.
+        """
+
+        def end() -> None:
+            try:
+                server.weight_request("/finish_weight_update", {}, version)
+            except ServerFailure:
+                server.weight_request("/start_weight_update", {}, version)
+                server.weight_request("/finish_weight_update", {}, version)
+
+        try:
+            BoundedCall(end, name=f"end update {server.url}").result(self._settings.pause_timeout)
+        except (ServerFailure, NotEndedError) as error:
+            logger.warning(
+                "%s is in the middle of a weight update and does not come out of it: restart it (%s)",
+                server.url,
+                error,
+            )
+            return False
+        return True
+
+    def _free_server(self, server: InferenceServer) -> None:
+        """Let the workers leave the group of an earlier attempt, or of a trainer that died.
+
+        Raises:
+            PhaseDeadlineExceeded: They do not answer: they still wait in that group.
+        """
+
+        def shut_down() -> None:
+            server.weight_request("/shutdown_weight_transfer_engine", {}, None)
+
+        for last in (False, True):
+            try:
+                BoundedCall(shut_down, name=f"free {server.url}").result(self._settings.pause_timeout)
+            except NotEndedError as error:
+                raise PhaseDeadlineExceeded(
+                    f"its workers did not leave the former transfer group within {error.seconds:g} s; they "
+                    "may wait in it for ever, then only a restart of the server helps",
+                    server=server.url,
+                    phase=Phase.CONNECT,
+                ) from error
+            except ServerFailure as error:
+                if last or error.status != HTTPStatus.INTERNAL_SERVER_ERROR:
+                    logger.debug("%s: no transfer group to leave: %s", server.url, error)
+                    return
+                self._end_update(server, None)  # vLLM refuses in the middle of an update
+            else:
+                return
+
+    def _port(self, server: InferenceServer) -> int:
+        """A free port for the rendezvous: the server's own, or the next that is no other server's.
+
+        Raises:
+            ConnectFailed: None can be had.
+        """
+        step = max(1, len(self._numbers))
+        first = self._settings.group_port + self._numbers.setdefault(server.url, len(self._numbers))
+        ports = [first + attempt * step for attempt in range(PORT_ATTEMPTS)]
+        for port in ports:
+            try:
+                with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((self._settings.group_address, port))
+            except (OSError, OverflowError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                    continue
+                raise ConnectFailed(
+                    f"cannot listen on {self._settings.group_address}:{port} for its workers ({error}); "
+                    "publish.group_address has to be an address of this machine",
+                    server=server.url,
+                    phase=Phase.CONNECT,
+                ) from error
+            return port
+        raise ConnectFailed(
+            f"the ports {', '.join(map(str, ports))} for the rendezvous are all taken; set another "
+            "publish.group_port",
+            server=server.url,
+            phase=Phase.CONNECT,
+        )
+
+    def _explained(
+        self, error: BaseException, server: InferenceServer, phase: Phase, version: int | None
+    ) -> BaseException:
+        """The error to raise: ours as it is or with a hint, anything else as the phase's own."""
+        if isinstance(error, NotEndedError):
+            limit = f"within {error.seconds:g} s (publish.load_timeout)"
+            reason = f"the transfer group did not come together {limit}"
+            if phase is Phase.LOAD:
+                reason = (
+                    f"the transfer did not end {limit}; its group is given up. If a worker still waits in it, "
+                    "only a restart of the server helps"
+                )
+            return PhaseDeadlineExceeded(reason, server=server.url, phase=phase, version=version)
+        if isinstance(error, ServerFailure) and (hint := self._hint(error)):
+            return type(error)(
+                f"{error.reason}; {hint}",
+                server=error.server,
+                phase=error.phase,
+                version=error.version,
+                status=error.status,
+                server_text=error.server_text,
+            )
+        if isinstance(error, ServerFailure | ConfigurationError) or not isinstance(error, Exception):
+            return error
+        kind = ConnectFailed if phase is Phase.CONNECT else LoadFailed
+        reason = f"{type(error).__name__} in the sender: {error}"
+        return kind(reason, server=server.url, phase=phase, version=version)
+
+    def _hint(self, error: ServerFailure) -> str:
+        """What a refusal most likely means; empty if nothing is likely."""
+        if error.status is None:
+            return ""
+        if error.status == HTTPStatus.NOT_FOUND:
+            return "it has to be started with VLLM_SERVER_DEV_MODE=1"
+        if error.phase is Phase.CONNECT:
+            return (
+                f"""it has to be started with --weight-transfer-config '{{"backend": "{self._backend}"}}'"""
+            )
+        if self._backend == "ipc":
+            return "it has to be on the trainer's GPU, with VLLM_ALLOW_INSECURE_SERIALIZATION=1"
+        return ""
+
+
+def _require_one_machine(servers: Sequence[str]) -> None:
+    """What `ipc` sends is a pickle, which a server only accepts where it trusts whoever can reach it."""
+    for url in servers:
+        host = httpx.URL(url).host
+        try:
+            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = False
+        if not local:
+            raise ConfigurationError(
+                f"publish.transport ipc hands memory over inside one machine, but {_plain(url)} in "
+                "publish.servers is not a loopback address; use 127.0.0.1, or publish.transport nccl"
+            )
+
+
+def _plain(url: str) -> str:
+    """A URL as messages show it and as servers are known by: without credentials."""
+    return str(httpx.URL(url).copy_with(username=None, password=None)).rstrip("/")
