@@ -334,8 +334,8 @@ class VllmTransferTransport:
             reason = f"the transfer group did not come together {limit}"
             if phase is Phase.LOAD:
                 reason = (
-                    f"the transfer did not end {limit}; its group is given up. If a worker still waits in it, "
-                    "only a restart of the server helps"
+                    f"the transfer did not end {limit}; its group is given up. If a worker still waits in "
+                    "it, only a restart of the server helps"
                 )
             return PhaseDeadlineExceeded(reason, server=server.url, phase=phase, version=version)
         if isinstance(error, ServerFailure) and (hint := self._hint(error)):
