@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import httpx
 import torch
@@ -115,13 +115,7 @@ class VllmTransferTransport:
             if former is not None:
                 self._leave(former)
             self._free_server(server)
-            workers = server.world_size(None)
-            if self._backend == "ipc" and workers != 1:
-                raise ConnectFailed(
-                    f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU",
-                    server=server.url,
-                    phase=Phase.CONNECT,
-                )
+            workers = self._workers(server)
             client = SyncClient(server)
             group = TransferGroup(
                 backend=self._backend,
@@ -137,10 +131,7 @@ class VllmTransferTransport:
                 engine = call.result(self._settings.load_timeout)
             except BaseException as error:
                 client.close()
-                explained = self._explained(error, server, Phase.CONNECT, None)
-                if explained is error:
-                    raise
-                raise explained from error
+                self._raise(error, server, Phase.CONNECT, None)
             client.on_failure = lambda _error: None
             self._connections[server.url] = _Connection(engine, client)
 
@@ -174,10 +165,7 @@ class VllmTransferTransport:
                 call.result(self._settings.load_timeout)
             except BaseException as error:
                 self._give_up(server, connection, staged.version, error)
-                explained = self._explained(error, server, Phase.LOAD, staged.version)
-                if explained is error:
-                    raise
-                raise explained from error
+                self._raise(error, server, Phase.LOAD, staged.version)
 
     def activate(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Nothing to do: what is loaded is what is sampled from."""
@@ -294,6 +282,20 @@ class VllmTransferTransport:
             else:
                 return
 
+    def _workers(self, server: InferenceServer) -> int:
+        """Number of workers that are to join."""
+        try:
+            workers = server.world_size(None)
+        except ServerFailure as error:
+            self._raise(error, server, Phase.CONNECT, None)
+        if self._backend == "ipc" and workers != 1:
+            raise ConnectFailed(
+                f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU",
+                server=server.url,
+                phase=Phase.CONNECT,
+            )
+        return workers
+
     def _port(self, server: InferenceServer) -> int:
         """A free port for the rendezvous: the server's own, or the next that is no other server's.
 
@@ -325,10 +327,11 @@ class VllmTransferTransport:
             phase=Phase.CONNECT,
         )
 
-    def _explained(
+    def _raise(
         self, error: BaseException, server: InferenceServer, phase: Phase, version: int | None
-    ) -> BaseException:
-        """The error to raise: ours as it is or with a hint, anything else as the phase's own."""
+    ) -> NoReturn:
+        """Raise our own errors as they are or with a hint, anything else as the phase's error."""
+        where: dict[str, Any] = {"server": server.url, "phase": phase, "version": version}
         if isinstance(error, NotEndedError):
             limit = f"within {error.seconds:g} s (publish.load_timeout)"
             reason = f"the transfer group did not come together {limit}"
@@ -337,21 +340,23 @@ class VllmTransferTransport:
                     f"the transfer did not end {limit}; its group is given up. If a worker still waits in "
                     "it, only a restart of the server helps"
                 )
-            return PhaseDeadlineExceeded(reason, server=server.url, phase=phase, version=version)
-        if isinstance(error, ServerFailure) and (hint := self._hint(error)):
-            return type(error)(
+            raise PhaseDeadlineExceeded(reason, **where) from error
+        if isinstance(error, ServerFailure):
+            hint = self._hint(error)
+            if not hint:
+                raise error
+            raise type(error)(
                 f"{error.reason}; {hint}",
                 server=error.server,
                 phase=error.phase,
                 version=error.version,
                 status=error.status,
                 server_text=error.server_text,
-            )
-        if isinstance(error, ServerFailure | ConfigurationError) or not isinstance(error, Exception):
-            return error
+            ) from error
+        if isinstance(error, ConfigurationError) or not isinstance(error, Exception):
+            raise error
         kind = ConnectFailed if phase is Phase.CONNECT else LoadFailed
-        reason = f"{type(error).__name__} in the sender: {error}"
-        return kind(reason, server=server.url, phase=phase, version=version)
+        raise kind(f"{type(error).__name__} in the sender: {error}", **where) from error
 
     def _hint(self, error: ServerFailure) -> str:
         """What a refusal most likely means; empty if nothing is likely."""

@@ -1,0 +1,402 @@
+"""Weights into vLLM's workers without a disk: what arrives, and what happens when one side fails."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trainer.inference_stand_in import serving
+from tests.trainer.models import tiny_model
+from tests.trainer.transfer_stand_in import NCCLEngine, Receiver, modules
+from trainer.config import PublishSettings
+from trainer.errors import CheckpointError, ConfigurationError
+from trainer.publish import ConnectFailed, LoadFailed, Phase, PhaseDeadlineExceeded, StagedWeights, VllmRoutes
+from trainer.publish._vllm_engine import TransferGroup, build_engine, require_vllm
+from trainer.publish._vllm_transfer import VllmTransferTransport
+from trainer.publish._weight_stream import WeightStream
+
+HANDSHAKE = ["/shutdown_weight_transfer_engine", "/get_world_size", "/init_weight_transfer_engine"]
+UPDATE = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+
+
+@pytest.fixture(autouse=True)
+def senders(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[NCCLEngine]]:
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    NCCLEngine.built.clear()
+    NCCLEngine.sending[:] = [0, 0]
+    yield NCCLEngine.built
+    for engine in NCCLEngine.built:
+        if engine.hang is not None:
+            engine.hang.set()
+        if hasattr(engine, "wire"):
+            engine.wire.joined.set()
+            engine.shutdown()
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("qwen2", dtype=torch.float32)
+
+
+def other_model() -> nn.Module:
+    model = tiny_model("qwen2", dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.fixture
+def server() -> Iterator[Receiver]:
+    receiver = Receiver(other_model())
+    with serving(receiver):
+        yield receiver
+
+
+class Side:
+    """The trainer's side of one or several servers."""
+
+    def __init__(
+        self, model: nn.Module, *servers: Receiver, backend: Any = "nccl", port: int = 0, **options: Any
+    ):
+        self.stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=4096)
+        settings = PublishSettings(
+            transport=backend,
+            servers=[server.url for server in servers],
+            group_port=port or free_ports(),
+            token="secret",  # noqa: S106 - of a stand-in
+            **({"load_timeout": 20.0, "pause_timeout": 5.0} | options),
+        )
+        self.settings = settings
+        self.routes = [VllmRoutes(server.url, settings) for server in servers]
+        self.transport = VllmTransferTransport(backend, self.stream, settings, build=build_engine)
+
+    def connect(self, number: int = 0) -> None:
+        self.transport.connect(self.routes[number])
+
+    def load(self, version: int, number: int = 0) -> StagedWeights:
+        staged = self.transport.capture(version)()
+        self.transport.load(self.routes[number], staged)
+        return staged
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.transport.close(self.routes)
+        for routes in self.routes:
+            routes.close()
+
+
+def free_ports() -> int:
+    """The first of some ports in a row that were free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return min(int(probe.getsockname()[1]), 65000)
+
+
+def assert_arrived(server: Receiver, model: nn.Module) -> None:
+    received = server.model.state_dict()
+    assert not server.half_done
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(received[name], tensor.to(torch.bfloat16)), name
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+def test_what_the_trainer_holds_is_what_the_server_gets_every_time(
+    backend: str, model: Any, server: Receiver
+) -> None:
+    with Side(model, server, backend=backend) as side:
+        side.connect()
+        staged = side.load(1)
+        assert_arrived(server, model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.25)
+        side.load(2)
+        assert_arrived(server, model)
+    assert (staged.version, staged.dtype, staged.path) == (1, "bfloat16", None)
+    assert staged.weight_bytes == sum(tensor.nbytes for tensor in server.model.state_dict().values())
+    if backend == "nccl":
+        assert server.paths() == [*HANDSHAKE, *UPDATE, *UPDATE, "/shutdown_weight_transfer_engine"]
+    assert server.authorizations == {"Bearer secret"}
+
+
+def test_both_sides_get_the_same_group_and_the_same_buffer(model: Any, server: Receiver) -> None:
+    server.workers = 4
+    with Side(model, server) as side:
+        side.connect()
+        assert server.init_info == {
+            "master_address": "127.0.0.1",
+            "master_port": side.settings.group_port,
+            "rank_offset": 1,
+            "world_size": 5,
+            "packed": True,
+            "packed_buffer_size_bytes": max(4096, side.stream.largest_bytes),
+        }
+
+
+def test_several_servers_have_a_port_each_and_get_the_weights_in_turn(model: Any) -> None:
+    receivers = [Receiver(other_model()) for _ in range(3)]
+    with serving(*receivers), Side(model, *receivers) as side:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(side.connect, range(3)))
+            list(pool.map(lambda number: side.load(1, number), range(3)))
+        first = side.settings.group_port
+        assert [receiver.init_info["master_port"] for receiver in receivers] == [first, first + 1, first + 2]
+    for receiver in receivers:
+        assert_arrived(receiver, model)
+    assert NCCLEngine.sending == [0, 1]
+
+
+def test_a_server_that_was_not_started_for_it_is_named_at_once(model: Any, server: Receiver) -> None:
+    message = "Weight transfer not configured. Please set weight_transfer_config"
+    server.faults["/init_weight_transfer_engine"] = lambda: (500, {"error": {"message": message}})
+    with Side(model, server) as side:
+        started = time.monotonic()
+        with pytest.raises(ConnectFailed) as caught:
+            side.connect()
+        assert time.monotonic() - started < 5  # although the sender itself still waits for the workers
+    assert """--weight-transfer-config '{"backend": "nccl"}'""" in str(caught.value)
+    assert message in str(caught.value)
+    assert caught.value.version is None
+
+
+def test_a_server_without_the_routes_is_told_the_variable_that_adds_them(
+    model: Any, server: Receiver
+) -> None:
+    for route in HANDSHAKE:
+        server.faults[route] = lambda: (404, {"detail": "Not Found"})
+    with Side(model, server) as side, pytest.raises(ConnectFailed, match="VLLM_SERVER_DEV_MODE=1"):
+        side.connect()
+
+
+def test_workers_that_never_join_end_in_the_deadline_and_do_not_spoil_the_next_attempt(
+    model: Any, server: Receiver
+) -> None:
+    server.joins = False
+    with Side(model, server, load_timeout=0.5) as side:
+        with pytest.raises(PhaseDeadlineExceeded, match=r"did not come together within 0\.5 s") as caught:
+            side.connect()
+        assert caught.value.phase is Phase.CONNECT
+        server.joins = True
+        side.connect()  # although the first rendezvous still holds its port
+        assert server.init_info["master_port"] == side.settings.group_port + 1
+        side.load(1)
+    assert_arrived(server, model)
+
+
+def test_workers_that_come_after_the_deadline_find_a_group_that_is_left(model: Any, server: Receiver) -> None:
+    came, left = threading.Event(), threading.Event()
+
+    class Late:
+        def send_weights(self) -> None:
+            raise AssertionError("nobody holds it")
+
+        def shutdown(self) -> None:
+            left.set()
+
+    def build(_group: TransferGroup) -> Late:
+        came.wait(20)
+        return Late()
+
+    with Side(model, server, load_timeout=0.2) as side:
+        transport = VllmTransferTransport("nccl", side.stream, side.settings, build=build)
+        with pytest.raises(PhaseDeadlineExceeded):
+            transport.connect(side.routes[0])
+        assert not left.is_set()
+        came.set()
+        assert left.wait(5)
+        with pytest.raises(LoadFailed, match="no transfer group"):
+            transport.load(side.routes[0], transport.capture(1)())
+
+
+def test_a_refused_update_is_reported_at_once_and_the_server_is_brought_out_of_it(
+    model: Any, server: Receiver, senders: list[NCCLEngine]
+) -> None:
+    server.refuse_weight = lambda name: name == "model.norm.weight"
+    with Side(model, server) as side:
+        side.connect()
+        senders[0].hang = threading.Event()  # the others of its group never come
+        server.faults["/update_weights"] = lambda: server_error(server)
+        started = time.monotonic()
+        with pytest.raises(LoadFailed, match="HTTP 500") as caught:
+            side.load(3)
+        assert time.monotonic() - started < 5
+        assert caught.value.version == 3
+        assert not server.half_done
+        assert senders[0].left.is_set()
+        server.faults.clear()
+        server.refuse_weight = lambda _name: False
+        with pytest.raises(LoadFailed, match="no transfer group"):
+            side.load(3)
+        side.connect()
+        side.load(3)
+    assert_arrived(server, model)
+
+
+def server_error(server: Receiver) -> Any:
+    server.updating = False  # as vLLM's worker does
+    return 500, {"error": {"message": "no such weight"}}
+
+
+def test_a_transfer_that_hangs_ends_in_the_deadline_and_its_group_is_never_used_again(
+    model: Any, server: Receiver, senders: list[NCCLEngine]
+) -> None:
+    with Side(model, server, load_timeout=0.5) as side:
+        side.connect()
+        senders[0].hang = threading.Event()
+        with pytest.raises(PhaseDeadlineExceeded, match=r"did not end within 0\.5 s") as caught:
+            side.load(1)
+        assert (caught.value.phase, caught.value.version) == (Phase.LOAD, 1)
+        assert senders[0].left.is_set()
+        server.updating = False  # restarted
+        calls = len(server.calls)
+        senders[0].hang.set()  # it wakes up, too late
+        time.sleep(0.3)
+        assert len(server.calls) == calls
+        side.connect()
+        side.load(1)
+    assert_arrived(server, model)
+
+
+def test_a_restarted_server_gets_a_new_group_although_the_old_one_cannot_be_left(
+    model: Any, server: Receiver, senders: list[NCCLEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for_ever = threading.Event()
+    with Side(model, server) as side:
+        side.connect()
+        side.load(1)
+        monkeypatch.setattr(senders[0], "shutdown", lambda: for_ever.wait(20))
+        server.model = other_model()
+        started = time.monotonic()
+        side.connect()
+        assert time.monotonic() - started < 5
+        side.load(1)
+        for_ever.set()
+        assert len(senders) == 2
+        assert senders[1].info.master_port != senders[0].info.master_port
+    assert_arrived(server, model)
+
+
+def test_an_update_that_a_trainer_before_us_left_half_done_is_ended_first(
+    model: Any, server: Receiver
+) -> None:
+    server.updating = server.half_done = True
+    with Side(model, server) as side:
+        side.connect()
+        assert not server.updating
+        side.load(1)
+    assert_arrived(server, model)
+
+
+def test_workers_that_do_not_leave_their_former_group_are_reported(model: Any, server: Receiver) -> None:
+    server.faults["/shutdown_weight_transfer_engine"] = server.hang
+    with (
+        Side(model, server, pause_timeout=0.3) as side,
+        pytest.raises(PhaseDeadlineExceeded, match="only a restart of the server helps"),
+    ):
+        side.connect()
+
+
+def test_a_failure_on_our_own_side_is_a_failed_load(
+    model: Any, server: Receiver, senders: list[NCCLEngine]
+) -> None:
+    with Side(model, server) as side:
+        side.connect()
+        model.model.norm.weight = nn.Parameter(torch.ones(3))
+        with pytest.raises(LoadFailed, match=r"CheckpointError in the sender: model\.norm\.weight") as caught:
+            side.load(1)
+        assert isinstance(caught.value.__cause__, CheckpointError)
+        assert not server.half_done
+
+
+def test_a_server_that_is_gone_fails_the_handshake(model: Any) -> None:
+    receiver = Receiver(other_model())
+    with serving(receiver):
+        pass
+    with Side(model, receiver) as side, pytest.raises(ConnectFailed, match="no connection"):
+        side.connect()
+
+
+def test_an_address_that_is_not_ours_and_ports_that_are_all_taken_are_named(
+    model: Any, server: Receiver
+) -> None:
+    with (
+        Side(model, server, group_address="192.0.2.1") as side,
+        pytest.raises(ConnectFailed, match=r"publish\.group_address has to be an address of this machine"),
+    ):
+        side.connect()
+    sockets: list[socket.socket] = []
+    try:
+        with Side(model, server) as side:
+            first = side.settings.group_port
+            for port in range(first, first + 8):
+                try:
+                    sockets.append(socket.create_server(("127.0.0.1", port)))
+                except OSError:  # taken by somebody else is as good
+                    continue
+            with pytest.raises(ConnectFailed, match=r"all taken; set another publish\.group_port"):
+                side.connect()
+    finally:
+        for taken in sockets:
+            taken.close()
+
+
+def test_ipc_refuses_a_server_elsewhere_and_one_with_several_workers(model: Any, server: Receiver) -> None:
+    server.workers = 2
+    with Side(model, server, backend="ipc") as side, pytest.raises(ConnectFailed, match="it has 2 workers"):
+        side.connect()
+    for elsewhere in ("http://192.0.2.7:8000", "http://gpu.example:8000"):
+        settings = PublishSettings(transport="ipc", servers=[elsewhere])
+        with pytest.raises(ConfigurationError, match="not a loopback address"):
+            VllmTransferTransport("ipc", side.stream, settings, build=build_engine)
+
+
+def test_ipc_names_the_variable_that_the_server_needs(model: Any, server: Receiver) -> None:
+    server.faults["/update_weights"] = lambda: (400, {"error": {"message": "Refusing to deserialize"}})
+    with Side(model, server, backend="ipc") as side:
+        side.connect()
+        with pytest.raises(LoadFailed, match="VLLM_ALLOW_INSECURE_SERIALIZATION=1"):
+            side.load(1)
+
+
+def test_a_label_that_is_gone_shows_a_restart(model: Any, server: Receiver) -> None:
+    with Side(model, server) as side:
+        side.connect()
+        staged = side.load(4)
+        side.routes[0].tag(4)
+        assert side.transport.is_served(side.routes[0], staged)
+        server.label = "default"
+        assert not side.transport.is_served(side.routes[0], staged)
+
+
+def test_a_trainer_without_a_gpu_is_told_so(model: Any) -> None:
+    settings = PublishSettings(transport="nccl", servers=["http://127.0.0.1:1"])
+    stream = WeightStream(model, dtype=None, bucket_bytes=4096)
+    with pytest.raises(ConfigurationError, match=r"the model is on cpu; use publish\.transport disk"):
+        VllmTransferTransport("nccl", stream, settings)
+
+
+def test_a_trainer_without_vllm_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in modules():
+        monkeypatch.setitem(sys.modules, name, None)  # what Python sees of a package that is not installed
+    with pytest.raises(
+        ConfigurationError, match=r"install the servers' version of vllm .* publish\.transport disk"
+    ):
+        require_vllm("nccl", torch.device("cuda", 0))
+    for name, module in modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    require_vllm("nccl", torch.device("cuda", 0))
+    monkeypatch.delattr(sys.modules["vllm.distributed.weight_transfer"], "WeightTransferTrainerFactory")
+    with pytest.raises(ConfigurationError, match=r"0\.32 or newer"):
+        require_vllm("nccl", torch.device("cuda", 0))
