@@ -129,7 +129,7 @@ class VllmTransferTransport:
             client.on_failure = call.fail
             try:
                 engine = call.result(self._settings.load_timeout)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again, by its name
                 client.close()
                 self._raise(error, server, Phase.CONNECT, None)
             client.on_failure = lambda _error: None
@@ -163,7 +163,7 @@ class VllmTransferTransport:
             connection.client.on_failure = call.fail
             try:
                 call.result(self._settings.load_timeout)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again, by its name
                 self._give_up(server, connection, staged.version, error)
                 self._raise(error, server, Phase.LOAD, staged.version)
 
