@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -29,6 +31,21 @@ def test_scores_match_a_float64_reference() -> None:
             highest = max(candidates)
             normalizer = highest + math.log(math.fsum(math.exp(value - highest) for value in candidates))
             assert score == pytest.approx(candidates[tokens[position + 1]] - normalizer, abs=1e-6)
+
+
+def test_weights_are_scored_in_float32_even_where_accelerate_trains_in_bfloat16() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    before = score_with_model(model, SEQUENCES, "cpu")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests: the type is chosen once
+    try:
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    tokens = torch.tensor([SEQUENCES[0]])
+    rounded = torch.log_softmax(prepared(input_ids=tokens).logits[0, :-1], dim=-1)
+    exact = torch.tensor(before[0])
+    assert not torch.allclose(rounded.gather(-1, tokens[0, 1:, None])[:, 0], exact, atol=1e-5, rtol=0)
+    assert score_with_model(model, SEQUENCES, "cpu") == before
 
 
 def test_dropout_is_off_while_scoring_and_every_module_gets_its_mode_back() -> None:

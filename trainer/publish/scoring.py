@@ -33,8 +33,12 @@ def score_with_model(
     # passes over short sequences cost several times as much, in overhead and waiting for other threads.
     padded = [token_ids + [token_ids[-1]] * (longest - len(token_ids)) for token_ids in token_id_lists]
     present = [[1] * len(token_ids) + [0] * (longest - len(token_ids)) for token_ids in token_id_lists]
+    # The class's forward: where the hardware has bfloat16, Accelerate replaces the model's own by one that
+    # opens autocast.
+    forward = type(model).forward
     with evaluation_mode(model), torch.no_grad():
-        logits: Tensor = model(
+        logits: Tensor = forward(
+            model,
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(present, device=device),
             use_cache=False,
