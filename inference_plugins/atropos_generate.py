@@ -4,145 +4,465 @@
 
 Environments with `server_type: vllm` post token ids to `/generate` and read token ids and log-probs back.
 Stock vLLM has no such route, but its `/v1/completions` can say the same. Nothing of vLLM is patched or even
-imported: the request is rewritten on its way in, the reply on its way out. Every other route passes through
-untouched, and so does any reply that is not a success.
+imported: the request is rewritten on its way in, the reply on its way out. vLLM's own checks, authentication
+included, see the rewritten request; its refusals reach the caller with their status and body.
+
+    POST /generate          sample from the current policy; every reply says from which weights
+    GET  /atropos/adapter   the adapter that is the current policy, if one is
+    POST /atropos/adapter   {"name": "policy-v000003", "weight_version": "3"}: make it the current policy;
+                            {"name": null} goes back to the model itself
+
+Every other route passes through untouched. What is remembered between requests is the current adapter, in
+this process: one API server process has to serve all requests, as vLLM asks of whoever loads adapters.
 
 Loaded into another program: standard library only, one file.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, NoReturn
 
 Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Label = Callable[[], Awaitable["str | None"]]
+Headers = list[tuple[bytes, bytes]]
+
+MAX_BODY_BYTES = 64 * 2**20
+"""Of a request: a prompt of a million token ids takes 8 MiB."""
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have; the value is vLLM's."""
 
 _COMPLETIONS = "/v1/completions"
+_MODELS = "/v1/models"
+_WEIGHT_INFO = "/weight_info"
+
+_NEUTRAL_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Sent where the request is silent. `/v1/completions` would take the model's own `generation_config.json`:
+often a truncated distribution, and then the log-probs are not those of the sampling."""
+
+
+class RequestRefused(ValueError):  # noqa: N818 - the outcome is the name
+    """A request that cannot be answered; the message tells the caller why.
+
+    Args:
+        message: What was found and what to do.
+        param: The field at fault, where it is one.
+        status: Of the reply.
+        headers: Further headers of the reply.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.headers = list(headers)
+
+
+class ClientGone(Exception):  # noqa: N818 - an event, nobody's error
+    """The client closed its connection before it had said everything."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter that `/generate` samples from."""
+
+    name: str
+    """Its name in `/v1/models`."""
+    weight_version: str | None
+    """The label of its weights in replies; None for no label."""
+
+    async def label(self) -> str | None:
+        """An adapter's weights do not change under its name."""
+        return self.weight_version
 
 
 class AtroposGenerate:
-    """Answers `POST /generate` through the wrapped application's `/v1/completions`."""
+    """Answers `/generate` and `/atropos/adapter`, and hands everything else to the wrapped application."""
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._adapter: Adapter | None = None
+        self._shows_label = True  # until it turns out to have no route for it
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or scope["path"] != "/generate" or scope["method"] != "POST":
+        routes = {"/generate": self._generate, "/atropos/adapter": self._current_adapter}
+        route = routes.get(_local_path(scope)) if scope["type"] == "http" else None
+        if route is None or scope["method"] == "OPTIONS":
             await self._app(scope, receive, send)
             return
         try:
-            body = json.dumps(to_completion_request(json.loads(await _read(receive)))).encode()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            await _answer(send, 400, {"error": f"not a /generate request: {type(error).__name__}: {error}"})
-            return
+            await route(scope, receive, send)
+        except RequestRefused as error:
+            await _send_error(send, error)
+        except ClientGone:
+            pass  # there is nobody to answer
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            _refuse_method("POST")
+        request = to_completion_request(_decode(await _read(scope, receive)))
+        label = await self._choose_model(scope, request)
+        start = await label()
+        connection = _Replay(_encode(request), receive)
         reply = _Collected()
-        await self._app(_redirected(scope, len(body)), _replaying(body, receive), reply.collect)
-        if reply.status != 200:
-            await _answer(send, reply.status, reply.body)
+        await self._app(_redirected(scope, _COMPLETIONS, connection.body), connection.receive, reply.send)
+        if connection.closed:
+            return
+        if reply.status != HTTPStatus.OK:
+            await reply.pass_on(send)
             return
         try:
             answer = to_generate_reply(json.loads(reply.body))
-        except (ValueError, KeyError, TypeError) as error:
-            await _answer(send, 502, {"error": f"{_COMPLETIONS} answered unexpectedly: {error!r}"})
+            if start is not None:
+                answer["weight_version_start"] = start
+                answer["weight_version"] = await label()
+            body = json.dumps(answer, allow_nan=False).encode()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            message = f"{_COMPLETIONS} answered unexpectedly: {error!r}"
+            raise RequestRefused(message, status=HTTPStatus.BAD_GATEWAY) from error
+        await _send_json(send, HTTPStatus.OK, body, reply.headers)
+
+    async def _choose_model(self, scope: Scope, request: dict[str, Any]) -> Label:
+        """Put the current policy into a request, unless it asks for another adapter by name.
+
+        Returns:
+            Tells the label of the weights that answer the request, at the moment it is called.
+        """
+        adapter, named = self._adapter, request.get("model")
+        if named is not None and (adapter is None or named != adapter.name):
+            models = await self._ask(scope, _MODELS)
+            if models.status != HTTPStatus.OK or named not in _names(models, adapters=False):
+                return _no_label  # another adapter, or nothing that there is: vLLM will say
+        if adapter is None:
+            return lambda: self._served_label(scope)
+        request["model"] = adapter.name
+        return adapter.label
+
+    async def _served_label(self, scope: Scope) -> str | None:
+        if not self._shows_label:
+            return None
+        info = await self._ask(scope, _WEIGHT_INFO)
+        if info.status == HTTPStatus.NOT_FOUND:
+            self._shows_label = False  # vLLM without VLLM_SERVER_DEV_MODE=1
+        if info.status != HTTPStatus.OK:
+            return None
+        label = json.loads(info.body)["weight_version"]
+        return None if label is None else str(label)
+
+    async def _current_adapter(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] not in ("GET", "POST"):
+            _refuse_method("GET, POST")
+        # Whoever may list the models may do this: vLLM's own authentication decides.
+        models = await self._ask(scope, _MODELS)
+        if models.status != HTTPStatus.OK:
+            await models.pass_on(send)
             return
-        await _answer(send, 200, answer)
+        if scope["method"] == "POST":
+            self._adapter = _to_adapter(_decode(await _read(scope, receive)), _names(models, adapters=True))
+        current = self._adapter
+        answer = {
+            "name": current and current.name,
+            "weight_version": current and current.weight_version,
+        }
+        await _send_json(send, HTTPStatus.OK, json.dumps(answer).encode())
+
+    async def _ask(self, scope: Scope, path: str) -> _Collected:
+        """GET a route of the wrapped application with the caller's credentials, inside this process."""
+        reply = _Collected()
+        await self._app(_redirected(scope, path, b"", method="GET"), _Replay(b"", _never).receive, reply.send)
+        return reply
 
 
 def to_completion_request(request: dict[str, Any]) -> dict[str, Any]:
-    """Turn a `/generate` request into one for `/v1/completions`; sampling parameters stay as they are.
+    """Turn a `/generate` request into one for `/v1/completions`; what it asks of the sampling stays as it is.
 
-    >>> to_completion_request({"prompt": {"prompt_token_ids": [5, 6]}, "n": 2, "logprobs": 0})
-    {'n': 2, 'logprobs': 0, 'prompt': [5, 6], 'return_token_ids': True}
+    >>> request = {"prompt": {"prompt_token_ids": [5, 6]}, "n": 2, "logprobs": 0, "top_p": 0.9}
+    >>> rewritten = to_completion_request(request)
+    >>> rewritten["prompt"], rewritten["n"], rewritten["top_p"], rewritten["temperature"]
+    ([5, 6], 2, 0.9, 1.0)
+
+    Raises:
+        RequestRefused: It has no prompt, several, or wants something that `/generate` does not do.
     """
-    request = dict(request)
-    prompt = request.pop("prompt")
-    request.setdefault("logprobs", 0)
-    request["prompt"] = prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt
-    request["return_token_ids"] = True
-    return request
+    # null means "as if it were not there", except for the length: as many as fit.
+    request = {name: value for name, value in request.items() if value is not None or name == "max_tokens"}
+    if request.pop("stream", False):
+        raise RequestRefused("/generate does not stream: send `stream: false`", param="stream")
+    if request.pop("echo", False):
+        raise RequestRefused("/generate does not repeat the prompt: ask for `prompt_logprobs`", param="echo")
+    return {
+        **_NEUTRAL_SAMPLING,
+        **request,
+        "prompt": _one_prompt(request.get("prompt")),
+        "return_token_ids": True,
+        # Otherwise the keys of the likeliest tokens are texts, and several tokens can have the same text.
+        "return_tokens_as_token_ids": True,
+    }
 
 
 def to_generate_reply(completion: dict[str, Any]) -> dict[str, Any]:
     """Turn a `/v1/completions` reply into what `/generate` answers.
 
     Raises:
-        ValueError: The number of log-probs is not the number of tokens; Atropos would pair them wrongly.
+        ValueError: Not every token has a log-prob; Atropos would pair them wrongly.
+        KeyError: vLLM left something out.
     """
     choices = sorted(completion["choices"], key=lambda choice: int(choice["index"]))
-    reply = {
+    prompt_logprobs = choices[0].get("prompt_logprobs")
+    return {
         "text": [choice["text"] for choice in choices],
         "finish_reasons": [choice["finish_reason"] for choice in choices],
-        "logprobs": [_token_logprobs(choice) for choice in choices],
-        "token_ids": [choice["token_ids"] for choice in choices],
         "prompt_token_ids": choices[0]["prompt_token_ids"],
+        "token_ids": [choice["token_ids"] for choice in choices],
+        "logprobs": (
+            None
+            if choices[0].get("logprobs") is None
+            else [_token_logprobs(choice["token_ids"], choice["logprobs"]) for choice in choices]
+        ),
+        "prompt_logprobs": prompt_logprobs and _prompt_logprobs(prompt_logprobs),
     }
-    if choices[0].get("prompt_logprobs") is not None:
-        reply["prompt_logprobs"] = [
-            {token: entry["logprob"] for token, entry in position.items()} if position else None
-            for position in choices[0]["prompt_logprobs"]
-        ]
-    return reply
 
 
-def _token_logprobs(choice: dict[str, Any]) -> list[list[dict[str, float]]]:
-    """One `[{token id: log-prob}]` for each sampled token."""
-    tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-    if len(tokens) != len(logprobs):
-        raise ValueError(f"{len(tokens)} tokens but {len(logprobs)} log-probs")
-    return [[{str(token): logprob}] for token, logprob in zip(tokens, logprobs, strict=True)]
+def _one_prompt(prompt: Any) -> str | list[int]:
+    """The prompt itself, from any of the ways to write it."""
+    if isinstance(prompt, dict):
+        given = [prompt[name] for name in ("prompt_token_ids", "prompt") if prompt.get(name) is not None]
+        if len(given) != 1:
+            raise RequestRefused(
+                f"`prompt` needs either `prompt_token_ids` or `prompt`, and has {sorted(map(str, prompt))}",
+                param="prompt",
+            )
+        (prompt,) = given
+    if isinstance(prompt, list) and any(isinstance(each, (list, str, dict)) for each in prompt):
+        raise RequestRefused("/generate takes one prompt: send one request for each", param="prompt")
+    if not isinstance(prompt, (str, list)):
+        raise RequestRefused(
+            f"`prompt` has to be a text or a list of token ids, not {type(prompt).__name__}", param="prompt"
+        )
+    return prompt
 
 
+def _token_logprobs(token_ids: list[int], logprobs: dict[str, Any]) -> list[list[dict[str, float]]]:
+    """One `[{token id: log-prob}]` for each sampled token: itself first, then the likeliest ones."""
+    own, top = logprobs["token_logprobs"], logprobs["top_logprobs"]
+    if not len(token_ids) == len(own) == len(top):
+        raise ValueError(f"{len(token_ids)} tokens but {len(own)} log-probs, {len(top)} of the likeliest")
+    return [
+        # A key that is there already keeps its place.
+        [{str(token): _finite(value)} | {_token_id(name): _finite(each) for name, each in others.items()}]
+        for token, value, others in zip(token_ids, own, top, strict=True)
+    ]
+
+
+def _prompt_logprobs(positions: list[dict[str, Any] | None]) -> list[dict[str, float] | None]:
+    """For each token of the prompt: itself first, then the likeliest ones. Nothing predicts the first."""
+    return [
+        position and {token: _finite(entry["logprob"]) for token, entry in position.items()}
+        for position in positions
+    ]
+
+
+def _token_id(name: str) -> str:
+    prefix, _, number = name.rpartition(":")
+    if prefix != "token_id":
+        raise ValueError(f"a token is named {name!r} instead of by its id")
+    return number
+
+
+def _finite(logprob: float) -> float:
+    return max(float(logprob), LOWEST_LOGPROB)
+
+
+def _to_adapter(wanted: dict[str, Any], known: list[str]) -> Adapter | None:
+    name, label = wanted.get("name"), wanted.get("weight_version")
+    for param, value in (("name", name), ("weight_version", label)):
+        if not isinstance(value, (str, type(None))):
+            raise RequestRefused(f"`{param}` has to be a string or null, not {value!r}", param=param)
+    if "name" not in wanted:
+        raise RequestRefused("`name` is missing: an adapter's, or null for the model itself", param="name")
+    if name is None:
+        return None
+    if name not in known:
+        message = f"there is no adapter {name!r}; these are loaded: {known}"
+        raise RequestRefused(message, param="name", status=HTTPStatus.NOT_FOUND)
+    return Adapter(name, label)
+
+
+def _names(models: _Collected, *, adapters: bool) -> list[str]:
+    """Names in a reply of `/v1/models`: of the adapters, or of the model itself."""
+    cards = json.loads(models.body)["data"]
+    return [card["id"] for card in cards if (card.get("parent") is not None) == adapters]
+
+
+# --- ASGI -----------------------------------------------------------------------------------------
+
+
+@dataclass
 class _Collected:
     """A reply of the wrapped application, kept instead of sent."""
 
-    def __init__(self) -> None:
-        self.status = 500
-        self.body = b""
+    status: int = 500
+    headers: Headers = field(default_factory=list)
+    body: bytes = b""
 
-    async def collect(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.headers = message["status"], list(message.get("headers", []))
         elif message["type"] == "http.response.body":
             self.body += message.get("body", b"")
 
+    async def pass_on(self, send: Send) -> None:
+        headers = [*_without(self.headers, {b"content-length", b"transfer-encoding"}), _length(self.body)]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
 
-async def _read(receive: Receive) -> bytes:
-    body, more = b"", True
+
+class _Replay:
+    """Hands out `body`, then whatever the connection says next: a client that goes away is noticed."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self.body = body
+        self.closed = False
+        self._handed_out = False
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        if not self._handed_out:
+            self._handed_out = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        message = await self._receive()
+        self.closed = self.closed or message["type"] == "http.disconnect"
+        return message
+
+
+async def _no_label() -> None:
+    """Nothing is known of the weights."""
+
+
+async def _never() -> Message:
+    """A connection on which nothing more is said."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def _local_path(scope: Scope) -> str:
+    """The path below the prefix that the server is mounted at, if it has one and the request names it."""
+    path, root = str(scope["path"]), _root(scope)
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _root(scope: Scope) -> str:
+    return str(scope.get("root_path") or "").rstrip("/")
+
+
+def _redirected(scope: Scope, path: str, body: bytes, *, method: str = "POST") -> dict[str, Any]:
+    root = _root(scope)
+    if root and str(scope["path"]).startswith(f"{root}/"):
+        path = root + path
+    replaced = {b"content-length", b"content-type", b"transfer-encoding", b"accept-encoding"}
+    headers = [*_without(scope["headers"], replaced), (b"content-type", b"application/json"), _length(body)]
+    return {
+        **scope,
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+        "state": dict(scope.get("state") or {}),
+    }
+
+
+def _without(headers: Iterable[tuple[bytes, bytes]], names: set[bytes]) -> Headers:
+    return [(name, value) for name, value in headers if name.lower() not in names]
+
+
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", str(len(body)).encode()
+
+
+async def _read(scope: Scope, receive: Receive) -> bytes:
+    announced = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
+    if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+        _refuse_length()
+    body, more = bytearray(), True
     while more:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
         body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            _refuse_length()
         more = message.get("more_body", False)
-    return body
+    return bytes(body)
 
 
-def _redirected(scope: MutableMapping[str, Any], length: int) -> dict[str, Any]:
-    replaced = {b"content-length", b"content-type", b"transfer-encoding", b"accept-encoding"}
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
-    headers += [(b"content-length", str(length).encode()), (b"content-type", b"application/json")]
-    return {**scope, "path": _COMPLETIONS, "raw_path": _COMPLETIONS.encode(), "headers": headers}
+def _decode(body: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(body, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise RequestRefused(f"the body is not JSON: {error}") from error
+    if not isinstance(request, dict):
+        raise RequestRefused(f"the body has to be a JSON object, not a {type(request).__name__}")
+    return request
 
 
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Hand out `body`, then whatever the connection says next: a client that goes away is noticed."""
-    handed_out = False
-
-    async def replay() -> Message:
-        nonlocal handed_out
-        if handed_out:
-            return await receive()
-        handed_out = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay
+def _encode(request: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(request, allow_nan=False).encode()
+    except ValueError as error:  # 1e999 is JSON, and reads as infinity
+        raise RequestRefused(f"a number is too large: {error}") from error
 
 
-async def _answer(send: Send, status: int, content: bytes | dict[str, Any]) -> None:
-    body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _refuse_length() -> NoReturn:
+    message = f"the body is longer than {MAX_BODY_BYTES} bytes"
+    raise RequestRefused(message, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+
+def _refuse_method(allowed: str) -> NoReturn:
+    raise RequestRefused(
+        f"Method Not Allowed: use {allowed}",
+        status=HTTPStatus.METHOD_NOT_ALLOWED,
+        headers=[(b"allow", allowed.encode())],
+    )
+
+
+async def _send_error(send: Send, error: RequestRefused) -> None:
+    """Refuse in the words that vLLM uses."""
+    kind = "".join(error.status.phrase.title().split()) + "Error"
+    info = {"message": str(error), "type": kind, "param": error.param, "code": int(error.status)}
+    await _send_json(send, error.status, json.dumps({"error": info}).encode(), error.headers)
+
+
+async def _send_json(send: Send, status: HTTPStatus, body: bytes, headers: Headers | None = None) -> None:
+    kept = _without(headers or [], {b"content-length", b"content-type", b"transfer-encoding"})
+    headers = [*kept, (b"content-type", b"application/json"), _length(body)]
+    await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -25,6 +25,11 @@ SERVED_NAME = "policy"
 START_TIMEOUT = 240.0
 """Seconds until `/health` answers: about 20 with a tiny model, more on a machine that is busy."""
 _STOP_TIMEOUT = 30.0
+# Not lm_head: with it, vLLM 0.32 on the CPU dies of prompt log-probs that are asked for beside other requests.
+_LORA_FLAGS = (
+    *("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--lora-target-modules"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
 _MARK = "ATROPOS_VLLM_TEST"
 
 
@@ -58,7 +63,7 @@ class VllmServer:
         self.api_key = api_key
         self.port = _free_port()
         self._dtype = dtype
-        self._flags = [*(["--enable-lora", "--max-lora-rank", "16"] if lora else []), *flags]
+        self._flags = [*(_LORA_FLAGS if lora else ()), *flags]
         self._environment = environment or {}
         self._mark = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
