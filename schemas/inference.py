@@ -94,12 +94,21 @@ class ServerVersion(_Message):
     version: str
 
 
+class PromptTokensDetails(_Message):
+    """Where the tokens of a prompt came from."""
+
+    cached_tokens: int | None = None
+    """Those whose keys and values were taken from the prefix cache."""
+
+
 class Usage(_Message):
     """Token counts of one request; `completion_tokens` is summed over all samples."""
 
     prompt_tokens: int = 0
     total_tokens: int = 0
     completion_tokens: int | None = 0
+    prompt_tokens_details: PromptTokensDetails | None = None
+    """Only with vLLM's `--enable-prompt-tokens-details`."""
 
 
 class TokenLogProb(_Message):
@@ -397,3 +406,54 @@ class WeightInfo(_Message):
     """Reply of `GET /weight_info`; the label is `default` until somebody sets one."""
 
     weight_version: str
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+class LoadAdapterRequest(_Message):
+    """Body of `POST /v1/load_lora_adapter`; the reply is a line of text."""
+
+    lora_name: str
+    """What requests will put into `model`; a name that was never used before."""
+    lora_path: str
+    """Absolute path of a PEFT directory, as the server sees it. It has to stay as long as any request uses
+    the adapter: vLLM may read it again."""
+    load_inplace: bool = False
+    """Replace an adapter of the same name."""
+
+
+class UnloadAdapterRequest(_Message):
+    """Body of `POST /v1/unload_lora_adapter`; the reply is a line of text."""
+
+    lora_name: str
+
+
+class CurrentAdapter(_Message):
+    """Body of `POST /atropos/adapter`, and reply of it and of `GET`: our middleware's route."""
+
+    name: str | None
+    """The adapter that `/generate` samples from; None: the model itself."""
+    weight_version: str | None = None
+    """The label that replies carry."""
+
+
+class LoraLimits(_Message):
+    """What a vLLM server was started with."""
+
+    max_loras: int
+    """Adapters that one step of the engine can serve side by side."""
+    max_lora_rank: int | None = None
+
+
+class VllmConfiguration(_Message):
+    """The part of vLLM's configuration that we read."""
+
+    lora_config: LoraLimits | None = None
+    """None: adapters are off."""
+
+
+class ServerInfo(_Message):
+    """Reply of `GET /server_info?config_format=json`."""
+
+    vllm_config: VllmConfiguration

@@ -125,12 +125,17 @@ def _capture(
 
 def unwrap(model: nn.Module) -> Any:
     """Return the transformers model inside DistributedDataParallel, torch.compile and PEFT wrappers."""
+    inner = unwrap_training(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def unwrap_training(model: nn.Module) -> Any:
+    """Return the model inside DistributedDataParallel and torch.compile: PEFT's, if it has adapters."""
     while True:
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
         if inner is model:
-            break
+            return model
         model = inner
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:

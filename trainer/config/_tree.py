@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from trainer.config._atropos import AtroposSettings, DataSettings, LossSettings
 from trainer.config._base import Section
@@ -37,3 +39,12 @@ class TrainerConfig(Section):
     """What a run can go on from."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     """What is written down beside metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _adapters_are_trained(self) -> Self:
+        if self.publish.transport == "lora" and self.model.lora is None:
+            raise ValueError(
+                "publish.transport is 'lora' but model.lora is not set, so there is no adapter to publish; "
+                "set model.lora.rank, or set publish.transport to 'disk'"
+            )
+        return self

@@ -110,11 +110,15 @@ class InferenceServer(Protocol):
         ...
 
     def adapters(self, version: int) -> set[str]:
-        """Names of the adapters that are loaded."""
+        """Names of the adapters that are loaded, or that requests in flight still sample from."""
         ...
 
     def load_adapter(self, name: str, path: Path, version: int) -> None:
         """Load an adapter under a name that was never used before."""
+        ...
+
+    def active_adapter(self, version: int) -> str | None:
+        """The adapter that environments sample from; None: the model itself."""
         ...
 
     def activate_adapter(self, name: str, version: int) -> None:
