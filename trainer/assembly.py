@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.adapter_directory import capture_adapter
 from trainer.config import PublishSettings, TrainerConfig
 from trainer.loop import Trainer
 from trainer.metrics import Row
@@ -14,11 +15,14 @@ from trainer.model_directory import capture_model
 from trainer.publish import (
     DiskTransport,
     InferenceServer,
+    LogprobKind,
+    LogprobPolicy,
+    LoraTransport,
     Publisher,
     VllmRoutes,
     WeightTransport,
     make_probes,
-    score_with_model,
+    score_probes,
 )
 from trainer.setup import Prepared, prepare_run
 from trainer.sources import AtroposSource, BatchSource
@@ -86,14 +90,24 @@ def build_publisher(
     if settings.transport == "none":
         return None
     policy = prepared.policy
+    context = min(policy.limits.max_sequence_length, config.atropos.max_token_length)
     return Publisher(
         settings,
         transport=build_transport(config, prepared),
         servers=build_servers(settings),
-        probes=make_probes(policy.tokenizer, settings.probes),
-        score=lambda probes: score_with_model(policy.model, probes, prepared.accelerator.device),
+        probes=make_probes(policy.tokenizer, settings.probes, context=context),
+        score=lambda probes: score_probes(policy.model, probes, prepared.accelerator.device),
+        logprobs=logprob_policy(config),
         stop_requested=stop_requested,
     )
+
+
+def logprob_policy(config: TrainerConfig) -> LogprobPolicy:
+    """What the servers' log-probs have to be at temperatures other than 1, and what would fit the loss."""
+    fitting = None
+    if config.loss.needs_inference_logprobs:
+        fitting = LogprobKind.SCALED if config.loss.uses_temperature else LogprobKind.RAW
+    return LogprobPolicy(required=config.publish.logprobs, fitting=fitting)
 
 
 def build_servers(settings: PublishSettings) -> list[InferenceServer]:
@@ -113,4 +127,12 @@ def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTranspor
         # Not flushed to the disk: after a crash the trainer publishes anew.
         return lambda path: captured.write(path, durable=False)
 
-    return DiskTransport(directory, capture, keep=settings.keep)
+    disk = DiskTransport(directory, capture, keep=settings.keep)
+    if settings.transport != "lora":
+        return disk
+    return LoraTransport(
+        directory,
+        lambda: capture_adapter(policy.model, dtype=dtype),
+        keep=settings.keep,
+        merged=disk if settings.lora_fallback == "merged" else None,
+    )

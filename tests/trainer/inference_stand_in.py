@@ -18,8 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from schemas.inference import CollectiveRpcRequest, CompletionRequest, WeightVersionRequest
+from trainer.publish import Probes, ProbeScores
 
-PROBES = [list(range(7, 47)), list(range(90, 40, -1)), [3, 1, 4, 1, 5, 9, 2, 6]]
+PROBES = Probes(texts=[list(range(7, 47)), list(range(90, 40, -1)), [3, 1, 4, 1, 5, 9, 2, 6]], passage=[])
 
 Weights = tuple[float, float]
 Answer = tuple[int, Any]
@@ -51,8 +52,8 @@ class Policy:
         (path / "weights.json").write_text(json.dumps(weights))
         (path / "config.json").write_text(json.dumps({"dtype": self.dtype}))
 
-    def score(self, token_id_lists: list[list[int]]) -> list[list[float]]:
-        return scores(self.weights, token_id_lists)
+    def score(self, probes: Probes) -> ProbeScores:
+        return ProbeScores(texts=scores(self.weights, probes.texts))
 
 
 class StandIn:
@@ -163,7 +164,8 @@ def _server(stand_in: StandIn) -> ThreadingHTTPServer:
             stand_in.calls.append(f"{self.command} {self.path}")
             stand_in.authorizations.add(self.headers.get("Authorization"))
             status, content = stand_in.answer(urlsplit(self.path).path, body)
-            data = b"" if content is None else json.dumps(content).encode()
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            data = b"" if content is None else data
             try:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))

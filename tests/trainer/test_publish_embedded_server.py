@@ -26,7 +26,7 @@ from trainer.publish import (
     VerificationFailed,
     VllmRoutes,
     make_probes,
-    score_with_model,
+    score_probes,
 )
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ class Run:
             transport=DiskTransport(directory, lambda: self.capture(), keep=2),
             servers=[VllmRoutes(url, settings)],
             probes=make_probes(tokenizer),
-            score=partial(score_with_model, self.model, device="cpu"),
+            score=partial(score_probes, self.model, device="cpu"),
         )
 
     def copy_weights(self) -> Callable[[Path], None]:

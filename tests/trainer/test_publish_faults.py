@@ -355,7 +355,7 @@ def test_a_scoring_reply_without_the_prompts_own_tokens_is_refused(
     prompt_logprobs: Any, policy: Policy, server: StandIn, tmp_path: Path
 ) -> None:
     choices = [
-        {"index": index, "text": "", "prompt_logprobs": prompt_logprobs} for index in range(len(PROBES))
+        {"index": index, "text": "", "prompt_logprobs": prompt_logprobs} for index in range(len(PROBES.texts))
     ]
     server.faults["/v1/completions"] = always(200, {"model": "m", "choices": choices, "usage": {}})
     with publishing(policy, tmp_path, server) as publisher, pytest.raises(ScoringFailed, match="log"):

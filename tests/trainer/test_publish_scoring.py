@@ -79,7 +79,7 @@ def test_modes_are_restored_even_if_scoring_fails() -> None:
 
 def test_the_built_in_probes_are_varied_short_and_include_a_chat(tiny_model_directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_directory)
-    probes = make_probes(tokenizer)
+    probes = make_probes(tokenizer).texts
     assert len(probes) == len(TEXTS) + 1
     assert all(20 <= len(probe) <= MAX_TOKENS for probe in probes)
     chat = tokenizer.decode(probes[-1])
@@ -90,7 +90,7 @@ def test_the_built_in_probes_are_varied_short_and_include_a_chat(tiny_model_dire
 
 def test_own_texts_replace_the_built_in_ones(tiny_model_directory: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_directory)
-    assert make_probes(tokenizer, ["2+2=4"]) == [tokenizer.encode("2+2=4")]
+    assert make_probes(tokenizer, ["2+2=4"]).texts == [tokenizer.encode("2+2=4")]
 
 
 def test_a_probe_without_a_token_to_score_is_refused(tiny_model_directory: Path) -> None:

@@ -1,11 +1,13 @@
 """Publishing weights to the inference servers, and proving that they are served."""
 
 from trainer.publish._disk import DiskTransport
+from trainer.publish._lora import LoraTransport
 from trainer.publish._procedure import ServerOutcome
 from trainer.publish._protocol import InferenceServer, NextToken, StagedWeights, WeightTransport
 from trainer.publish._report import PublishReport
+from trainer.publish._verification import LogprobPolicy
 from trainer.publish._vllm import VllmRoutes
-from trainer.publish.comparison import TOLERANCES, Baseline, Comparison, Verdict, compare
+from trainer.publish.comparison import TOLERANCES, Baseline, Comparison, ProbeScores, Verdict, compare
 from trainer.publish.errors import (
     ActivationFailed,
     CacheResetFailed,
@@ -24,9 +26,10 @@ from trainer.publish.errors import (
     TagFailed,
     VerificationFailed,
 )
-from trainer.publish.probes import make_probes
+from trainer.publish.generation import LogprobKind
+from trainer.publish.probes import Probes, make_probes
 from trainer.publish.publisher import Publisher
-from trainer.publish.scoring import score_with_model
+from trainer.publish.scoring import score_probes, score_with_model
 
 __all__ = [
     "TOLERANCES",
@@ -38,10 +41,15 @@ __all__ = [
     "DiskTransport",
     "InferenceServer",
     "LoadFailed",
+    "LogprobKind",
+    "LogprobPolicy",
+    "LoraTransport",
     "NextToken",
     "PauseFailed",
     "Phase",
     "PhaseDeadlineExceeded",
+    "ProbeScores",
+    "Probes",
     "PublishError",
     "PublishFailed",
     "PublishReport",
@@ -60,5 +68,6 @@ __all__ = [
     "WeightTransport",
     "compare",
     "make_probes",
+    "score_probes",
     "score_with_model",
 ]

@@ -23,8 +23,9 @@ from schemas.inference import (
 )
 from trainer.config import PublishSettings
 from trainer.publish._http import Deadline, ServerConnection
-from trainer.publish._protocol import StagedWeights
+from trainer.publish._protocol import NextToken, StagedWeights
 from trainer.publish._retry import Repeatability
+from trainer.publish._vllm_adapters import VllmAdapters
 from trainer.publish.errors import LoadFailed, Phase, ScoringFailed, ServerFailure, ServerNotReady
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,23 @@ logger = logging.getLogger(__name__)
 CONNECT_ROUTES = ("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine")
 """The steps of a weight transfer that only join or leave the group of those who transfer."""
 
+LIKELIEST_TOKENS = 5
+"""How many tokens' log-probs a generated token comes with; servers allow 20."""
+
+NEUTRAL_SAMPLING: dict[str, Any] = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Sent along, because a server may otherwise take its defaults from the model's generation_config.json."""
+
+_ID_MARK = "token_id:"
+"""vLLM puts it before the number of a token that it names by its number."""
+
 Reply = TypeVar("Reply", bound=BaseModel)
 
 
-class VllmRoutes:
+class VllmRoutes(VllmAdapters):
     """One vLLM server, or one that speaks like it."""
 
     def __init__(self, url: str, settings: PublishSettings, *, served_model_name: str | None = None) -> None:
+        super().__init__()
         self._connection = ServerConnection(url, token=settings.token)
         self._settings = settings
         self._model_name = served_model_name
@@ -177,6 +188,41 @@ class VllmRoutes:
                 f"POST /v1/completions: {error}", server=self.url, phase=Phase.VERIFY, version=version
             ) from error
 
+    def next_token(
+        self,
+        token_ids: list[int],
+        version: int,
+        *,
+        temperature: float = 1.0,
+        served_name: str | None = None,
+    ) -> NextToken:
+        """Sample one token after a prompt, with its log-prob and those of the likeliest ones."""
+        request = CompletionRequest(
+            model=served_name or self._model_name,
+            prompt=token_ids,
+            max_tokens=1,
+            temperature=temperature,
+            logprobs=LIKELIEST_TOKENS,
+            return_tokens_as_token_ids=True,
+            **NEUTRAL_SAMPLING,
+        )
+        content = self._post(
+            "/v1/completions",
+            phase=Phase.VERIFY,
+            version=version,
+            seconds=self._settings.verify_timeout,
+            body=request,
+        )
+        reply = self._connection.parse(content, CompletionReply, phase=Phase.VERIFY, version=version)
+        try:
+            logprobs = _next_logprobs(reply)
+        except ValueError as error:
+            raise ScoringFailed(
+                f"POST /v1/completions: {error}", server=self.url, phase=Phase.VERIFY, version=version
+            ) from error
+        details = reply.usage.prompt_tokens_details
+        return NextToken(logprobs=logprobs, cached_tokens=None if details is None else details.cached_tokens)
+
     def weight_version(self, version: int) -> str | None:
         """Read the label from `/weight_info`."""
         deadline = Deadline(self._settings.verify_timeout)
@@ -277,3 +323,23 @@ def _token_scores(logprobs: PromptLogProbs | None, token_ids: list[int], *, prom
             raise ValueError(f"prompt {prompt} has no log-prob for its token {token_id} at {position}")
         scores.append(entry[token_id].logprob)
     return scores
+
+
+def _next_logprobs(reply: CompletionReply) -> dict[int, float]:
+    """Token ids and log-probs of the one generated token and of its likeliest rivals.
+
+    Raises:
+        ValueError: There is not exactly one, or its log-probs do not say which tokens they speak of.
+    """
+    logprobs = reply.choices[0].logprobs if len(reply.choices) == 1 else None
+    if logprobs is None or len(logprobs.tokens) != 1 or len(logprobs.token_logprobs) != 1:
+        raise ValueError("the reply has no log-probs of exactly one generated token")
+    rivals = logprobs.top_logprobs[0] if logprobs.top_logprobs else None
+    named = {**(rivals or {}), logprobs.tokens[0]: logprobs.token_logprobs[0]}
+    found: dict[int, float] = {}
+    for name, logprob in named.items():
+        token_id = name.removeprefix(_ID_MARK)
+        if token_id == name or not token_id.isdecimal() or logprob is None:
+            raise ValueError(f"the log-prob of {name!r} is {logprob}, and token_id:<number> was asked for")
+        found[int(token_id)] = logprob
+    return found

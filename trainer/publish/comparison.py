@@ -22,6 +22,7 @@ Two questions are asked of the probes' log-probs, in nats:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -59,12 +60,23 @@ Scores = list[list[float]]
 """[probe][token]: log-probs of tokens 1..T-1 of each probe, in nats."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProbeScores:
+    """What the trainer's own weights say of the probes."""
+
+    texts: Scores
+    next_tokens: tuple[Sequence[float], ...] = ()
+    """For each beginning of the passage the log-probs of the whole vocabulary, in nats, in float32."""
+
+
 class Verdict(StrEnum):
     """The outcome of a comparison."""
 
     MATCH = "match"
     OVER_TOLERANCE = "over tolerance"
     STALE = "stale"
+    STALE_CACHE = "stale prefix cache"
+    """The weights are new, but what old ones computed is still used."""
     NOT_FINITE = "not finite"
     WRONG_COUNT = "wrong count"
 
@@ -97,8 +109,17 @@ class Comparison:
     """Mean of |served - baseline's served|. None without a baseline."""
     fraction: float | None = None
     """Share of the movement that arrived at the server. None where it is not measurable."""
+    next_tokens: int = 0
+    """Log-probs compared along the path that generation takes. 0: not asked."""
+    next_mean_difference: float | None = None
+    """Mean of |served - expected| there."""
+    next_fraction: float | None = None
+    """Share of the movement that arrived there. None where it is not measurable."""
+    cached_tokens: int | None = None
+    """Tokens of the passage that came from the prefix cache at the first request after the update, which
+    must be 0. None: the server does not tell."""
     detail: str = ""
-    """What is wrong with the numbers, when they cannot be compared."""
+    """What is wrong with the numbers, in words."""
 
     @property
     def matches(self) -> bool:
@@ -112,21 +133,26 @@ class Comparison:
 
     def describe(self) -> str:
         """Say the verdict and its numbers in one line."""
-        if self.detail:
+        if self.detail and not self.tokens:
             return f"{self.verdict}: {self.detail}"
         text = (
             f"{self.verdict}: {self.tokens} log-probs differ by {self.mean_difference:.2g} nats on average "
             f"(tolerance {self.tolerance:.2g}), {self.max_difference:.2g} at most"
         )
-        if self.expected_movement is None or self.served_movement is None:
-            return text
-        text += (
-            f"; the update moved the trainer's by {self.expected_movement:.2g} and the server's by "
-            f"{self.served_movement:.2g}"
-        )
-        if self.fraction is None:
-            return f"{text}, too little to tell old from new at the server's precision"
-        return f"{text}: {self.fraction:.0%} of it arrived"
+        if self.expected_movement is not None and self.served_movement is not None:
+            text += (
+                f"; the update moved the trainer's by {self.expected_movement:.2g} and the server's by "
+                f"{self.served_movement:.2g}"
+            )
+            if self.fraction is None:
+                text += ", too little to tell old from new at the server's precision"
+            else:
+                text += f": {self.fraction:.0%} of it arrived"
+        if self.next_mean_difference is not None:
+            text += f"; generated tokens differ by {self.next_mean_difference:.2g}"
+        if self.next_fraction is not None:
+            text += f", {self.next_fraction:.0%} of the update arrived there"
+        return f"{text}. {self.detail}" if self.detail else text
 
 
 def compare(

@@ -82,7 +82,10 @@ class ServerFailure(PublishError):  # noqa: N818
         version: int | None = None,
         status: int | None = None,
         server_text: str = "",
+        remedy: str | None = None,
     ) -> None:
+        if remedy is not None:
+            self.remedy = remedy
         self.server = server
         self.phase = phase
         self.version = version

@@ -26,9 +26,16 @@ from trainer.errors import ConfigurationError
 from trainer.publish._fleet import Fleet, Job
 from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish._report import PublishReport
-from trainer.publish._verification import Expectation, ServerVerifier, make_expectation, tolerance_for
-from trainer.publish.comparison import TOLERANCES, Scores
+from trainer.publish._verification import (
+    Expectation,
+    LogprobPolicy,
+    ServerVerifier,
+    make_expectation,
+    tolerance_for,
+)
+from trainer.publish.comparison import TOLERANCES, ProbeScores
 from trainer.publish.errors import PublishError
+from trainer.publish.probes import Probes
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +56,9 @@ class Publisher:
         settings: Section `publish` of the configuration.
         transport: How weights get into the servers.
         servers: The inference servers.
-        probes: Token ids of the texts that verification scores (`make_probes`).
-        score: Gives the trainer's own log-probs of tokens 1..T-1 of each probe (`score_with_model`).
+        probes: What verification asks (`make_probes`).
+        score: Gives the trainer's own log-probs of them (`score_probes`).
+        logprobs: What the servers' log-probs have to be at temperatures other than 1.
         stop_requested: Whether the run is to end soon: a failing publish is then not repeated any more.
 
     Raises:
@@ -63,8 +71,9 @@ class Publisher:
         *,
         transport: WeightTransport,
         servers: Sequence[InferenceServer],
-        probes: list[list[int]],
-        score: Callable[[list[list[int]]], Scores],
+        probes: Probes,
+        score: Callable[[Probes], ProbeScores],
+        logprobs: LogprobPolicy | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         if not servers:
@@ -77,7 +86,7 @@ class Publisher:
         self._overlaps = settings.overlap and transport.overlaps
         self._cancelled = threading.Event()
         self._fleet = Fleet(
-            [(server, ServerVerifier(server, probes)) for server in servers],
+            [(server, ServerVerifier(server, probes, logprobs=logprobs)) for server in servers],
             transport,
             settings,
             cancelled=self._cancelled,

@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
+from trainer.publish.comparison import ProbeScores
+from trainer.publish.probes import Probes
+
+MAX_PADDING = 1.25
+"""A batch takes the next shorter sequence as long as this is not longer by more than this factor: fewer
+passes on the one hand, which each cost overhead, less padding on the other."""
+
+
+def score_probes(model: nn.Module, probes: Probes, device: torch.device | str) -> ProbeScores:
+    """Score everything that verification asks; see `score_with_model` for how.
+
+    Args:
+        model: A causal language model, wrapped or not.
+        probes: What is asked.
+        device: Where the model is.
+    """
+    texts = score_with_model(model, probes.texts, device)
+    if not probes.cuts:
+        return ProbeScores(texts=texts, next_tokens=())
+    with evaluation_mode(model), torch.no_grad():
+        logits = _logits(model, [probes.passage], device)[0]  # [T, V]
+        # One pass: what comes after a beginning of the passage does not depend on how it goes on.
+        rows = torch.log_softmax(logits[[cut - 1 for cut in probes.cuts]].float(), dim=-1).cpu()  # [C, V]
+    return ProbeScores(texts=texts, next_tokens=tuple(array("f", row.numpy().tobytes()) for row in rows))
 
 
 def score_with_model(
@@ -28,22 +54,45 @@ def score_with_model(
     Returns:
         For each sequence the log-probs of its tokens 1..T-1, in nats, from a float32 log-softmax.
     """
+    scores: list[list[float]] = [[] for _ in token_id_lists]
+    with evaluation_mode(model), torch.no_grad():
+        for numbers in _by_length([len(token_ids) for token_ids in token_id_lists]):
+            logits = _logits(model, [token_id_lists[number] for number in numbers], device)
+            for number, row in zip(numbers, logits, strict=True):
+                scores[number] = _pick(row, token_id_lists[number])
+    return scores
+
+
+def _by_length(lengths: list[int]) -> Iterator[list[int]]:
+    """Positions of sequences that are scored together: of similar length, longest first."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if group and lengths[group[0]] > MAX_PADDING * lengths[number]:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+def _logits(model: nn.Module, token_id_lists: list[list[int]], device: torch.device | str) -> Tensor:
+    """Logits [B, T, V] of sequences, padded on the right, where a causal model cannot see it."""
     longest = max(map(len, token_id_lists))
-    # Padding goes to the right, where a causal model cannot see it. One pass over a padded batch: several
-    # passes over short sequences cost several times as much, in overhead and waiting for other threads.
     padded = [token_ids + [token_ids[-1]] * (longest - len(token_ids)) for token_ids in token_id_lists]
     present = [[1] * len(token_ids) + [0] * (longest - len(token_ids)) for token_ids in token_id_lists]
     # The class's forward: where the hardware has bfloat16, Accelerate replaces the model's own by one that
     # opens autocast.
-    forward = type(model).forward
-    with evaluation_mode(model), torch.no_grad():
-        logits: Tensor = forward(
+    logits: Tensor = (
+        type(model)
+        .forward(
             model,
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(present, device=device),
             use_cache=False,
-        ).logits  # [B, T, V]
-        return [_pick(row, token_ids) for row, token_ids in zip(logits, token_id_lists, strict=True)]
+        )
+        .logits
+    )
+    return logits
 
 
 def _pick(logits: Tensor, token_ids: list[int]) -> list[float]:

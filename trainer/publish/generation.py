@@ -1,0 +1,121 @@
+"""What a server says while it generates: is its prefix cache fresh, what kind of log-probs does it give?
+
+Numbers in, verdict out; no I/O. Scoring a prompt goes around the prefix cache, so the texts alone would not
+notice blocks of keys and values that old weights computed. Generation reads them: the next token's
+log-probs after a long passage are compared with the trainer's own, for exactly those tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from trainer.publish.comparison import Baseline, Comparison, Scores, Verdict, compare
+
+LEAST_LOGPROB = -10.0
+"""Nats. Tokens that the trainer finds less likely are not compared: a rare draw, on which servers of low
+precision are off by whole nats."""
+
+ASKED_TEMPERATURE = 0.5
+"""Where raw and temperature-scaled log-probs differ by whole nats on the likeliest tokens."""
+
+NextTokens = tuple[Mapping[int, float], ...]
+"""For each beginning of the passage: token id to log-prob in nats, as a server gave them."""
+
+Rows = tuple[Sequence[float], ...]
+"""For each beginning of the passage the trainer's log-probs of the whole vocabulary."""
+
+
+class LogprobKind(StrEnum):
+    """What a server's log-probs are at a sampling temperature other than 1."""
+
+    RAW = "raw"
+    """Of the model's own distribution, whatever the temperature."""
+    SCALED = "scaled"
+    """Of the distribution that the token was drawn from: logits divided by the temperature."""
+    NEITHER = "neither raw nor scaled"
+    UNCLEAR = "not to be told"
+    """The two hardly differ: the model is nearly certain of what comes next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvenGeneration:
+    """What was said of the next tokens when an earlier version was proven."""
+
+    version: int
+    expected: Rows
+    served: NextTokens
+
+
+def compare_next_tokens(
+    served: NextTokens, expected: Rows, *, tolerance: float, proven: ProvenGeneration | None = None
+) -> Comparison:
+    """Judge the next tokens' log-probs as `compare` judges the texts'.
+
+    Movements are compared at the tokens that the server named both times.
+    """
+    now: Scores = []
+    want: Scores = []
+    for said, row in zip(served, expected, strict=True):
+        tokens = [token for token in said if token < len(row) and row[token] > LEAST_LOGPROB]
+        now.append([said[token] for token in tokens])
+        want.append([row[token] for token in tokens])
+    whole = compare(now, want, tolerance=tolerance)
+    if proven is None or not whole.tokens or len(proven.served) != len(served):
+        return whole
+    now, want, now_before, want_before = [], [], [], []
+    for index, said in enumerate(served):
+        row, said_before, row_before = expected[index], proven.served[index], proven.expected[index]
+        tokens = [token for token in said if token in said_before and row[token] > LEAST_LOGPROB]
+        now.append([said[token] for token in tokens])
+        want.append([row[token] for token in tokens])
+        now_before.append([said_before[token] for token in tokens])
+        want_before.append([row_before[token] for token in tokens])
+    if not any(now):
+        return whole
+    baseline = Baseline(version=proven.version, expected=want_before, served=now_before)
+    moved = compare(now, want, tolerance=tolerance, baseline=baseline)
+    verdict = moved.verdict if moved.verdict is Verdict.STALE else whole.verdict
+    return replace(
+        whole,
+        verdict=verdict,
+        expected_movement=moved.expected_movement,
+        served_movement=moved.served_movement,
+        fraction=moved.fraction,
+    )
+
+
+def logprob_kind(
+    served: Mapping[int, float], row: Sequence[float], *, temperature: float, tolerance: float
+) -> LogprobKind:
+    """Tell raw from scaled log-probs of a token that was sampled at a temperature other than 1.
+
+    Args:
+        served: The server's log-probs.
+        row: The trainer's, of the whole vocabulary, at temperature 1.
+        temperature: Of the sampling.
+        tolerance: Largest mean absolute difference accepted, in nats.
+    """
+    tokens = [token for token in served if token < len(row) and row[token] > LEAST_LOGPROB]
+    if not tokens:
+        return LogprobKind.UNCLEAR
+    raw = [row[token] for token in tokens]
+    # Of logits z: log softmax(z / t) = log softmax(log softmax(z) / t).
+    normalizer = _log_sum_exp([value / temperature for value in row])
+    scaled = [value / temperature - normalizer for value in raw]
+    distances = {
+        kind: math.fsum(abs(served[token] - value) for token, value in zip(tokens, values, strict=True))
+        / len(tokens)
+        for kind, values in ((LogprobKind.RAW, raw), (LogprobKind.SCALED, scaled))
+    }
+    nearest, other = sorted(distances, key=distances.__getitem__)
+    if not distances[nearest] <= tolerance:
+        return LogprobKind.NEITHER
+    return LogprobKind.UNCLEAR if distances[nearest] > distances[other] / 2 else nearest
+
+
+def _log_sum_exp(values: list[float]) -> float:
+    highest = max(values)
+    return highest + math.log(math.fsum(math.exp(value - highest) for value in values))
