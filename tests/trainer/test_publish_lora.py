@@ -1,0 +1,595 @@
+"""Publishing adapters: real PEFT models on both sides, HTTP between them, and a server that misbehaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from schemas.inference import (
+    CollectiveRpcRequest,
+    CompletionRequest,
+    CurrentAdapter,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+)
+from tests.trainer.inference_stand_in import PROBES, Answer, StandIn, serving
+from tests.trainer.models import tiny_model
+from trainer.adapter_directory import capture_adapter
+from trainer.config import PublishSettings, load_config
+from trainer.errors import CheckpointError, ConfigurationError
+from trainer.model_directory import capture_model
+from trainer.publish import (
+    ActivationFailed,
+    DiskTransport,
+    LoadFailed,
+    LoraTransport,
+    Publisher,
+    ServerNotReady,
+    StagingFailed,
+    Verdict,
+    VerificationFailed,
+    VllmRoutes,
+    score_probes,
+    score_with_model,
+)
+
+peft = pytest.importorskip("peft", reason="adapters need the optional peft")
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def with_adapter(**options: Any) -> Any:
+    """A tiny model with an adapter as training begins with: the second factor is zero."""
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    model = tiny_model("llama", dtype=torch.float32)
+    return peft.get_peft_model(model, peft.LoraConfig(**(settings | options)))
+
+
+def step(model: nn.Module, seed: int) -> None:
+    """Other weights, in the adapter only."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+class AdapterServer(StandIn):
+    """Loads real adapters and scores with them, under the routes of vLLM and of our middleware."""
+
+    def __init__(self) -> None:
+        super().__init__((0.0, 0.0))
+        self.base: nn.Module = tiny_model("llama", dtype=torch.float32)
+        self.adapters: dict[str, nn.Module] = {}
+        self.paths_read: list[str] = []
+        self.current = CurrentAdapter(name=None)
+        self.lora: dict[str, int] | None = {"max_loras": 2, "max_lora_rank": 16}
+        self.lacks: set[str] = set()
+        """Routes that are not there."""
+        self.in_use: set[str] = set()
+        """Adapters that requests in flight sample from."""
+        self.reads: Callable[[str], str] = lambda path: path
+        """Which directory it really reads."""
+
+    def restart(self) -> None:
+        self.adapters.clear()
+        self.current = CurrentAdapter(name=None)
+        self.label = "default"
+
+    def sent(self) -> list[str]:
+        """What it was told to do, in order: no questions."""
+        return [call.removeprefix("POST ") for call in self.calls if call.startswith("POST ")]
+
+    def answer(self, path: str, body: bytes) -> Answer:
+        if (fault := self.faults.get(path)) and (instead := fault()) is not None:
+            return instead
+        if path in self.lacks:
+            return 404, {"detail": "Not Found"}
+        match path:
+            case "/v1/models":
+                cards = [{"id": name, "parent": "policy"} for name in self.adapters]
+                return 200, {"object": "list", "data": [{"id": "policy"}, *cards]}
+            case "/server_info":
+                return 200, {"vllm_config": {"lora_config": self.lora}}
+            case "/metrics":
+                return 200, self.metrics()
+            case "/atropos/adapter":
+                if body:
+                    self.current = CurrentAdapter.model_validate_json(body)
+                return 200, self.current.model_dump()
+            case "/v1/load_lora_adapter":
+                return self.load_adapter(body) if body else (405, {"detail": "Method Not Allowed"})
+            case "/v1/unload_lora_adapter":
+                known = self.adapters.pop(UnloadAdapterRequest.model_validate_json(body).lora_name, None)
+                return (200, "Success") if known else (404, {"error": {"message": "cannot be found"}})
+            case "/collective_rpc":
+                directory = CollectiveRpcRequest.model_validate_json(body).kwargs["weights_path"]
+                self.base = type(self.base).from_pretrained(directory)  # type: ignore[attr-defined]
+                return 200, {"results": [None]}
+        return super().answer(path, body)
+
+    def load_adapter(self, body: bytes) -> Answer:
+        request = LoadAdapterRequest.model_validate_json(body)
+        if request.lora_name in self.adapters:
+            return 400, {"error": {"message": f"{request.lora_name} has already been loaded"}}
+        path = self.reads(request.lora_path)
+        self.paths_read.append(path)
+        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(self.base), path)
+        self.adapters[request.lora_name] = adapted
+        return 200, "Success"
+
+    def metrics(self) -> bytes:
+        line = (
+            'vllm:lora_requests_info{{max_lora="2",running_lora_adapters="{}",waiting_lora_adapters="{}"}} {}'
+        )
+        old = line.format("policy-00000000-v000009", "", "1.7e+09")
+        now = line.format(",".join(sorted(self.in_use)), "", "1.8e+09")
+        return f"# HELP vllm:lora_requests_info Running\n{now}\n{old}\nother 1.0\n".encode()
+
+    def complete(self, request: CompletionRequest) -> dict[str, Any]:
+        assert request.model is not None
+        model = self.base if request.model == "policy" else self.adapters[request.model]
+        prompts: Any = request.prompt
+        choices = []
+        for index, (prompt, row) in enumerate(
+            zip(prompts, score_with_model(model, prompts, "cpu"), strict=True)
+        ):
+            logprobs = [
+                {str(token): {"logprob": score}} for token, score in zip(prompt[1:], row, strict=True)
+            ]
+            choices.append({"index": index, "text": "", "prompt_logprobs": [None, *logprobs]})
+        return {"model": request.model, "choices": choices, "usage": {}}
+
+
+@pytest.fixture
+def server() -> Iterator[AdapterServer]:
+    stand_in = AdapterServer()
+    with serving(stand_in):
+        yield stand_in
+
+
+@pytest.fixture
+def model() -> Any:
+    return with_adapter()
+
+
+@contextmanager
+def publishing(
+    model: Any, directory: Path, *servers: AdapterServer, fallback: bool = True, **options: Any
+) -> Iterator[Publisher]:
+    options.setdefault("on_failure", "abort")
+    settings = PublishSettings(transport="lora", servers=[server.url for server in servers], **options)
+
+    def capture_merged() -> Callable[[Path], None]:
+        captured = capture_model(model, tokenizer=None)
+        return lambda path: captured.write(path, durable=False)
+
+    with Publisher(
+        settings,
+        transport=LoraTransport(
+            directory,
+            lambda: capture_adapter(model),
+            keep=settings.keep,
+            merged=DiskTransport(directory, capture_merged, keep=settings.keep) if fallback else None,
+        ),
+        servers=[VllmRoutes(server.url, settings) for server in servers],
+        probes=PROBES,
+        score=lambda probes: score_probes(model, probes, "cpu"),
+    ) as publisher:
+        yield publisher
+
+
+def directories(directory: Path) -> list[str]:
+    """Versions on the disk, without the run's random part."""
+    return sorted(entry.name.partition("-")[2] for entry in directory.iterdir())
+
+
+# --- the directory --------------------------------------------------------------------------------
+
+
+def test_the_directory_is_what_peft_writes_and_reads(model: Any, tmp_path: Path) -> None:
+    step(model, 1)
+    capture_adapter(model).write(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {file.name for file in (tmp_path / "ours").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama", dtype=torch.float32), tmp_path / "ours")
+    assert score_with_model(loaded, PROBES.texts, "cpu") == score_with_model(model, PROBES.texts, "cpu")
+
+
+def test_the_wrapper_of_a_compiled_model_is_stripped_and_the_type_is_cast(model: Any, tmp_path: Path) -> None:
+    step(model, 1)
+    plain = capture_adapter(model)
+    wrapped = capture_adapter(torch.compile(model, backend="eager"), dtype=torch.bfloat16)  # type: ignore[arg-type]
+    assert wrapped.weights.keys() == plain.weights.keys()
+    assert all(torch.equal(wrapped.weights[name], plain.weights[name].bfloat16()) for name in plain.weights)
+    assert (plain.dtype, wrapped.dtype) == ("float32", "bfloat16")
+    assert wrapped.weight_bytes * 2 == plain.weight_bytes
+
+
+def test_a_captured_adapter_does_not_follow_the_model(model: Any, tmp_path: Path) -> None:
+    step(model, 1)
+    captured = capture_adapter(model)
+    before = score_with_model(model, PROBES.texts, "cpu")
+    step(model, 2)
+    captured.write(tmp_path / "version")
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama", dtype=torch.float32), tmp_path / "version")
+    assert score_with_model(loaded, PROBES.texts, "cpu") == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"modules_to_save": ["o_proj"]},
+        {"trainable_token_indices": [3]},
+        {"init_lora_weights": "pissa"},
+        {"layer_replication": [[0, 2], [1, 2]]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_what_servers_do_not_load_is_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=f"{next(iter(options))}.*plain LoRA"):
+        capture_adapter(with_adapter(**options))
+
+
+def test_a_model_without_an_adapter_is_refused_before_any_server_is_touched(
+    server: AdapterServer, tmp_path: Path
+) -> None:
+    with (
+        publishing(tiny_model("llama", dtype=torch.float32), tmp_path, server) as publisher,
+        pytest.raises(StagingFailed, match=r"model\.lora"),
+    ):
+        publisher.start(0)
+    assert server.sent() == []
+
+
+def test_the_configuration_refuses_adapters_that_are_not_trained() -> None:
+    words = ["--publish.transport", "lora", "--publish.servers", "http://localhost:1", "--model.path", "m"]
+    with pytest.raises(ConfigurationError, match=r"model\.lora is not set"):
+        load_config(overrides=words, environment={})
+    assert load_config(overrides=[*words, "--model.lora.rank", "4"], environment={}).model.lora is not None
+
+
+# --- publishing -----------------------------------------------------------------------------------
+
+
+def test_loads_proves_and_only_then_activates_without_a_pause(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server) as publisher:
+        publisher.start(0)
+        step(model, 1)
+        server.calls.clear()
+        report = publisher.publish(1)
+    (name,) = [name for name in server.adapters if name.endswith("-v000001")]
+    assert [path for path in server.sent() if path != "/v1/completions"] == [
+        "/v1/load_lora_adapter",
+        "/atropos/adapter",
+        "/update_weight_version",
+    ]
+    assert server.sent().index("/v1/completions") < server.sent().index("/atropos/adapter")
+    assert server.current == CurrentAdapter(name=name, weight_version="1")
+    assert server.label == "1"
+    assert report.pause_seconds == 0.0
+    assert report.servers[0].comparison is not None
+    assert report.servers[0].comparison.distinguishable
+    assert report.weight_bytes == capture_adapter(model).weight_bytes
+
+
+def test_version_0_is_published_although_it_equals_the_base_model(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server) as publisher:
+        report = publisher.start(0)
+    assert report.verified
+    assert not report.already_served
+    assert server.current.name in server.adapters
+    assert server.current.weight_version == "0"
+
+
+def test_five_versions_each_change_what_is_served_and_old_ones_are_forgotten(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    served = []
+    with publishing(model, tmp_path, server, keep=2) as publisher:
+        publisher.start(0)
+        for version in range(1, 6):
+            step(model, version)
+            publisher.publish(version)
+            assert server.current.name is not None
+            served.append(score_with_model(server.adapters[server.current.name], PROBES.texts, "cpu"))
+            assert served[-1] == score_with_model(model, PROBES.texts, "cpu")
+    assert all(one != other for one, other in pairwise(served))
+    assert [name[-7:] for name in server.adapters] == ["v000004", "v000005"]
+    # A directory outlives its name by one version.
+    assert directories(tmp_path) == ["v000003", "v000004", "v000005"]
+
+
+def test_a_new_process_never_uses_a_name_or_a_directory_again(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server) as publisher:
+        publisher.start(0)
+    first, first_path = server.current.name, server.paths_read[-1]
+    with publishing(model, tmp_path, server) as publisher:
+        publisher.start(0)
+        assert server.current.name != first
+        assert server.paths_read[-1] != first_path
+        assert set(server.adapters) == {server.current.name}, "the first one's adapter is forgotten"
+        assert directories(tmp_path) == ["v000000", "v000000"], "requests in flight may still read it"
+        publisher.publish(1)
+    assert directories(tmp_path) == ["v000000", "v000001"], "now nobody can"
+
+
+def test_somebody_elses_adapter_stays(model: Any, server: AdapterServer, tmp_path: Path) -> None:
+    server.adapters["policy-of-mine"] = server.base
+    with publishing(model, tmp_path, server, keep=1) as publisher:
+        publisher.start(0)
+        publisher.publish(1)
+    assert set(server.adapters) == {"policy-of-mine", server.current.name}
+
+
+def test_a_directory_stays_as_long_as_requests_sample_from_it(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server, keep=1) as publisher:
+        publisher.start(0)
+        assert server.current.name is not None
+        server.in_use = {server.current.name}  # a long rollout
+        for version in range(1, 4):
+            publisher.publish(version)
+        assert len(server.adapters) == 1
+        assert directories(tmp_path) == ["v000000", "v000002", "v000003"]
+        server.in_use = set()
+        publisher.publish(4)
+    assert directories(tmp_path) == ["v000003", "v000004"]
+
+
+def test_without_metrics_no_directory_that_was_loaded_is_deleted(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    server.lacks = {"/metrics"}
+    with publishing(model, tmp_path, server, keep=1) as publisher:
+        publisher.start(0)
+        for version in range(1, 4):
+            publisher.publish(version)
+    assert len(server.adapters) == 1
+    assert directories(tmp_path) == ["v000000", "v000001", "v000002", "v000003"]
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_a_stale_adapter_under_the_new_name_is_caught_and_never_activated(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server) as publisher:
+        publisher.start(0)
+        step(model, 1)
+        publisher.publish(1)
+        current = server.current
+        server.reads = lambda path: server.paths_read[-1]
+        step(model, 2)
+        with pytest.raises(VerificationFailed) as caught:
+            publisher.publish(2)
+    assert caught.value.comparison is not None
+    assert caught.value.comparison.verdict is Verdict.STALE
+    assert server.current == current
+
+
+def test_a_failed_try_is_repeated_under_another_name(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    failing = [True]
+
+    def fail_once() -> Answer | None:
+        return (500, {"error": "lost"}) if failing and failing.pop() else None
+
+    with publishing(model, tmp_path, server, on_failure="retry_until") as publisher:
+        publisher.start(0)
+        server.faults["/v1/completions"] = fail_once
+        step(model, 1)
+        report = publisher.publish(1)
+    assert report.attempts == 2
+    assert server.current.name is not None
+    assert server.current.name.endswith("-v000001-2")
+    assert [name.partition("-")[2].partition("-")[2] for name in server.adapters] == [
+        "v000000",
+        "v000001-2",
+    ], "the first try is forgotten"
+
+
+def test_an_activation_that_did_not_happen_is_an_error(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server) as publisher:
+        publisher.start(0)
+        before = server.current
+        server.faults["/atropos/adapter"] = lambda: (200, before.model_dump())
+        with pytest.raises(ActivationFailed, match="samples from"):
+            publisher.publish(1)
+
+
+def test_an_adapter_that_cannot_be_unloaded_costs_memory_only(
+    model: Any, server: AdapterServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.faults["/v1/unload_lora_adapter"] = lambda: (500, {"error": "busy"})
+    with publishing(model, tmp_path, server, keep=1) as publisher:
+        publisher.start(0)
+        publisher.publish(1)
+    assert server.current.weight_version == "1"
+    assert "an old adapter stays loaded" in caplog.text
+    assert directories(tmp_path) == ["v000000", "v000001"]
+
+
+def test_a_server_that_was_restarted_gets_the_current_adapter_again(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server, watch_interval=0.05) as publisher:
+        publisher.start(0)
+        step(model, 1)
+        publisher.publish(1)
+        server.restart()
+        wait_for(lambda: server.current.weight_version == "1" and server.label == "1")
+        assert server.current.name in server.adapters
+
+
+def test_an_adapter_that_somebody_switched_off_is_switched_on_again(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server, watch_interval=0.05) as publisher:
+        publisher.start(0)
+        server.current = CurrentAdapter(name=None)
+        wait_for(lambda: server.current.name is not None)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# --- servers that take no adapters ----------------------------------------------------------------
+
+LACKS = [
+    ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+    ("/atropos/adapter", "--middleware"),
+    ("--enable-lora", "--enable-lora"),
+]
+
+
+@pytest.mark.parametrize(("lacking", "hint"), LACKS)
+def test_merged_weights_go_to_a_server_that_takes_no_adapters(
+    lacking: str,
+    hint: str,
+    model: Any,
+    server: AdapterServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make_lack(server, lacking)
+    with publishing(model, tmp_path, server) as publisher:
+        assert publisher.start(0).already_served
+        step(model, 1)
+        server.calls.clear()
+        report = publisher.publish(1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(hint in warning for warning in warnings)
+    assert any("merged" in warning for warning in warnings)
+    assert [path.partition("?")[0] for path in server.sent() if path != "/v1/completions"] == [
+        "/pause",
+        "/collective_rpc",
+        "/reset_prefix_cache",
+        "/update_weight_version",
+        "/resume",
+    ]
+    assert report.servers[0].comparison is not None
+    assert report.servers[0].comparison.distinguishable
+    assert (server.adapters, server.label) == ({}, "1")
+
+
+def test_each_server_gets_what_it_takes(model: Any, tmp_path: Path) -> None:
+    taking, plain = AdapterServer(), AdapterServer()
+    make_lack(plain, "--enable-lora")
+    with serving(taking, plain), publishing(model, tmp_path, taking, plain) as publisher:
+        publisher.start(0)
+        step(model, 1)
+        report = publisher.publish(1)
+    assert all(outcome.comparison is not None for outcome in report.servers)
+    assert [outcome.pause_seconds > 0 for outcome in report.servers] == [False, True]
+    assert taking.current.weight_version == "1"
+    assert plain.label == "1"
+    assert plain.current.name is None
+
+
+@pytest.mark.parametrize(("lacking", "hint"), LACKS)
+def test_without_a_fallback_such_a_server_ends_the_run_at_its_start(
+    lacking: str, hint: str, model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    make_lack(server, lacking)
+    with (
+        publishing(model, tmp_path, server, fallback=False) as publisher,
+        pytest.raises(ServerNotReady, match=hint),
+    ):
+        publisher.start(0)
+
+
+def test_a_server_that_lost_its_ability_gets_merged_weights_from_the_next_version_on(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    with publishing(model, tmp_path, server, watch_interval=0.05) as publisher:
+        publisher.start(0)
+        make_lack(server, "--enable-lora")
+        server.restart()
+        wait_for(lambda: server.calls.count("GET /server_info?config_format=json") > 1)
+        step(model, 1)
+        report = publisher.publish(1)
+    assert report.servers[0].pause_seconds > 0
+    assert server.label == "1"
+
+
+def test_one_adapter_at_a_time_is_warned_of(
+    model: Any, server: AdapterServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.lora = {"max_loras": 1}
+    with publishing(model, tmp_path, server) as publisher:
+        publisher.start(0)
+    assert "--max-loras 2" in caplog.text
+
+
+def test_a_server_outside_development_mode_is_trusted_to_take_adapters(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    server.lacks = {"/server_info"}
+    with publishing(model, tmp_path, server) as publisher:
+        publisher.start(0)
+    assert server.current.name in server.adapters
+
+
+def test_what_the_server_says_against_an_adapter_is_in_the_error(
+    model: Any, server: AdapterServer, tmp_path: Path
+) -> None:
+    said = "LoRA rank 4 is greater than max_lora_rank 2."
+    server.faults["/v1/load_lora_adapter"] = lambda: (
+        (500, {"error": {"message": said}}) if server.calls[-1].startswith("POST") else (405, {})
+    )
+    with publishing(model, tmp_path, server) as publisher, pytest.raises(LoadFailed, match=said):
+        publisher.start(0)
+
+
+def make_lack(server: AdapterServer, what: str) -> None:
+    if what == "--enable-lora":
+        server.lora = None
+    else:
+        server.lacks = {what}
+
+
+def test_settings_travel_with_the_adapter(model: Any, tmp_path: Path) -> None:
+    capture_adapter(model).write(tmp_path / "version")
+    written = json.loads((tmp_path / "version" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], sorted(written["target_modules"])) == (4, 8, sorted(TARGETS))
+    assert written["inference_mode"] is True
