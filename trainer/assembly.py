@@ -20,6 +20,8 @@ from trainer.publish import (
     LoraTransport,
     Publisher,
     VllmRoutes,
+    VllmTransferTransport,
+    WeightStream,
     WeightTransport,
     make_probes,
     score_probes,
@@ -127,8 +129,11 @@ def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTranspor
         # Not flushed to the disk: after a crash the trainer publishes anew.
         return lambda path: captured.write(path, durable=False)
 
+    if settings.transport in ("nccl", "ipc"):
+        stream = WeightStream(policy.model, dtype=dtype, bucket_bytes=settings.bucket_mebibytes << 20)
+        return VllmTransferTransport(settings.transport, stream, settings)
     disk = DiskTransport(directory, capture, keep=settings.keep)
-    if settings.transport != "lora":
+    if settings.transport == "disk":
         return disk
     return LoraTransport(
         directory,

@@ -87,4 +87,8 @@ class PublishSettings(Section):
                 f"publish.transport is {self.transport!r} but publish.servers is empty; "
                 "name the inference servers, or set publish.transport to 'none'"
             )
+        if self.engine == "sglang" and self.transport == "ipc":
+            raise ValueError(
+                "publish.transport 'ipc' is vLLM's; with publish.engine 'sglang' use 'nccl' or 'disk'"
+            )
         return self

@@ -7,6 +7,8 @@ from trainer.publish._protocol import InferenceServer, NextToken, StagedWeights,
 from trainer.publish._report import PublishReport
 from trainer.publish._verification import LogprobPolicy
 from trainer.publish._vllm import VllmRoutes
+from trainer.publish._vllm_transfer import VllmTransferTransport
+from trainer.publish._weight_stream import WeightStream
 from trainer.publish.comparison import TOLERANCES, Baseline, Comparison, ProbeScores, Verdict, compare
 from trainer.publish.errors import (
     ActivationFailed,
@@ -65,6 +67,8 @@ __all__ = [
     "Verdict",
     "VerificationFailed",
     "VllmRoutes",
+    "VllmTransferTransport",
+    "WeightStream",
     "WeightTransport",
     "compare",
     "make_probes",
