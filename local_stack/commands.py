@@ -87,6 +87,8 @@ def vllm_command(
         "--enforce-eager",  # compiling takes longer than it saves here
         *("--seed", str(seed)),
         *("--middleware", "atropos_generate.AtroposGenerate"),
+        # Only on the CPU: without it vLLM keeps an old output layer where it shares the embedding's weights.
+        *("--worker-cls", "atropos_cpu_worker.AtroposCPUWorker"),
         # Environments ask for the version ten times a second; warnings and errors are still logged.
         "--disable-uvicorn-access-log",
         *adapters,

@@ -75,13 +75,15 @@ def test_adapters_are_taken_where_asked_for() -> None:
     assert value_of("--max-lora-rank", command) == "8"
 
 
-def test_the_middleware_is_where_the_environment_variables_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    module, _, _ = value_of(
-        "--middleware", vllm_command(Address(port=1), model="m", seed=0, python="p")
-    ).partition(".")
+@pytest.mark.parametrize("flag", ["--middleware", "--worker-cls"])
+def test_our_plugins_are_where_the_environment_variables_say(
+    flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = vllm_command(Address(port=1), model="m", seed=0, python="p")
+    module, _, name = value_of(flag, command).partition(".")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     assert vllm_environment()["PYTHONPATH"] == str(VLLM_PLUGINS)
-    assert (VLLM_PLUGINS / f"{module}.py").is_file()
+    assert f"class {name}" in (VLLM_PLUGINS / f"{module}.py").read_text()
     monkeypatch.setenv("PYTHONPATH", "/mine")
     assert vllm_environment()["PYTHONPATH"] == f"{VLLM_PLUGINS}:/mine"
 
