@@ -22,6 +22,10 @@ from trainer.publish import Probes, ProbeScores
 
 PROBES = Probes(texts=[list(range(7, 47)), list(range(90, 40, -1)), [3, 1, 4, 1, 5, 9, 2, 6]], passage=[])
 
+VOCABULARY = 100
+BLOCK = 16
+"""Tokens that the prefix cache keeps as a whole."""
+
 Weights = tuple[float, float]
 Answer = tuple[int, Any]
 
@@ -35,6 +39,25 @@ def scores(weights: Weights, token_id_lists: list[list[int]]) -> list[list[float
         ][1:]
         for tokens in token_id_lists
     ]
+
+
+def next_logprobs(
+    weights: Weights, prompt: list[int], *, cached: Weights | None = None, temperature: float = 1.0
+) -> list[float]:
+    """Log-probs of the token after a prompt, over `VOCABULARY` tokens.
+
+    `cached`: the weights that computed the prompt's beginning, where those are other ones.
+    """
+    position = len(prompt)
+    one, other = weights
+    if cached is not None:
+        one, other = (one + cached[0]) / 2, (other + cached[1]) / 2
+    logits = [
+        (one * math.sin(3.0 * token + position) + other * math.cos(5.0 * token - position)) / temperature
+        for token in range(VOCABULARY)
+    ]
+    normalizer = math.log(math.fsum(math.exp(logit) for logit in logits))
+    return [logit - normalizer for logit in logits]
 
 
 class Policy:
@@ -53,7 +76,8 @@ class Policy:
         (path / "config.json").write_text(json.dumps({"dtype": self.dtype}))
 
     def score(self, probes: Probes) -> ProbeScores:
-        return ProbeScores(texts=scores(self.weights, probes.texts))
+        rows = tuple(next_logprobs(self.weights, prompt) for prompt in probes.prompts)
+        return ProbeScores(texts=scores(self.weights, probes.texts), next_tokens=rows)
 
 
 class StandIn:
@@ -75,6 +99,15 @@ class StandIn:
         self.noise: Callable[[], float] = lambda: 0.0
         self.trickle = False
         """Send bodies one byte at a time, with pauses."""
+        self.cache: dict[tuple[int, ...], Weights] = {}
+        """The first block of prompts, and the weights that computed it."""
+        self.keeps_cache = False
+        """Answer that the cache is empty, and keep it."""
+        self.tells_cached_tokens = True
+        self.scales_logprobs = False
+        """Give log-probs of the distribution that was sampled from."""
+        self.generates: Callable[[list[float]], int] = lambda row: row.index(max(row))
+        """Chooses the next token by the log-probs of all."""
         self.url = ""
 
     def paths(self) -> list[str]:
@@ -107,6 +140,8 @@ class StandIn:
                 self.weights = self.load(self.weights, (one, other))
                 return 200, {"results": [None]}
             case "/reset_prefix_cache":
+                if not self.keeps_cache:
+                    self.cache.clear()
                 return 200, {"success": True}
             case "/update_weight_version":
                 self.label = WeightVersionRequest.model_validate_json(body).new_version
@@ -119,6 +154,8 @@ class StandIn:
 
     def complete(self, request: CompletionRequest) -> dict[str, Any]:
         assert request.model == "policy"
+        if request.logprobs is not None:
+            return self.generate(request)
         assert request.prompt_logprobs == 0
         prompts: Any = request.prompt
         choices = []
@@ -129,6 +166,31 @@ class StandIn:
             ]
             choices.append({"index": index, "text": "", "prompt_logprobs": [None, *logprobs]})
         return {"model": "policy", "choices": choices[::-1], "usage": {}}
+
+    def generate(self, request: CompletionRequest) -> dict[str, Any]:
+        assert request.max_tokens == 1
+        assert request.temperature
+        assert request.logprobs
+        assert request.return_tokens_as_token_ids
+        prompt: Any = request.prompt
+        block = tuple(prompt[:BLOCK])
+        hit = len(block) == BLOCK and block in self.cache
+        cached = self.cache.setdefault(block, self.weights)
+        temperature = request.temperature if self.scales_logprobs else 1.0
+        row = next_logprobs(self.weights, prompt, cached=cached, temperature=temperature)
+        row = [logprob + self.noise() for logprob in row]
+        likeliest = sorted(range(VOCABULARY), key=row.__getitem__, reverse=True)[: request.logprobs]
+        token = self.generates(row)
+        logprobs = {
+            "tokens": [f"token_id:{token}"],
+            "token_logprobs": [row[token]],
+            "top_logprobs": [{f"token_id:{each}": row[each] for each in (token, *likeliest)}],
+        }
+        usage: dict[str, Any] = {"prompt_tokens": len(prompt)}
+        if self.tells_cached_tokens:
+            usage["prompt_tokens_details"] = {"cached_tokens": BLOCK if hit else 0}
+        choice = {"index": 0, "text": "", "logprobs": logprobs}
+        return {"model": "policy", "choices": [choice], "usage": usage}
 
 
 @contextmanager

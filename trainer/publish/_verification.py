@@ -7,8 +7,11 @@ texts fills the cache too. And the first answer alone can show that nothing was 
 from __future__ import annotations
 
 import logging
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 from trainer.publish._protocol import InferenceServer, NextToken
@@ -34,6 +37,9 @@ from trainer.publish.generation import (
 from trainer.publish.probes import Probes
 
 logger = logging.getLogger(__name__)
+
+REMEMBERED = 8
+"""Proven versions whose differences make up what is usual at a server: few, so that it follows the model."""
 
 
 def tolerance_for(dtype: str | None, configured: float | None) -> float:
@@ -105,6 +111,8 @@ class ServerVerifier:
         self._probes = probes
         self._logprobs = logprobs or LogprobPolicy()
         self._proven: _Proven | None = None
+        self._differences: deque[float] = deque(maxlen=REMEMBERED)
+        self._first_difference: float | None = None
         self._served_name: str | None = None
         self.logprob_kind: LogprobKind | None = None
         """Of this server; None until it was asked, which happens when it is first found to match."""
@@ -166,6 +174,7 @@ class ServerVerifier:
             expectation.scores.texts,
             tolerance=expectation.tolerance,
             baseline=proven.of_texts() if proven else None,
+            usual=self._usual_difference(),
         )
         if said:
             generated = compare_next_tokens(
@@ -178,6 +187,7 @@ class ServerVerifier:
                 comparison, generated, cached_tokens=said[0].cached_tokens if updated else None
             )
         logger.info("%s: version %d: %s", self._server.url, version, comparison.describe())
+        self._remember_difference(comparison, updated=updated)
         if comparison.matches:
             self._check_kind(expectation, served_name)
         # Where old and new could not be told apart the old baseline stays: against it the movement adds up.
@@ -186,6 +196,18 @@ class ServerVerifier:
                 version=version, expected=expectation.scores, texts=texts, next_tokens=next_tokens
             )
         return comparison
+
+    def _usual_difference(self) -> float | None:
+        """How far this server is off when it has the right weights; None before that is known."""
+        return fmean(self._differences) if self._differences else self._first_difference
+
+    def _remember_difference(self, comparison: Comparison, *, updated: bool) -> None:
+        if comparison.matches:
+            self._differences.append(comparison.mean_difference)
+        elif not self._differences and not updated and math.isfinite(comparison.mean_difference):
+            # Before the first publish: what a server that loaded the starting weights by itself is off.
+            # If it holds other weights this is large, and the first bound is the tolerance, as without it.
+            self._first_difference = comparison.mean_difference
 
     def _ask_next_tokens(self, version: int, served_name: str | None) -> list[NextToken]:
         return [

@@ -3,7 +3,9 @@
 Two questions are asked of the probes' log-probs, in nats:
 
 1. **Close enough?** The mean absolute difference between the server's numbers and the trainer's own must
-   not exceed a tolerance that follows from the precision the server computes in.
+   not exceed a tolerance that follows from the precision the server computes in; nor be much larger than it
+   usually is at this server, because rounding differs little from version to version and one broken tensor
+   among hundreds adds to it less than a tolerance for all servers can tell.
 2. **Did it move?** One small optimizer step moves log-probs by far less than that tolerance, so a server
    that quietly kept its old weights would pass the first question. The second one compares *movements*
    since an earlier version that was proven on the same server (the baseline). With `d` the trainer's
@@ -52,6 +54,14 @@ MIN_FRACTION = 0.5
 """An update counts as arrived from this fraction on: below it the server is closer to the old weights than
 to the new ones. With `MAX_BLUR` both 0 and 1 are five times the blur away."""
 
+USUAL_GROWTH = 1.75
+"""How much further off than usual a server may be, as a factor. Over versions of one model the mean
+difference varies by a tenth in bfloat16; one broken tensor of a 135M model raises it by half at the very
+least, and as a rule to several times as much."""
+
+LEAST_SHARE = 0.1
+"""Of the tolerance. Below it "further off than usual" is not asked: there it may be chance."""
+
 UNMOVED_ABOVE = 1e-4
 """Nats, root mean square. When the trainer moved by this much and not one bit of the server's numbers did,
 the weights are the old ones, whatever the precision: in any precision some weights round differently."""
@@ -74,6 +84,8 @@ class Verdict(StrEnum):
 
     MATCH = "match"
     OVER_TOLERANCE = "over tolerance"
+    OVER_USUAL = "further off than usual"
+    """Within the tolerance, but not within what this server's rounding explains."""
     STALE = "stale"
     STALE_CACHE = "stale prefix cache"
     """The weights are new, but what old ones computed is still used."""
@@ -97,6 +109,8 @@ class Comparison:
     verdict: Verdict
     tolerance: float
     """Largest mean difference accepted."""
+    bound: float = math.nan
+    """Largest mean difference accepted this time: the tolerance, or less if this server is usually closer."""
     tokens: int = 0
     """Log-probs compared."""
     mean_difference: float = math.nan
@@ -137,7 +151,7 @@ class Comparison:
             return f"{self.verdict}: {self.detail}"
         text = (
             f"{self.verdict}: {self.tokens} log-probs differ by {self.mean_difference:.2g} nats on average "
-            f"(tolerance {self.tolerance:.2g}), {self.max_difference:.2g} at most"
+            f"(accepted {self.bound:.2g}), {self.max_difference:.2g} at most"
         )
         if self.expected_movement is not None and self.served_movement is not None:
             text += (
@@ -156,7 +170,12 @@ class Comparison:
 
 
 def compare(
-    served: Scores, expected: Scores, *, tolerance: float, baseline: Baseline | None = None
+    served: Scores,
+    expected: Scores,
+    *,
+    tolerance: float,
+    baseline: Baseline | None = None,
+    usual: float | None = None,
 ) -> Comparison:
     """Judge whether `served` comes from the weights that `expected` comes from.
 
@@ -166,6 +185,7 @@ def compare(
         tolerance: Largest mean absolute difference accepted, in nats.
         baseline: The same two for an earlier version, proven on the same server. None: only the first
             question is asked.
+        usual: Mean absolute difference of this server at versions that were proven; None: not known yet.
     """
     if lengths(served) != lengths(expected):
         detail = f"log-probs per probe: the server gave {lengths(served)}, expected {lengths(expected)}"
@@ -180,7 +200,10 @@ def compare(
             return Comparison(verdict=Verdict.NOT_FINITE, tolerance=tolerance, detail=detail)
     differences = [abs(a - b) for a, b in zip(now, want, strict=True)]
     mean = math.fsum(differences) / len(differences)
-    verdict = Verdict.MATCH if mean <= tolerance else Verdict.OVER_TOLERANCE
+    bound = tolerance if usual is None else bound_from(usual, tolerance)
+    verdict = Verdict.MATCH
+    if mean > bound:
+        verdict = Verdict.OVER_TOLERANCE if mean > tolerance else Verdict.OVER_USUAL
     expected_movement = served_movement = fraction = None
     if baseline is not None and lengths(baseline.expected) == lengths(expected):
         trainer_moved = subtract(want, flatten(baseline.expected))
@@ -194,6 +217,7 @@ def compare(
     return Comparison(
         verdict=verdict,
         tolerance=tolerance,
+        bound=bound,
         tokens=len(differences),
         mean_difference=mean,
         max_difference=max(differences),
@@ -201,6 +225,11 @@ def compare(
         served_movement=served_movement,
         fraction=fraction,
     )
+
+
+def bound_from(usual: float, tolerance: float) -> float:
+    """The largest mean difference to accept of a server that is `usual` nats off when it has the weights."""
+    return min(tolerance, max(USUAL_GROWTH * usual, LEAST_SHARE * tolerance))
 
 
 def arrived(trainer: list[float], server: list[float], *, noise: float) -> float | None:

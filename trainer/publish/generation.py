@@ -113,7 +113,8 @@ def logprob_kind(
     nearest, other = sorted(distances, key=distances.__getitem__)
     if not distances[nearest] <= tolerance:
         return LogprobKind.NEITHER
-    return LogprobKind.UNCLEAR if distances[nearest] > distances[other] / 2 else nearest
+    ambiguous = distances[other] <= max(tolerance, 2 * distances[nearest])
+    return LogprobKind.UNCLEAR if ambiguous else nearest
 
 
 def _log_sum_exp(values: list[float]) -> float:
