@@ -107,10 +107,10 @@ def test_a_data_parallel_model_is_unwrapped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_weights_in_shards_are_gathered(tmp_path: Path, free_port: int) -> None:
+def test_weights_in_shards_are_gathered(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_addr", "127.0.0.1", "--master_port", str(free_port)),
+        *("--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"),
         *("-m", "tests.trainer.sharded_stream_run", str(tmp_path / "streamed.safetensors")),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
