@@ -208,8 +208,7 @@ def to_completion_request(request: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RequestRefused: It has no prompt, several, or wants something that `/generate` does not do.
     """
-    # null means "as if it were not there", except for the length: as many as fit.
-    request = {name: value for name, value in request.items() if value is not None or name == "max_tokens"}
+    request = {name: value for name, value in request.items() if value is not None}  # null: the default
     if request.pop("stream", False):
         raise RequestRefused("/generate does not stream: send `stream: false`", param="stream")
     if request.pop("echo", False):

@@ -25,7 +25,7 @@ SERVED_NAME = "policy"
 START_TIMEOUT = 240.0
 """Seconds until `/health` answers: about 20 with a tiny model, more on a machine that is busy."""
 _STOP_TIMEOUT = 30.0
-# Not lm_head: with it, vLLM 0.32 on the CPU dies of prompt log-probs that are asked for beside other requests.
+# Not lm_head: with it, vLLM 0.32 on the CPU dies of prompt log-probs asked for beside other requests.
 _LORA_FLAGS = (
     *("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--lora-target-modules"),
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -45,6 +45,7 @@ class VllmServer:
         api_key: What callers of `/v1/...` have to present; None for nothing.
         flags: Further words of the command line.
         environment: Further environment variables; None removes one.
+        middleware: Import path of the class that adds `/generate`; PYTHONPATH has to fit.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class VllmServer:
         api_key: str | None = None,
         flags: Sequence[str] = (),
         environment: dict[str, str | None] | None = None,
+        middleware: str = "atropos_generate.AtroposGenerate",
     ) -> None:
         self.model = model
         self.log = log
@@ -65,6 +67,7 @@ class VllmServer:
         self._dtype = dtype
         self._flags = [*(_LORA_FLAGS if lora else ()), *flags]
         self._environment = environment or {}
+        self._middleware = middleware
         self._mark = secrets.token_hex(8)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -87,6 +90,12 @@ class VllmServer:
         """Get and return the response, whatever its status."""
         with self.client() as client:
             return client.get(path, params=parameters)
+
+    def metric(self, name: str, labels: str = "") -> float:
+        """Sum of a metric in `/metrics` over the engines, of the lines that have `labels` in them."""
+        lines = self.get("/metrics").text.splitlines()
+        values = [line.rsplit(" ", 1) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
+        return sum(float(value) for head, value in values if labels in head)
 
     def start(self, *, wait: bool = True) -> Self:
         """Start it and, unless told otherwise, wait until it is ready and warm."""
@@ -164,7 +173,7 @@ class VllmServer:
             *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--model", str(self.model), "--served-model-name", SERVED_NAME),
             *("--dtype", self._dtype, "--max-model-len", "2048", "--max-num-seqs", "32", "--enforce-eager"),
-            *("--middleware", "atropos_generate.AtroposGenerate"),
+            *("--middleware", self._middleware),
             *self._flags,
         ]
 

@@ -1,0 +1,272 @@
+"""`/generate` on a real vLLM: what Atropos's own client reads there is what the model says.
+
+The reference is the same model in transformers, in double precision, one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.local_stack.inference_reference import Reference, wait_for
+from tests.vllm.atropos import make_manager
+from tests.vllm.launching import VllmServer
+
+TOLERANCE = 1e-3
+PROMPT = [43, 72, 79, 79, 82, 35]
+LETTERS = [68, 69, 70]
+"""Token ids of `a`, `b`, `c`."""
+
+
+@pytest.fixture(scope="module")
+def reference(vllm_model_directory: Path) -> Reference:
+    """The model that the server serves."""
+    return Reference(vllm_model_directory)
+
+
+@pytest.fixture
+def label(vllm_server: VllmServer) -> Iterator[str]:
+    """The server's label, put back after the test."""
+    before = str(vllm_server.get("/weight_info").json()["weight_version"])
+    yield before
+    assert vllm_server.post("/update_weight_version", {"new_version": before}).status_code == 200
+
+
+def generate(server: VllmServer, **request: Any) -> dict[str, Any]:
+    reply = server.post("/generate", {"prompt": {"prompt_token_ids": PROMPT}, "logprobs": 0, **request})
+    assert reply.status_code == 200, reply.text
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+# --- through Atropos's client ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+async def test_every_sampled_token_has_the_models_own_log_prob(
+    vllm_server: VllmServer, reference: Reference, temperature: float
+) -> None:
+    manager = make_manager(vllm_server)
+    prompt, outputs, logprobs, reasons = await manager.tokens_and_logprobs_completion(
+        prompt="What is 2+2?", n=8, max_tokens=24, temperature=temperature
+    )
+    assert prompt == manager.servers[0].tokenizer.encode("What is 2+2?")
+    assert len(outputs) == len(logprobs) == len(reasons) == 8
+    assert len({tuple(ids) for ids in outputs}) > 1, "all samples are the same"
+    for ids, values, reason in zip(outputs, logprobs, reasons, strict=True):
+        assert values == pytest.approx(reference.logprobs(prompt, ids), abs=TOLERANCE)
+        assert reason == ("length" if len(ids) == 24 else "stop")
+
+
+async def test_prompt_log_probs_hold_the_prompt_and_its_likeliest_rivals(
+    vllm_server: VllmServer, reference: Reference
+) -> None:
+    payload = await make_manager(vllm_server).servers[0].get_logprobs(input_ids=PROMPT, top_k=5)
+    assert payload["prompt_tokens"] == PROMPT
+    ids, values = payload["prompt_topk_token_ids"], payload["prompt_topk_logprobs"]
+    assert len(ids) == len(values) == len(PROMPT)
+    assert ids[0] == values[0] == []
+    table = reference.distributions(PROMPT)
+    for at in range(1, len(PROMPT)):
+        assert ids[at][0] == PROMPT[at]
+        assert set(ids[at]) == {PROMPT[at], *table[at - 1].topk(5).indices.tolist()}
+        assert values[at] == pytest.approx(table[at - 1, ids[at]].tolist(), abs=TOLERANCE)
+
+
+async def test_a_managed_server_builds_training_sequences_over_two_turns(
+    vllm_server: VllmServer, reference: Reference
+) -> None:
+    manager = make_manager(vllm_server)
+    async with manager.managed_server(tokenizer=manager.servers[0].tokenizer) as managed:
+        first = await managed.chat_completion(
+            messages=[{"role": "user", "content": "What is 2+2?"}], n=3, max_tokens=12, temperature=1.0
+        )
+        nodes = managed.get_state()["nodes"]
+    assert len(first.choices) == len(nodes) == 3
+    for node in nodes:
+        trained = [at for at, mask in enumerate(node.masked_tokens) if mask != -100]
+        start = trained[0]
+        assert trained == list(range(start, len(node.tokens)))
+        assert node.masked_tokens[start:] == node.tokens[start:]
+        assert node.logprobs[:start] == [1.0] * start
+        expected = reference.logprobs(node.tokens[:start], node.tokens[start:])
+        assert node.logprobs[start:] == pytest.approx(expected, abs=TOLERANCE)
+
+
+async def test_a_managed_server_extends_a_sequence_with_the_tokens_that_were_sampled(
+    vllm_server: VllmServer, reference: Reference
+) -> None:
+    manager = make_manager(vllm_server)
+    # Letters only, so that the text of the first turn is a prefix of the second turn's prompt.
+    letters = {"allowed_token_ids": LETTERS, "temperature": 1.0}
+    async with manager.managed_server(tokenizer=manager.servers[0].tokenizer) as managed:
+        first = await managed.completion(prompt="Hello", max_tokens=5, **letters)
+        (before,) = managed.get_state()["nodes"]
+        await managed.completion(prompt=f"Hello{first.choices[0].text} so", max_tokens=4, **letters)
+        (node,) = managed.get_state()["nodes"]
+    assert node.tokens[: len(before.tokens)] == before.tokens
+    trained = [at for at, mask in enumerate(node.masked_tokens) if mask != -100]
+    assert trained[-4:] == list(range(len(node.tokens) - 4, len(node.tokens)))
+    table = reference.distributions(node.tokens)
+    assert [node.logprobs[at] for at in trained] == pytest.approx(
+        [table[at - 1, node.tokens[at]].item() for at in trained], abs=TOLERANCE
+    )
+
+
+# --- the route itself -----------------------------------------------------------------------------
+
+
+def test_the_likeliest_tokens_are_named_by_their_ids(vllm_server: VllmServer, reference: Reference) -> None:
+    answer = generate(vllm_server, logprobs=4, max_tokens=6, n=2)
+    for ids, positions in zip(answer["token_ids"], answer["logprobs"], strict=True):
+        table = reference.distributions([*PROMPT, *ids])
+        for at, (token, (entry,)) in enumerate(zip(ids, positions, strict=True), start=len(PROMPT) - 1):
+            assert int(next(iter(entry))) == token
+            assert {int(key) for key in entry} == {token, *table[at].topk(4).indices.tolist()}
+            for key, value in entry.items():
+                assert value == pytest.approx(table[at, int(key)].item(), abs=TOLERANCE)
+
+
+def test_seeds_reproduce(vllm_server: VllmServer) -> None:
+    first, again, other = (generate(vllm_server, seed=seed, max_tokens=16, n=3) for seed in (7, 7, 8))
+    assert first["token_ids"] == again["token_ids"]
+    assert first["token_ids"] != other["token_ids"]
+
+
+def test_a_stop_string_ends_the_text_and_every_token_has_its_log_prob(vllm_server: VllmServer) -> None:
+    letters = {"allowed_token_ids": LETTERS, "temperature": 0.0, "max_tokens": 12}
+    whole = generate(vllm_server, **letters)
+    (text,), (ids,) = whole["text"], whole["token_ids"]
+    assert len(text) == 12
+    stop = text[5:7]  # two tokens
+    at = text.index(stop)
+    stopped = generate(vllm_server, stop=["never", stop], **letters)
+    assert (stopped["text"], stopped["finish_reasons"]) == ([text[:at]], ["stop"])
+    assert stopped["token_ids"] == [ids[: at + 2]], "the tokens keep what completed the stop string"
+    assert [int(next(iter(entry))) for (entry,) in stopped["logprobs"][0]] == ids[: at + 2]
+
+
+def test_stop_token_ids_and_the_end_of_the_sequence(vllm_server: VllmServer) -> None:
+    (token, *_) = generate(vllm_server, temperature=0.0, max_tokens=1)["token_ids"][0]
+    answer = generate(vllm_server, temperature=0.0, max_tokens=5, stop_token_ids=[token])
+    assert (answer["token_ids"], answer["finish_reasons"]) == ([[token]], ["stop"])
+    end = {"allowed_token_ids": [2], "max_tokens": 5}  # <|im_end|>
+    answer = generate(vllm_server, **end)
+    assert (answer["token_ids"], answer["finish_reasons"]) == ([[2]], ["stop"])
+    answer = generate(vllm_server, **end, ignore_eos=True)
+    assert (answer["token_ids"], answer["finish_reasons"]) == ([[2] * 5], ["length"])
+
+
+@pytest.mark.parametrize("prompt", ["Hello, vLLM", {"prompt": "Hello, vLLM"}])
+def test_a_text_prompt_is_its_tokenization(vllm_server: VllmServer, prompt: Any) -> None:
+    ids = vllm_server.post("/tokenize", {"prompt": "Hello, vLLM"}).json()["tokens"]
+    as_text, as_ids = (
+        generate(vllm_server, prompt=each, temperature=0.0, max_tokens=5, prompt_logprobs=0)
+        for each in (prompt, {"prompt_token_ids": ids})
+    )
+    assert as_text["prompt_token_ids"] == ids
+    assert as_text == as_ids
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"n": 0}, "n must be at least 1"),
+        ({"n": 8, "temperature": 0.0}, "greedy"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"logprobs": 21}, "max allowed: 20"),
+        ({"prompt_logprobs": 21}, "max allowed: 20"),
+        ({"stop": [""]}, "stop"),
+        ({"seed": 2**70}, "seed"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [10**9]}, "out of vocabulary"),
+        ({"prompt": [-1]}, "greater than or equal to 0"),
+        ({"prompt": [1] * 3000}, "maximum context length"),
+        ({"prompt": [[1, 2], [3]]}, "one prompt"),
+        ({"prompt": ["a", "b"]}, "one prompt"),
+        ({"stream": True}, "does not stream"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_the_reason(
+    vllm_server: VllmServer, request_: dict[str, Any], message: str
+) -> None:
+    reply = vllm_server.post("/generate", {"prompt": {"prompt_token_ids": PROMPT}, **request_})
+    assert reply.status_code == 400, reply.text
+    assert message in reply.json()["error"]["message"]
+
+
+def test_a_model_that_does_not_exist_is_not_found(vllm_server: VllmServer) -> None:
+    reply = vllm_server.post("/generate", {"prompt": PROMPT, "model": "another"})
+    assert reply.status_code == 404
+    assert "another" in reply.json()["error"]["message"]
+
+
+def test_replies_say_between_which_labels_they_were_sampled(vllm_server: VllmServer, label: str) -> None:
+    answers: list[dict[str, Any]] = []
+    work = {"max_tokens": 1500, "ignore_eos": True, "n": 2}
+    thread = threading.Thread(target=lambda: answers.append(generate(vllm_server, **work)))
+    thread.start()
+    wait_for(lambda: running(vllm_server) > 0, "the request to run")
+    assert vllm_server.post("/update_weight_version", {"new_version": "17"}).status_code == 200
+    thread.join(120)
+    assert (answers[0]["weight_version_start"], answers[0]["weight_version"]) == (label, "17")
+    after = generate(vllm_server, max_tokens=1)
+    assert (after["weight_version_start"], after["weight_version"]) == ("17", "17")
+
+
+def test_a_client_that_goes_away_frees_the_engine(vllm_server: VllmServer) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "n": 16}
+    before = vllm_server.metric("vllm:generation_tokens_total")
+    with vllm_server.client(timeout=1.0) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/generate", json=body)
+    wait_for(lambda: running(vllm_server) == 0, "the engine to drop the requests")
+    sampled = vllm_server.metric("vllm:generation_tokens_total") - before
+    assert 0 < sampled < 16 * 1000, "it ran on for nobody"
+
+
+def test_requests_side_by_side_do_not_mix(vllm_server: VllmServer, reference: Reference) -> None:
+    answers: dict[int, dict[str, Any]] = {}
+
+    def ask(number: int) -> None:
+        prompt = [*PROMPT, 30 + number]
+        answers[number] = generate(vllm_server, prompt=prompt, n=2, max_tokens=20, prompt_logprobs=number % 3)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(answers) == list(range(12))
+    for number, answer in answers.items():
+        prompt = [*PROMPT, 30 + number]
+        assert answer["prompt_token_ids"] == prompt
+        for ids, positions in zip(answer["token_ids"], answer["logprobs"], strict=True):
+            values = [next(iter(entry.values())) for (entry,) in positions]
+            assert values == pytest.approx(reference.logprobs(prompt, ids), abs=TOLERANCE)
+
+
+def test_other_routes_pass_through(vllm_server: VllmServer) -> None:
+    assert vllm_server.get("/health").status_code == 200
+    refused = vllm_server.get("/generate")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    with (
+        vllm_server.client() as client,
+        client.stream(
+            "POST", "/v1/completions", json={"prompt": "a", "max_tokens": 3, "stream": True}
+        ) as reply,
+    ):
+        events = [line for line in reply.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    assert len(json.loads(events[0].removeprefix("data: "))["choices"]) == 1
+
+
+def running(server: VllmServer) -> float:
+    return server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting")

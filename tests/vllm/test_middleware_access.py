@@ -1,0 +1,98 @@
+"""Who may ask, under which path, and what the server's own settings change: a second real vLLM.
+
+It has an API key and a root path, is not in development mode, loads the middleware by the name that it has
+when installed, and its model recommends greedy sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.compose import ROOT
+from tests.local_stack.inference_reference import Reference
+from tests.vllm.atropos import make_manager
+from tests.vllm.launching import VLLM_PYTHON, VllmServer
+
+KEY = "a-key-for-tests"
+REQUEST = {"prompt": {"prompt_token_ids": [43, 72, 79]}, "logprobs": 0, "max_tokens": 8, "n": 8}
+
+
+@pytest.fixture(scope="module")
+def guarded(vllm_model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    """The server of this module."""
+    assert VLLM_PYTHON.exists(), "`make vllm` installs vLLM"
+    directory = tmp_path_factory.mktemp("guarded")
+    model = directory / "model"
+    shutil.copytree(vllm_model_directory, model)
+    advice = {"do_sample": True, "temperature": 0.5, "top_k": 1, "eos_token_id": 2}
+    (model / "generation_config.json").write_text(json.dumps(advice), encoding="utf-8")
+    server = VllmServer(
+        model,
+        directory / "vllm.log",
+        api_key=KEY,
+        flags=["--root-path", "/behind/a/proxy"],
+        environment={"VLLM_SERVER_DEV_MODE": None, "PYTHONPATH": str(ROOT)},
+        middleware="inference_plugins.atropos_generate.AtroposGenerate",
+    )
+    with server:
+        yield server
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}])
+def test_without_the_key_nothing_is_answered(
+    guarded: VllmServer, prefix: str, headers: dict[str, str]
+) -> None:
+    with httpx.Client(base_url=guarded.url + prefix, headers=headers, timeout=60) as client:
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+        for reply in (
+            client.post("/generate", json=REQUEST),
+            client.post("/generate", json={**REQUEST, "model": "policy"}),
+            client.get("/atropos/adapter"),
+            client.post("/atropos/adapter", json={"name": None}),
+        ):
+            assert (reply.status_code, reply.json()) == (401, {"error": "Unauthorized"})
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])
+def test_with_the_key_both_routes_answer_below_the_root_path_and_without_it(
+    guarded: VllmServer, prefix: str
+) -> None:
+    reply = guarded.post(f"{prefix}/generate", REQUEST)
+    assert reply.status_code == 200, reply.text
+    assert len(reply.json()["token_ids"]) == 8
+    reply = guarded.get(f"{prefix}/atropos/adapter")
+    assert (reply.status_code, reply.json()["name"]) == (200, None)
+
+
+async def test_atropos_client_sends_the_key(guarded: VllmServer) -> None:
+    _, outputs, logprobs, _ = await make_manager(guarded).tokens_and_logprobs_completion(
+        prompt="Hello", n=2, max_tokens=4
+    )
+    assert [len(ids) for ids in outputs] == [len(values) for values in logprobs]
+    assert len(outputs) == 2
+
+
+def test_a_server_without_labels_gives_replies_without_labels(guarded: VllmServer) -> None:
+    assert guarded.get("/weight_info").status_code == 404
+    assert not {"weight_version", "weight_version_start"} & guarded.post("/generate", REQUEST).json().keys()
+
+
+def test_sampling_is_neutral_whatever_the_models_generation_config_recommends(guarded: VllmServer) -> None:
+    completion = guarded.post(
+        "/v1/completions", {"prompt": [43, 72, 79], "n": 8, "max_tokens": 8, "return_token_ids": True}
+    ).json()
+    recommended = {tuple(choice["token_ids"]) for choice in completion["choices"]}
+    assert len(recommended) == 1, "the recommendation is not followed, so this test shows nothing"
+    answer = guarded.post("/generate", REQUEST).json()
+    assert len({tuple(ids) for ids in answer["token_ids"]}) > 4
+    reference = Reference(guarded.model)
+    for ids, positions in zip(answer["token_ids"], answer["logprobs"], strict=True):
+        values = [next(iter(entry.values())) for (entry,) in positions]
+        assert values == pytest.approx(reference.logprobs([43, 72, 79], ids), abs=1e-3)
