@@ -17,6 +17,7 @@ MAX_MODEL_LENGTH = 512
 """Longest sequence, in tokens, that the demonstration's inference server holds."""
 MAX_SEQUENCES_AT_ONCE = 128
 """Sequences that the inference server generates at once: a training batch (96) and some."""
+_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VLLM_PLUGINS = Path(__file__).resolve().parent.parent / "inference_plugins"
 """What vLLM loads from us: single files, found through `PYTHONPATH`."""
 
@@ -71,7 +72,12 @@ def vllm_command(
         python: Interpreter of the environment that vLLM is installed in.
         lora_rank: Largest rank of adapters that it takes at run time; None: no adapters.
     """
-    adapters = ("--enable-lora", "--max-lora-rank", str(lora_rank)) if lora_rank is not None else ()
+    adapters: tuple[str, ...] = ()
+    if lora_rank is not None:
+        # Two: the one that is served, and the next while it is proven. Not on the output layer: with it
+        # vLLM 0.32 on the CPU dies of prompt log-probs that are asked for beside other requests.
+        adapters = ("--enable-lora", "--max-lora-rank", str(lora_rank), "--max-loras", "2")
+        adapters += ("--lora-target-modules", *_LORA_TARGETS)
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model),

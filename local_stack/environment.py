@@ -22,7 +22,7 @@ from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, Scored
 from pydantic import Field
 
 from local_stack.arithmetic import Addition, share_right, split_problems, training_order
-from local_stack.turns import Turns
+from local_stack.turns import UNPUBLISHED, Turns
 
 logger = logging.getLogger(__name__)
 
@@ -216,12 +216,14 @@ async def _is_healthy(url: str) -> bool:
 
 
 async def _weight_version(url: str) -> str | None:
-    """The version that a server serves; None if it does not tell."""
+    """The version that a server serves; None if it does not tell. One that is down serves none."""
     timeout = aiohttp.ClientTimeout(total=30)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
             return str((await response.json())["weight_version"]) if response.ok else None
-    except (aiohttp.ClientError, TimeoutError, KeyError, ValueError):
+    except (aiohttp.ClientConnectionError, TimeoutError):
+        return UNPUBLISHED
+    except (aiohttp.ClientError, KeyError, ValueError):
         return None
 
 

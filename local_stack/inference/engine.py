@@ -244,5 +244,12 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - it concerns this request only, and somebody waits for it
             request.future.set_exception(error)
             return
-        scores = request.prompt_scores
-        request.future.set_result(Generation(request.prompt_ids, completions, scores, self._weight_version))
+        request.future.set_result(
+            Generation(
+                request.prompt_ids,
+                completions,
+                request.prompt_scores,
+                weight_version=self._weight_version,
+                weight_version_start=request.weight_version_start,
+            )
+        )

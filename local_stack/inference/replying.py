@@ -105,6 +105,7 @@ class ReplyWriter:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             weight_version=generation.weight_version,
+            weight_version_start=generation.weight_version_start,
         )
 
     def _token(self, token_id: int, *, as_ids: bool) -> str:

@@ -108,6 +108,7 @@ class Generation:
     prompt_scores: list[ScoredPromptToken | None] | None
     """Per prompt token, None for the first; None as a whole if not asked for (or aborted before)."""
     weight_version: str
+    weight_version_start: str | None
 
 
 @dataclass(eq=False)
@@ -119,6 +120,8 @@ class GenerationRequest:
     future: Future[Generation] = field(default_factory=Future)
     sequences: list[Sequence] = field(default_factory=list)
     prompt_scores: list[ScoredPromptToken | None] | None = None
+    weight_version_start: str | None = None
+    """The label when the engine took the request."""
 
     @property
     def finished(self) -> bool:
