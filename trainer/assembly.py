@@ -19,6 +19,7 @@ from trainer.publish import (
     LogprobPolicy,
     LoraTransport,
     Publisher,
+    SglangRoutes,
     VllmRoutes,
     VllmTransferTransport,
     WeightStream,
@@ -114,6 +115,8 @@ def logprob_policy(config: TrainerConfig) -> LogprobPolicy:
 
 def build_servers(settings: PublishSettings) -> list[InferenceServer]:
     """The inference servers, each in the dialect of its engine."""
+    if settings.engine == "sglang":
+        return [SglangRoutes(url, settings) for url in settings.servers]
     return [VllmRoutes(url, settings) for url in settings.servers]
 
 

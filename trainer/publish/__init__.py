@@ -5,6 +5,7 @@ from trainer.publish._lora import LoraTransport
 from trainer.publish._procedure import ServerOutcome
 from trainer.publish._protocol import InferenceServer, NextToken, StagedWeights, WeightTransport
 from trainer.publish._report import PublishReport
+from trainer.publish._sglang import SglangRoutes
 from trainer.publish._verification import LogprobPolicy
 from trainer.publish._vllm import VllmRoutes
 from trainer.publish._vllm_transfer import VllmTransferTransport
@@ -61,6 +62,7 @@ __all__ = [
     "ServerFailure",
     "ServerNotReady",
     "ServerOutcome",
+    "SglangRoutes",
     "StagedWeights",
     "StagingFailed",
     "TagFailed",
