@@ -1,0 +1,260 @@
+"""Weights into a real vLLM by its own weight transfer, and what its classes say to ours.
+
+There is no GPU here: the data goes over TCP instead of NCCL (`cpu_wire`). Everything else is vLLM's own.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import distribution
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.compose import ROOT
+from tests.trainer.transfer_stand_in import modules
+from tests.vllm.launching import VLLM_PYTHON, VllmServer
+from trainer.config import PublishSettings
+from trainer.publish import ConnectFailed, VllmRoutes, score_with_model
+from trainer.publish._vllm_engine import build_engine
+from trainer.publish._vllm_transfer import VllmTransferTransport
+from trainer.publish._weight_stream import WeightStream
+
+PROBES = [list(range(20, 60)), list(range(200, 150, -1))]
+CLOSE = 2e-4
+
+
+class Sender:
+    """The process that sends, in vLLM's environment."""
+
+    def __init__(self, model: Path, path: Path) -> None:
+        self._log = (path / "sender.log").open("w+")
+        self._process = subprocess.Popen(
+            [str(VLLM_PYTHON), "-m", "tests.vllm.sender_run", str(model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+            env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(with_accelerate(path))},
+        )
+
+    def do(self, what: str, **options: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps({"do": what} | options), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise AssertionError(f"the sender ended:\n{self._log.read()[-4000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def succeed(self, what: str, **options: Any) -> None:
+        assert self.do(what, **options) == {}
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+        self._log.close()
+
+
+def with_accelerate(path: Path) -> Path:
+    """Lend vLLM's environment the one package of ours that it lacks; it is plain Python."""
+    site = path / "site"
+    site.mkdir()
+    package = Path(accelerate.__file__).parent
+    metadata = next(package.parent.glob(f"accelerate-{distribution('accelerate').version}.dist-info"))
+    for each in (package, metadata):
+        (site / each.name).symlink_to(each)
+    return site
+
+
+@pytest.fixture(scope="module")
+def untied(vllm_model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a head of its own.
+
+    On the CPU vLLM 0.32 computes with a packed copy of the head. Of a head that is tied to the embeddings no
+    reload renews that copy, whatever way the weights took.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(vllm_model_directory, dtype=torch.float32)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    path = tmp_path_factory.mktemp("untied") / "model"
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(vllm_model_directory).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sender(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sender]:
+    process = Sender(untied, tmp_path_factory.mktemp("sender"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def receiver(
+    untied: Path,
+    start_vllm: Callable[..., VllmServer],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> VllmServer:
+    """A server for transfers, whose worker gets its data over TCP."""
+    plugin = tmp_path_factory.mktemp("plugin") / "cpu_wire-1.0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: cpu-wire\nVersion: 1.0\n")
+    (plugin / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\ncpu_wire = tests.vllm.cpu_wire:install\n"
+    )
+    path = ":".join(map(str, (ROOT / "inference_plugins", plugin.parent, ROOT)))
+    return start_vllm(
+        untied,
+        flags=("--weight-transfer-config", '{"backend": "nccl"}'),
+        environment={"PYTHONPATH": path},
+    )
+
+
+@pytest.fixture(scope="module")
+def contract(sender: Sender) -> dict[str, Any]:
+    return sender.do("contract")
+
+
+def distance(server: VllmServer, model: Path, seed: int | None) -> float:
+    """Mean absolute difference, in nats, between the server's log-probs and those of a seed's model."""
+    expected: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in expected.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    routes = VllmRoutes(server.url, PublishSettings(transport="nccl", servers=[server.url]))
+    routes.wait_until_ready()
+    served = torch.tensor(list(chain(*routes.score(PROBES, 0))))
+    routes.close()
+    ours = torch.tensor(list(chain(*score_with_model(expected, PROBES, "cpu"))))
+    return float((served - ours).abs().mean())
+
+
+def test_our_stream_and_client_are_what_vllm_asks_for(contract: dict[str, Any]) -> None:
+    assert contract["is_a_source"]
+    assert contract["is_a_client"]
+    assert contract["grouped"], "vLLM's default batching yields the same names in the same order"
+
+
+def test_vllms_packing_takes_our_stream_and_gives_it_back(contract: dict[str, Any]) -> None:
+    assert contract["unpacked_equal"]
+    assert len(contract["pieces"]) > 3
+
+
+def test_vllms_settings_of_a_group_are_those_that_we_mean(contract: dict[str, Any]) -> None:
+    buffer = contract["infos"]["nccl"]["packed_buffer_size_bytes"]
+    assert contract["infos"]["nccl"] == {
+        "rank": 0,
+        "master_address": "127.0.0.1",
+        "master_port": 7,
+        "world_size": 4,
+        "packed": True,
+        "packed_buffer_size_bytes": buffer,
+        "packed_num_buffers": 2,
+    }
+    assert contract["infos"]["ipc"] == {"rank": 0, "packed": True, "packed_buffer_size_bytes": buffer}
+    assert buffer >= 20_000
+
+
+def test_our_requests_are_those_of_vllms_own_client(contract: dict[str, Any]) -> None:
+    ours, theirs = contract["requests"]["ours"], contract["requests"]["theirs"]
+    assert ours == theirs
+    assert len(ours) == 8
+
+
+def test_vllm_reads_our_handles_only_where_pickles_are_allowed(contract: dict[str, Any]) -> None:
+    assert contract["ipc"]["allowed"]
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION=1" in contract["ipc"]["refusal"]
+
+
+def test_vllm_without_a_gpu_is_refused_by_name(contract: dict[str, Any]) -> None:
+    assert "the model is on cpu" in contract["refusal"]
+
+
+@pytest.fixture(scope="module")
+def began(sender: Sender, receiver: VllmServer) -> Sender:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = min(probe.getsockname()[1], 65000)
+    sender.succeed("begin", url=receiver.url, port=port, load_timeout=60.0, pause_timeout=20.0)
+    return sender
+
+
+def test_weights_that_were_sent_are_served(began: Sender, receiver: VllmServer, untied: Path) -> None:
+    assert distance(receiver, untied, None) < CLOSE
+    began.succeed("connect", seed=1)
+    began.succeed("publish", version=1)
+    assert distance(receiver, untied, 1) < CLOSE
+    assert distance(receiver, untied, None) > 100 * CLOSE
+    assert receiver.get("/weight_info").json() == {"weight_version": "1"}
+    began.succeed("publish", version=2)  # the same group, once more
+    began.succeed("connect", seed=2)  # a new one
+    began.succeed("publish", version=3)
+    assert distance(receiver, untied, 2) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [("misnamed", "HTTP 500"), ("breaking", "RuntimeError in the sender: CUDA error")],
+    ids=["the server refuses a weight", "the sender breaks"],
+)
+def test_a_transfer_that_failed_leaves_a_server_that_works_and_takes_the_next(
+    stream: str, reason: str, began: Sender, receiver: VllmServer, untied: Path
+) -> None:
+    began.succeed("connect", seed=3, stream=stream)
+    started = time.monotonic()
+    answer = began.do("publish", version=4)
+    assert answer["error"] == "LoadFailed"
+    assert reason in answer["message"]
+    assert time.monotonic() - started < 30
+    assert not receiver.get("/is_paused").json()["is_paused"]
+    reply = receiver.post("/v1/completions", {"model": "policy", "prompt": [1, 2, 3], "max_tokens": 4})
+    assert reply.status_code == 200, reply.text
+    assert "there is no transfer group" in began.do("publish", version=4)["message"]
+    began.succeed("connect", seed=4)
+    began.succeed("publish", version=5)
+    assert distance(receiver, untied, 4) < CLOSE
+
+
+def test_a_restarted_server_gets_the_weights_again(began: Sender, receiver: VllmServer, untied: Path) -> None:
+    began.succeed("connect", seed=5)
+    began.succeed("publish", version=6)
+    receiver.restart()
+    assert distance(receiver, untied, None) < CLOSE
+    began.succeed("connect", seed=5)
+    began.succeed("publish", version=6)
+    assert distance(receiver, untied, 5) < CLOSE
+    began.succeed("end")
+
+
+def test_a_server_without_the_flag_is_told_so(
+    vllm_server: VllmServer, vllm_model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, module in modules().items():  # vLLM's sender is not needed for this, only that it waits
+        monkeypatch.setitem(sys.modules, name, module)
+    model = AutoModelForCausalLM.from_pretrained(vllm_model_directory)
+    settings = PublishSettings(transport="nccl", servers=[vllm_server.url])
+    stream = WeightStream(model, dtype=None, bucket_bytes=1 << 20)
+    transport = VllmTransferTransport("nccl", stream, settings, build=build_engine)
+    routes = VllmRoutes(vllm_server.url, settings)
+    assert routes.world_size(None) == 1
+    started = time.monotonic()
+    with pytest.raises(ConnectFailed, match=r'--weight-transfer-config \'{"backend": "nccl"}\''):
+        transport.connect(routes)
+    assert time.monotonic() - started < 15
+    routes.close()
+    assert vllm_server.get("/health").status_code == 200
