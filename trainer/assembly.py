@@ -9,6 +9,7 @@ import torch
 
 from trainer.adapter_directory import capture_adapter
 from trainer.config import PublishSettings, TrainerConfig
+from trainer.errors import CheckpointError, ConfigurationError
 from trainer.loop import Trainer
 from trainer.metrics import Row
 from trainer.model_directory import capture_model
@@ -19,6 +20,7 @@ from trainer.publish import (
     LogprobPolicy,
     LoraTransport,
     Publisher,
+    SglangGroupTransport,
     SglangRoutes,
     VllmRoutes,
     VllmTransferTransport,
@@ -121,7 +123,11 @@ def build_servers(settings: PublishSettings) -> list[InferenceServer]:
 
 
 def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTransport:
-    """The configured way of the weights."""
+    """The configured way of the weights.
+
+    Raises:
+        ConfigurationError: It does not go with the model, the engine, or the number of processes.
+    """
     settings = config.publish
     policy = prepared.policy
     dtype = policy.stored_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
@@ -133,7 +139,16 @@ def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTranspor
         return lambda path: captured.write(path, durable=False)
 
     if settings.transport in ("nccl", "ipc"):
-        stream = WeightStream(policy.model, dtype=dtype, bucket_bytes=settings.bucket_mebibytes << 20)
+        if settings.transport == "ipc" and prepared.accelerator.num_processes > 1:
+            raise ConfigurationError(
+                "publish.transport ipc is for a trainer of one process; with several use nccl or disk"
+            )
+        try:
+            stream = WeightStream(policy.model, dtype=dtype, bucket_bytes=settings.bucket_mebibytes << 20)
+        except CheckpointError as error:
+            raise ConfigurationError(f"publish.transport {settings.transport}: {error}") from error
+        if settings.engine == "sglang":
+            return SglangGroupTransport(stream, settings)
         return VllmTransferTransport(settings.transport, stream, settings)
     disk = DiskTransport(directory, capture, keep=settings.keep)
     if settings.transport == "disk":

@@ -6,6 +6,7 @@ from trainer.publish._procedure import ServerOutcome
 from trainer.publish._protocol import InferenceServer, NextToken, StagedWeights, WeightTransport
 from trainer.publish._report import PublishReport
 from trainer.publish._sglang import SglangRoutes
+from trainer.publish._sglang_group import SglangGroupTransport
 from trainer.publish._verification import LogprobPolicy
 from trainer.publish._vllm import VllmRoutes
 from trainer.publish._vllm_transfer import VllmTransferTransport
@@ -62,6 +63,7 @@ __all__ = [
     "ServerFailure",
     "ServerNotReady",
     "ServerOutcome",
+    "SglangGroupTransport",
     "SglangRoutes",
     "StagedWeights",
     "StagingFailed",
