@@ -1,9 +1,11 @@
 """Adapters on a vLLM server: its runtime LoRA routes, and our middleware's `/atropos/adapter`.
 
 vLLM 0.32, as measured: unloading takes the name away and nothing else; requests in flight go on to their
-end. While they do, the engine may read the adapter's directory again, whenever another adapter has pushed it
-out of memory. If the directory is gone by then, the whole engine dies. So `adapters` also names those that
-requests still sample from, and whoever deletes a directory has to ask.
+end. While they do, the engine reads the adapter's directory again whenever another adapter has pushed it out
+of memory (with `--max-loras 1`: every time one is loaded). If the directory is gone by then, the whole engine
+dies. So `adapters` also names those that requests still sample from, and whoever deletes a directory has to
+ask. The prefix cache knows an adapter by its name and path: both loaded again with other content get the old
+content's blocks.
 """
 
 from __future__ import annotations
