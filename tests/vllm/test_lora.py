@@ -158,9 +158,9 @@ def test_five_versions_are_each_served_as_the_trainer_has_them(
 def test_a_rollout_in_flight_ends_with_the_adapter_that_it_began_with(
     model: Any, server: VllmServer, tmp_path: Path
 ) -> None:
-    # With room for one adapter only, the engine reads the directory of the one in flight again when another was
-    # loaded, and dies if it is gone. With room for two, as here, it has not been seen to; the directory has to
-    # stay all the same.
+    # With room for one adapter only, the engine reads the directory of the one in flight again when another
+    # was loaded, and dies if it is gone. With room for two, as here, it has not been seen to; the directory
+    # has to stay all the same.
     answers: list[dict[str, Any]] = []
 
     def roll_out() -> None:
