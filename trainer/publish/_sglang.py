@@ -242,7 +242,7 @@ class SglangRoutes:
             repeatability=Repeatability.ONCE,
             body=dict(body),
         )
-        self._parse(content, wire.OperationReply, phase=phase, version=version)
+        self._parse(content, wire.OperationReply, f"POST {route}", phase=phase, version=version)
 
     # --- generation -------------------------------------------------------------------------------
 
@@ -385,7 +385,7 @@ class SglangRoutes:
         content = self._call(
             "GET", path, phase=phase, version=version, deadline=deadline, repeatability=repeatability
         )
-        return self._parse(content, kind, phase=phase, version=version)
+        return self._parse(content, kind, f"GET {path}", phase=phase, version=version)
 
     def _post(
         self,
@@ -407,7 +407,7 @@ class SglangRoutes:
             repeatability=repeatability,
             body=body.model_dump(mode="json", exclude_unset=True),
         )
-        return self._parse(content, kind, phase=phase, version=version)
+        return self._parse(content, kind, f"POST {path}", phase=phase, version=version)
 
     def _call(
         self,
@@ -435,8 +435,10 @@ class SglangRoutes:
         except ServerFailure as error:
             raise in_sglangs_terms(error) from error
 
-    def _parse(self, content: bytes, kind: type[Reply], *, phase: Phase, version: int | None) -> Reply:
+    def _parse(
+        self, content: bytes, kind: type[Reply], request: str, *, phase: Phase, version: int | None
+    ) -> Reply:
         try:
             return self._connection.parse(content, kind, phase=phase, version=version)
         except ServerFailure as error:
-            raise in_sglangs_terms(error) from error
+            raise in_sglangs_terms(error, request=request) from error

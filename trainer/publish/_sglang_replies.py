@@ -37,8 +37,8 @@ KEYS = (
 _SAYS_NO = re.compile(r'"success"\s*:\s*false')
 
 
-def in_sglangs_terms(error: ServerFailure) -> ServerFailure:
-    """The same error, with what to do about it here."""
+def in_sglangs_terms(error: ServerFailure, *, request: str | None = None) -> ServerFailure:
+    """The same error, with what to do about it here and, if its reason does not say, to which request."""
     late = isinstance(error, PhaseDeadlineExceeded) and error.phase is not Phase.RESUME
     remedy = error.remedy if late else REMEDIES.get(error.phase, error.remedy)
     if error.status == HTTPStatus.UNAUTHORIZED:
@@ -49,7 +49,7 @@ def in_sglangs_terms(error: ServerFailure) -> ServerFailure:
     if status == HTTPStatus.BAD_REQUEST and failed:
         status = None
     return type(error)(
-        error.reason,
+        error.reason if request is None else f"{request}: {error.reason}",
         server=error.server,
         phase=error.phase,
         version=error.version,
