@@ -141,7 +141,7 @@ class AtroposGenerate:
                 answer["weight_version_start"] = start
                 answer["weight_version"] = await label()
             body = json.dumps(answer, allow_nan=False).encode()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             message = f"{_COMPLETIONS} answered unexpectedly: {error!r}"
             raise RequestRefused(message, status=HTTPStatus.BAD_GATEWAY) from error
         await _send_json(send, HTTPStatus.OK, body, reply.headers)
@@ -228,7 +228,7 @@ def to_generate_reply(completion: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: Not every token has a log-prob; Atropos would pair them wrongly.
-        KeyError: vLLM left something out.
+        LookupError: vLLM left something out.
     """
     choices = sorted(completion["choices"], key=lambda choice: int(choice["index"]))
     prompt_logprobs = choices[0].get("prompt_logprobs")

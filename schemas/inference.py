@@ -317,7 +317,9 @@ class GenerateReply(_Message):
     prompt_logprobs: list[dict[int, float] | None] | None = None
     """[prompt token] -> id to log-prob, the prompt's own token first; entry 0 is None."""
     weight_version: str | None = None
-    """Label of the weights that were served when the last sample ended; the embedded server's addition."""
+    """Label of the weights that were served when the last sample ended; not in Atropos's own protocol."""
+    weight_version_start: str | None = None
+    """The label when the request arrived: its tokens came from weights between this label and the other."""
 
 
 # --- tokenizer ------------------------------------------------------------------------------------

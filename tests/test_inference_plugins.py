@@ -1,31 +1,40 @@
-"""`/generate` for stock vLLM: the middleware over a server that speaks vLLM's `/v1/completions`."""
+"""`/generate` for stock vLLM: over the embedded server, which has vLLM's routes, and over a broken one.
+
+What a real vLLM makes of it is in `tests/vllm`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Callable, MutableMapping
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from inference_plugins import atropos_generate
 from inference_plugins.atropos_generate import AtroposGenerate, to_completion_request, to_generate_reply
 from local_stack.inference import Engine, create_app
+from schemas.inference import CurrentAdapter, ErrorReply, GenerateReply
+from tests.compose import ROOT
 from tests.conftest import RunningInferenceServer
 
 PROMPT = [72, 101, 108, 108, 111]
+REQUEST = {"prompt": {"prompt_token_ids": PROMPT}, "logprobs": 0, "max_tokens": 5, "temperature": 0.0}
+
+Over = Callable[[Any], httpx.AsyncClient]
 
 
-@pytest.fixture
-def over(inference_server: RunningInferenceServer) -> Callable[[Any], httpx.AsyncClient]:
+def over(app: Any, *, root_path: str = "") -> httpx.AsyncClient:
     """A client of the middleware around an application."""
-
-    def over(app: Any) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(app=AtroposGenerate(app))
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-    return over
+    transport = httpx.ASGITransport(app=AtroposGenerate(app), root_path=root_path)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 def embedded_app(engine: Engine) -> Any:
@@ -39,110 +48,439 @@ def embedded_app(engine: Engine) -> Any:
     return without_generate
 
 
-async def test_it_answers_as_a_server_that_has_the_route(
-    inference_server: RunningInferenceServer, over: Callable[[Any], httpx.AsyncClient]
-) -> None:
-    request = {"prompt": {"prompt_token_ids": PROMPT}, "logprobs": 0, "max_tokens": 5, "temperature": 0.0}
-    native = inference_server.post("/generate", request).json()
+@pytest.fixture
+async def embedded(inference_server: RunningInferenceServer) -> AsyncIterator[httpx.AsyncClient]:
+    """The middleware over the embedded server."""
     async with over(embedded_app(inference_server.engine)) as client:
-        reply = await client.post("/generate", json=request)
+        yield client
+
+
+@dataclass
+class StandIn:
+    """An application that answers completions with `reply`, and keeps what it was asked."""
+
+    reply: Any = None
+    status: int = 200
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    token: str | None = None
+    label: str | None = None
+    adapters: list[str] = field(default_factory=list)
+    seen: list[tuple[str, str, Any]] = field(default_factory=list)
+    cancelled: bool = False
+    endless: bool = False
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        self.seen.append((scope["method"], scope["path"], json.loads(body) if body else None))
+        if self.token and path.startswith("/v1") and self._given(scope) != self.token:
+            return await self._answer(send, 401, {"error": "Unauthorized"})
+        if path == "/v1/models":
+            cards = [{"id": "base", "parent": None}, *({"id": x, "parent": "base"} for x in self.adapters)]
+            return await self._answer(send, 200, {"data": cards})
+        if path == "/weight_info" and self.label is not None:
+            return await self._answer(send, 200, {"weight_version": self.label})
+        if path != "/v1/completions":
+            return await self._answer(send, 404, {"error": "no such route"})
+        if self.endless:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self.cancelled = True
+            return None
+        return await self._answer(send, self.status, self.reply)
+
+    async def _answer(self, send: Any, status: int, content: Any) -> None:
+        body = json.dumps(content).encode()
+        headers = [(b"content-length", str(len(body)).encode()), *self.headers]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        # In two parts, as a server may.
+        await send({"type": "http.response.body", "body": body[:7], "more_body": True})
+        await send({"type": "http.response.body", "body": body[7:]})
+
+    @staticmethod
+    def _given(scope: MutableMapping[str, Any]) -> str | None:
+        return next((value.decode() for name, value in scope["headers"] if name == b"authorization"), None)
+
+    def completions(self) -> list[Any]:
+        """Bodies of the completion requests."""
+        return [body for _, path, body in self.seen if path.endswith("/v1/completions")]
+
+
+def choice(index: int = 0, *, tokens: tuple[int, ...] = (7, 8), **fields: Any) -> dict[str, Any]:
+    """One choice as vLLM writes it."""
+    return {
+        "index": index,
+        "text": str(index),
+        "finish_reason": "stop",
+        "token_ids": list(tokens),
+        "prompt_token_ids": PROMPT,
+        "prompt_logprobs": None,
+        "logprobs": {
+            "token_logprobs": [-0.5] * len(tokens),
+            "top_logprobs": [{f"token_id:{token}": -0.5} for token in tokens],
+        },
+        **fields,
+    }
+
+
+# --- over the embedded server ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": None}, {"logprobs": 2, "prompt_logprobs": 2}])
+async def test_it_answers_as_a_server_that_has_the_route(
+    inference_server: RunningInferenceServer, embedded: httpx.AsyncClient, fields: dict[str, Any]
+) -> None:
+    native = inference_server.post("/generate", {**REQUEST, **fields}).json()
+    reply = await embedded.post("/generate", json={**REQUEST, **fields})
     assert reply.status_code == 200, reply.text
     answer = reply.json()
-    for key in ("text", "finish_reasons", "token_ids", "prompt_token_ids"):
-        assert answer[key] == native[key], key
-    (ours,), (theirs,) = answer["logprobs"], native["logprobs"]
-    assert len(ours) == 5
-    assert [list(entry[0]) for entry in ours] == [list(entry[0]) for entry in theirs]
-    values = [next(iter(entry[0].values())) for entry in theirs]
-    assert [next(iter(entry[0].values())) for entry in ours] == pytest.approx(values, abs=1e-4)
+    GenerateReply.model_validate(answer)
+    assert answer.keys() == native.keys()
+    assert flattened(answer) == pytest.approx(flattened(native), abs=1e-4)
 
 
-async def test_every_reply_of_a_group_carries_a_log_prob_for_each_token(
-    inference_server: RunningInferenceServer, over: Callable[[Any], httpx.AsyncClient]
-) -> None:
-    request = {"prompt": {"prompt_token_ids": PROMPT}, "n": 8, "max_tokens": 6, "temperature": 1.0}
-    async with over(embedded_app(inference_server.engine)) as client:
-        answer = (await client.post("/generate", json=request)).json()
+async def test_every_reply_of_a_group_carries_a_log_prob_for_each_token(embedded: httpx.AsyncClient) -> None:
+    answer = (await embedded.post("/generate", json={**REQUEST, "n": 8, "temperature": 1.0})).json()
     assert len(answer["text"]) == len(answer["finish_reasons"]) == 8
     for tokens, logprobs in zip(answer["token_ids"], answer["logprobs"], strict=True):
         assert [int(next(iter(entry[0]))) for entry in logprobs] == tokens
         assert all(next(iter(entry[0].values())) < 0 for entry in logprobs)
 
 
-async def test_a_refusal_reaches_the_caller_as_it_is(
-    inference_server: RunningInferenceServer, over: Callable[[Any], httpx.AsyncClient]
-) -> None:
-    request = {"prompt": {"prompt_token_ids": PROMPT}, "max_tokens": -1}
-    async with over(embedded_app(inference_server.engine)) as client:
-        reply = await client.post("/generate", json=request)
+async def test_a_refusal_reaches_the_caller_as_it_is(embedded: httpx.AsyncClient) -> None:
+    reply = await embedded.post("/generate", json={**REQUEST, "max_tokens": -1})
     assert reply.status_code == 400
-    assert "max_tokens" in reply.text
+    assert "max_tokens" in ErrorReply.model_validate(reply.json()).error.message
 
 
-async def test_other_routes_pass_through(
-    inference_server: RunningInferenceServer, over: Callable[[Any], httpx.AsyncClient]
+async def test_other_routes_pass_through(embedded: httpx.AsyncClient) -> None:
+    assert (await embedded.get("/health")).status_code == 200
+    assert (await embedded.get("/v1/models")).json()["data"][0]["id"] == "tiny"
+
+
+@pytest.mark.parametrize("through_the_middleware", [False, True])
+async def test_the_first_label_is_that_of_the_arrival_and_the_last_that_of_the_end(
+    inference_server: RunningInferenceServer, embedded: httpx.AsyncClient, through_the_middleware: bool
 ) -> None:
-    async with over(embedded_app(inference_server.engine)) as client:
-        assert (await client.get("/health")).status_code == 200
-        assert (await client.get("/v1/models")).json()["data"][0]["id"] == "tiny"
+    native = httpx.AsyncClient(base_url=inference_server.url)
+    async with native:
+        client = embedded if through_the_middleware else native
+        await native.post("/pause", params={"mode": "keep"})
+        request = asyncio.create_task(client.post("/generate", json=REQUEST))
+        for _ in range(200):  # it arrives, and waits
+            await asyncio.sleep(0.005)
+        await native.post("/update_weight_version", json={"new_version": "17"})
+        await native.post("/resume")
+        answer = (await request).json()
+    assert (answer["weight_version_start"], answer["weight_version"]) == ("default", "17")
 
 
-@pytest.mark.parametrize("body", ["not json", "[]", "{}", '{"prompt": {"text": "hello"}}'])
-async def test_what_is_not_a_generate_request_is_refused(
-    inference_server: RunningInferenceServer, over: Callable[[Any], httpx.AsyncClient], body: str
-) -> None:
-    async with over(embedded_app(inference_server.engine)) as client:
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"not json", "not JSON"),
+        (b"\xff\xfe\xff", "not JSON"),
+        (b'{"a":' * 100_000, "not JSON"),
+        (b'{"prompt": [1], "temperature": NaN}', "NaN is no number"),
+        (b'{"prompt": [1], "temperature": 1e999}', "too large"),
+        (b"[]", "JSON object"),
+        (b"{}", "`prompt` has to be"),
+        (b'{"prompt": 5}', "`prompt` has to be"),
+        (b'{"prompt": {"text": "hello"}}', "`prompt_token_ids`"),
+        (b'{"prompt": {"prompt_token_ids": "hello", "prompt": "hello"}}', "either"),
+        (b'{"prompt": ["a", "b"]}', "one prompt"),
+        (b'{"prompt": [[1], [2]]}', "one prompt"),
+        (b'{"prompt": [{"prompt_token_ids": [1]}]}', "one prompt"),
+        (b'{"prompt": [1], "stream": true}', "does not stream"),
+        (b'{"prompt": [1], "echo": true}', "does not repeat"),
+    ],
+)
+async def test_what_is_not_a_generate_request_is_refused_and_never_asked(body: bytes, message: str) -> None:
+    app = StandIn()
+    async with over(app) as client:
         reply = await client.post("/generate", content=body)
     assert reply.status_code == 400
-    assert "not a /generate request" in reply.json()["error"]
+    error = ErrorReply.model_validate(reply.json()).error
+    assert message in error.message
+    assert (error.type, error.code) == ("BadRequestError", 400)
+    assert not app.completions()
 
 
-async def test_a_reply_without_tokens_is_an_error_not_a_guess(
-    over: Callable[[Any], httpx.AsyncClient],
-) -> None:
-    app = FastAPI()
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_body_over_the_limit_is_refused(announced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atropos_generate, "MAX_BODY_BYTES", 1000)
+    fits, too_long = (b'{"prompt": [1' + b" " * spaces + b"]}" for spaces in (900, 1000))
 
-    @app.post("/v1/completions")
-    async def completions() -> dict[str, Any]:
-        return {"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}]}
+    async def parts(body: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 100):
+            yield body[start : start + 100]
 
+    async with over(StandIn(reply={"choices": [choice()]})) as client:
+        statuses = [
+            (await client.post("/generate", content=body if announced else parts(body))).status_code
+            for body in (fits, too_long)
+        ]
+    assert statuses == [200, 413]
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "allowed"),
+    [("/generate", "GET", "POST"), ("/generate", "PUT", "POST"), ("/atropos/adapter", "DELETE", "GET, POST")],
+)
+async def test_other_methods_are_not_allowed(path: str, method: str, allowed: str) -> None:
+    async with over(StandIn()) as client:
+        reply = await client.request(method, path)
+    assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+
+
+async def test_preflight_requests_of_browsers_reach_the_server() -> None:
+    app = StandIn()
     async with over(app) as client:
-        reply = await client.post("/generate", json={"prompt": {"prompt_token_ids": PROMPT}})
+        await client.options("/generate")
+    assert app.seen == [("OPTIONS", "/generate", None)]
+
+
+# --- what the server may do -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [401, 404, 422, 500, 503])
+async def test_errors_pass_with_status_body_and_headers(status: int) -> None:
+    app = StandIn(reply={"error": "as it is"}, status=status, headers=[(b"retry-after", b"7")])
+    async with over(app) as client:
+        reply = await client.post("/generate", json=REQUEST)
+    assert (reply.status_code, reply.json(), reply.headers["retry-after"]) == (
+        status,
+        {"error": "as it is"},
+        "7",
+    )
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"choices": []},
+        {"choices": [{"index": 0, "text": "a", "finish_reason": "stop"}]},
+        {"choices": [choice(logprobs={"token_logprobs": [-1.0], "top_logprobs": [{}]})]},
+        {"choices": [choice(logprobs={"token_logprobs": [-1.0, None], "top_logprobs": [{}, {}]})]},
+        {"choices": [choice(logprobs={"token_logprobs": [-1.0, -1.0], "top_logprobs": [{}, {"a": -1.0}]})]},
+        {"choices": [choice(logprobs={"token_logprobs": [-1.0, float("nan")], "top_logprobs": [{}, {}]})]},
+        [],
+        "text",
+    ],
+)
+async def test_a_reply_that_lacks_something_is_an_error_not_a_guess(broken: Any) -> None:
+    async with over(StandIn(reply=broken)) as client:
+        reply = await client.post("/generate", json=REQUEST)
     assert reply.status_code == 502
-    assert "answered unexpectedly" in reply.json()["error"]
+    assert "answered unexpectedly" in reply.json()["error"]["message"]
 
 
-def test_sampling_parameters_are_handed_on_unchanged() -> None:
-    request = {"prompt": {"prompt_token_ids": [1]}, "n": 4, "temperature": 0.7, "stop": ["x"], "logprobs": 0}
+async def test_a_client_that_goes_away_is_noticed_and_not_answered() -> None:
+    app = StandIn(endless=True)
+    messages = [{"type": "http.request", "body": json.dumps(REQUEST).encode()}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+    await asyncio.wait_for(AtroposGenerate(app)(scope_of("/generate"), in_turn(messages), kept(sent)), 5)
+    assert app.cancelled
+    assert sent == []
+
+
+async def test_a_client_that_goes_away_before_it_has_said_everything_asks_nothing() -> None:
+    app = StandIn()
+    messages = [
+        {"type": "http.request", "body": b'{"prompt": [1]}', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+    sent: list[Any] = []
+    await asyncio.wait_for(AtroposGenerate(app)(scope_of("/generate"), in_turn(messages), kept(sent)), 5)
+    assert (app.seen, sent) == ([], [])
+
+
+async def test_labels_are_no_longer_asked_for_where_there_are_none() -> None:
+    app = StandIn(reply={"choices": [choice()]})
+    async with over(app) as client:
+        for _ in range(3):
+            answer = (await client.post("/generate", json=REQUEST)).json()
+            assert "weight_version" not in answer
+    assert [path for _, path, _ in app.seen].count("/weight_info") == 1
+
+
+@pytest.mark.parametrize("prefix", ["", "/behind/a/proxy"])
+async def test_a_root_path_is_kept_where_the_request_has_it(prefix: str) -> None:
+    app = StandIn(reply={"choices": [choice()]}, label="3")
+    async with over(app, root_path="/behind/a/proxy") as client:
+        reply = await client.post(f"{prefix}/generate", json=REQUEST)
+    assert reply.json()["weight_version"] == "3"
+    routes = ("/weight_info", "/v1/completions", "/weight_info")
+    assert [path for _, path, _ in app.seen] == [prefix + route for route in routes]
+
+
+# --- the current adapter --------------------------------------------------------------------------
+
+
+async def test_the_current_adapter_answers_with_its_label_until_the_model_itself_is_back() -> None:
+    app = StandIn(reply={"choices": [choice()]}, label="base-label", adapters=["p-v1", "p-v2"])
+    async with over(app) as client:
+        asked = []
+        for name, label in (("p-v1", "1"), ("p-v2", "2"), (None, None)):
+            wanted = {"name": name, "weight_version": label}
+            reply = await client.post("/atropos/adapter", json=wanted)
+            assert reply.json() == (await client.get("/atropos/adapter")).json() == wanted
+            CurrentAdapter.model_validate(reply.json())
+            answer = (await client.post("/generate", json=REQUEST)).json()
+            asked.append(
+                (app.completions()[-1].get("model"), answer["weight_version_start"], answer["weight_version"])
+            )
+    assert asked == [("p-v1", "1", "1"), ("p-v2", "2", "2"), (None, "base-label", "base-label")]
+
+
+async def test_a_named_adapter_is_not_replaced_and_has_no_label() -> None:
+    app = StandIn(reply={"choices": [choice()]}, label="base-label", adapters=["p-v1", "p-v2"])
+    async with over(app) as client:
+        await client.post("/atropos/adapter", json={"name": "p-v2", "weight_version": "2"})
+        answers = [
+            (await client.post("/generate", json={**REQUEST, "model": name})).json()
+            for name in ("p-v1", "p-v2", "base", "nobody")
+        ]
+    assert [body["model"] for body in app.completions()] == ["p-v1", "p-v2", "p-v2", "nobody"]
+    assert [answer.get("weight_version") for answer in answers] == [None, "2", "2", None]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"name": "p-v9", "weight_version": "9"}, 404, "['p-v1']"),
+        ({"name": "base"}, 404, "['p-v1']"),
+        ({}, 400, "`name` is missing"),
+        ({"name": 3}, 400, "`name` has to be"),
+        ({"name": "p-v1", "weight_version": 3}, 400, "`weight_version` has to be"),
+        ([], 400, "JSON object"),
+    ],
+)
+async def test_what_cannot_be_the_current_adapter_changes_nothing(
+    body: Any, status: int, message: str
+) -> None:
+    async with over(StandIn(adapters=["p-v1"])) as client:
+        await client.post("/atropos/adapter", json={"name": "p-v1", "weight_version": "1"})
+        reply = await client.post("/atropos/adapter", json=body)
+        assert (await client.get("/atropos/adapter")).json() == {"name": "p-v1", "weight_version": "1"}
+    assert reply.status_code == status
+    assert message in reply.json()["error"]["message"]
+
+
+async def test_who_may_not_list_the_models_may_not_choose_among_them() -> None:
+    app = StandIn(token="Bearer right", adapters=["p-v1"])  # noqa: S106
+    async with over(app) as client:
+        for headers, status in (({}, 401), ({"authorization": "Bearer wrong"}, 401)):
+            for method in ("GET", "POST"):
+                reply = await client.request(
+                    method, "/atropos/adapter", json={"name": "p-v1"}, headers=headers
+                )
+                assert (reply.status_code, reply.json()) == (status, {"error": "Unauthorized"})
+        right = {"authorization": "Bearer right"}
+        assert (await client.get("/atropos/adapter", headers=right)).json()["name"] is None
+        assert (
+            await client.post("/atropos/adapter", json={"name": "p-v1"}, headers=right)
+        ).status_code == 200
+
+
+# --- the two translations -------------------------------------------------------------------------
+
+
+def test_sampling_parameters_are_handed_on_and_silence_is_neutral() -> None:
+    request = {"prompt": {"prompt_token_ids": [1]}, "n": 4, "temperature": 0.7, "stop": ["x"], "seed": None}
     assert to_completion_request(request) == {
         "prompt": [1],
         "n": 4,
         "temperature": 0.7,
         "stop": ["x"],
-        "logprobs": 0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
     }
 
 
-def test_choices_are_put_in_order_and_prompt_log_probs_in_atropos_shape() -> None:
-    def choice(index: int) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": str(index),
-            "finish_reason": "stop",
-            "token_ids": [index],
-            "logprobs": {"token_logprobs": [-0.5]},
-            "prompt_token_ids": [7, 8],
-            "prompt_logprobs": [None, {"8": {"logprob": -1.5, "rank": 1, "decoded_token": "b"}}],
-        }
+@pytest.mark.parametrize("prompt", ["hi", {"prompt": "hi"}, {"prompt": "hi", "prompt_token_ids": None}])
+def test_text_prompts_stay_text(prompt: Any) -> None:
+    assert to_completion_request({"prompt": prompt})["prompt"] == "hi"
 
-    reply = to_generate_reply(json.loads(json.dumps({"choices": [choice(1), choice(0)]})))
+
+def test_choices_are_put_in_order_and_prompt_log_probs_in_atropos_shape() -> None:
+    scores = [
+        None,
+        {"8": {"logprob": -1.5, "rank": 2}, "5": {"logprob": float("-inf"), "rank": 9}},
+    ]
+    choices = [choice(index, tokens=(index,), prompt_logprobs=scores) for index in (1, 0)]
+    reply = to_generate_reply({"choices": choices})
     assert reply["text"] == ["0", "1"]
     assert reply["logprobs"] == [[[{"0": -0.5}]], [[{"1": -0.5}]]]
-    assert reply["prompt_logprobs"] == [None, {"8": -1.5}]
+    assert reply["prompt_logprobs"] == [None, {"8": -1.5, "5": -9999.0}]
+    json.dumps(reply, allow_nan=False)
 
 
-def test_log_probs_that_do_not_match_the_tokens_are_refused() -> None:
-    bad = {"index": 0, "text": "", "finish_reason": "stop", "token_ids": [1, 2], "prompt_token_ids": [0]}
-    with pytest.raises(ValueError, match="2 tokens but 1 log-probs"):
-        to_generate_reply({"choices": [{**bad, "logprobs": {"token_logprobs": [-1.0]}}]})
+def test_the_sampled_token_comes_first_whatever_the_order_of_the_likeliest() -> None:
+    top = [{"token_id:3": -0.1, "token_id:7": -0.5}]
+    reply = to_generate_reply(
+        {"choices": [choice(tokens=(7,), logprobs={"token_logprobs": [-0.5], "top_logprobs": top})]}
+    )
+    (((entry,),),) = reply["logprobs"]
+    assert list(entry.items()) == [("7", -0.5), ("3", -0.1)]
+
+
+def test_it_needs_nothing_but_the_standard_library() -> None:
+    program = (
+        "import sys; sys.path.insert(0, 'inference_plugins'); before = set(sys.modules);"
+        "import atropos_generate; new = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "print(sorted(new - sys.stdlib_module_names))"
+    )
+    command = [sys.executable, "-I", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['atropos_generate']"
+
+
+def flattened(value: Any, path: str = "") -> dict[str, float]:
+    """Every number of nested lists and dicts under its path; everything else as part of the path."""
+    if isinstance(value, dict):
+        return {k: v for name, each in value.items() for k, v in flattened(each, f"{path}/{name}").items()}
+    if isinstance(value, list):
+        return {k: v for at, each in enumerate(value) for k, v in flattened(each, f"{path}/{at}").items()}
+    return {path: value} if isinstance(value, (int, float)) else {f"{path}={value}": 0.0}
+
+
+def scope_of(path: str) -> dict[str, Any]:
+    """A POST as a server hands it to an application."""
+    return {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
+
+
+def in_turn(messages: list[dict[str, Any]]) -> Any:
+    """Say these, then nothing for ever."""
+    left = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        with contextlib.suppress(StopIteration):
+            return next(left)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    return receive
+
+
+def kept(sent: list[Any]) -> Any:
+    """Keep what is sent."""
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    return send

@@ -169,6 +169,7 @@ class Engine:
         if self._stopping:
             request.future.set_exception(EngineFailure("the server is stopping"))
         else:
+            request.weight_version_start = self._weight_version
             self._scheduler.add(request)
 
     def _pause(self, mode: PauseMode, done: Future[None]) -> None:
