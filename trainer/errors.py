@@ -9,6 +9,7 @@
     ├── ShapeMismatchError (ValueError)     tensors that must have one shape have several
     ├── CheckpointError (OSError)           a checkpoint that cannot be written or read
     ├── TooManySkippedBatches               too many batches in a row that could not be trained
+    ├── MismatchTooLarge                    sampler and trainer disagree about what was sampled
     ├── DeadlineExceeded (TimeoutError)     a party we waited for did not answer in time
     └── PublishError                        see trainer.publish
 """
@@ -42,6 +43,10 @@ class CheckpointError(TrainerError, OSError):
 
 class TooManySkippedBatches(TrainerError):  # noqa: N818 - reads as the event that it is
     """Too many batches in a row could not be trained: nothing usable, no signal, or a loss not finite."""
+
+
+class MismatchTooLarge(TrainerError):  # noqa: N818
+    """The sampler's log-probs of a batch are far from the trainer's, though both have the same weights."""
 
 
 class DeadlineExceeded(TrainerError, TimeoutError):  # noqa: N818 - reads as the event that it is

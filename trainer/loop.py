@@ -23,9 +23,10 @@ from trainer.checkpoint import (
     write_checkpoint,
 )
 from trainer.config import TrainerConfig
-from trainer.errors import CheckpointError, TooManySkippedBatches
+from trainer.errors import CheckpointError, MismatchTooLarge, TooManySkippedBatches
 from trainer.exchange import BatchExchange, Stopped
 from trainer.metrics import MetricsFile, Row, batch_metrics, step_metrics
+from trainer.mismatch import Mismatch, alarm_text
 from trainer.model_directory import write_model_directory
 from trainer.preparation import PreparedBatch, prepare_batch
 from trainer.publish import PublishReport
@@ -235,15 +236,17 @@ class Trainer:
         rate = learning_rate(self._config.optimizer, self.step, self._config.train.steps)
         for group in self._prepared.optimizer.param_groups:
             group["lr"] = rate
+        staleness = self.step - incoming.served_version if incoming.served_version >= 0 else None
         self._weights_whole = False
-        result = self._run_step(batch)
+        result = self._run_step(batch, accepts=lambda mismatch: self._accept(mismatch, staleness))
         self._weights_whole = True
+        if result.refused:
+            self._refuse(incoming, result.mismatch, staleness)
         if not result.applied:
             reason = f"loss {result.loss} or gradient norm {result.grad_norm} is not finite"
             self._skip(incoming, reason, counter="batches_not_finite")
             return
         self._skips_in_a_row = 0
-        staleness = self.step - incoming.served_version if incoming.served_version >= 0 else None
         self.step += 1
         training_seconds = time.monotonic() - started
         if self.step % self._config.checkpoint.every == 0:
@@ -271,6 +274,30 @@ class Trainer:
             }
         )
         self._write_publish_rows()
+
+    def _accept(self, mismatch: Mismatch | None, staleness: int | None) -> bool:
+        """Whether to train on a batch whose log-probs differ like this; raises the alarm if there is one."""
+        alarm = alarm_text(mismatch, staleness, self._config.train)
+        if alarm is None:
+            return True
+        self._counters["mismatch_alarms_total"] += 1
+        logger.warning("Batch %d: %s", self._batches, alarm)
+        return self._config.train.mismatch_action == "warn"
+
+    def _refuse(self, incoming: IncomingBatch, mismatch: Mismatch | None, staleness: int | None) -> None:
+        """Keep the batch and end the run.
+
+        Raises:
+            MismatchTooLarge: Always.
+        """
+        reason = alarm_text(mismatch, staleness, self._config.train) or "its mismatch was not accepted"
+        if self._accelerator.is_main_process:
+            self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
+        raise MismatchTooLarge(
+            f"batch {self._batches}: {reason}. The batch is kept in "
+            f"{self._config.train.output_dir / 'set_aside'} and was not trained on; to go on all the same, "
+            "set train.mismatch_action to warn"
+        )
 
     def _publish(self) -> None:
         """Publish if it is time; how it went is written when it is known."""

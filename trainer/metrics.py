@@ -84,6 +84,7 @@ def step_metrics(result: StepResult, *, padded: bool) -> Row:
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         **result.per_token,
+        **(result.mismatch.metrics() if result.mismatch is not None else {}),
         "computed_tokens": result.computed_tokens,
         "sequence_tokens": result.sequence_tokens,
         "padding_share": waste / result.computed_tokens if padded else 0.0,

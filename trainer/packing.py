@@ -8,6 +8,7 @@ the same gradients as training each sequence alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -50,7 +51,9 @@ class MicroBatch:
     temperature: Tensor
     """[N] float32."""
     inference_logprobs: Tensor | None
-    """[N] float32."""
+    """[N] float32; None if any sample lacks them: a loss needs them all, or none."""
+    known_inference_logprobs: Tensor
+    """[N] float32, NaN where the environment sent none: for metrics."""
     ref_logprobs: Tensor | None
     """[N] float32."""
     sequence_tokens: int
@@ -241,6 +244,12 @@ def _with_trained_tokens(
         denominator=spread(denominator for _, denominator in weighted),
         temperature=spread(sample.temperature for sample in samples),
         inference_logprobs=gather_optional([sample.inference_logprobs for sample in samples]),
+        known_inference_logprobs=gather([_or_nan(sample.inference_logprobs, sample) for sample in samples]),
         ref_logprobs=gather_optional([sample.ref_logprobs for sample in samples]),
         sequence_tokens=sum(len(sample.tokens) for sample in samples),
     )
+
+
+def _or_nan(values: Tensor | None, sample: Sample) -> Tensor:
+    """The values of a sample's tokens, or as many NaN."""
+    return torch.full((len(sample.tokens),), math.nan) if values is None else values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from trainer.config import LossSettings
 from trainer.logprobs import token_logprobs
 from trainer.losses import LossInputs, ResolvedLoss, resolve_loss
+from trainer.mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
 from trainer.packing import MicroBatch, Packing, pack
 from trainer.preparation import PreparedBatch
 
@@ -30,9 +32,13 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping."""
     applied: bool
-    """False if loss or gradient were not finite: the weights stayed as they were."""
+    """False if loss or gradient were not finite, or the batch was refused: the weights stayed the same."""
+    refused: bool
+    """The caller did not accept the batch's mismatch."""
     per_token: dict[str, float]
     """The loss function's metrics and the entropy, averaged over computed trained tokens."""
+    mismatch: Mismatch | None
+    """Trainer against sampler; None if no trained token came with the sampler's log-probs."""
     computed_tokens: int
     """Tokens that went through the model, padding included."""
     sequence_tokens: int
@@ -83,8 +89,15 @@ class StepRunner:
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._max_grad_norm = max_grad_norm
 
-    def __call__(self, batch: PreparedBatch) -> StepResult:
-        """Train on `batch`, which must hold at least one sample with a gradient."""
+    def __call__(
+        self, batch: PreparedBatch, *, accepts: Callable[[Mismatch | None], bool] = lambda _: True
+    ) -> StepResult:
+        """Train on a batch.
+
+        Args:
+            batch: Must hold at least one sample with a gradient.
+            accepts: Asked before the weights change, with equal numbers on every process.
+        """
         micro_batches = pack(
             batch.samples,
             batch.denominators,
@@ -95,6 +108,9 @@ class StepRunner:
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        if any(micro_batch.ref_logprobs is not None for micro_batch in micro_batches):
+            # Micro-batches without them do not report it, and all processes must add up the same names.
+            sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
         for index, micro_batch in enumerate(share):
             last = index == len(share) - 1
             # Gradients are exchanged between processes once a step, with the last micro-batch.
@@ -102,10 +118,12 @@ class StepRunner:
                 for name, value in self._backward(micro_batch).items():
                     sums[name] = sums[name] + value if name in sums else value
         totals = self._over_processes(sums)
+        mismatch = take_mismatch(totals)
         loss = totals.pop("loss")
         tokens = totals.pop("tokens")
         grad_norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), self._max_grad_norm))
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        refused = not accepts(mismatch)
+        applied = math.isfinite(loss) and math.isfinite(grad_norm) and not refused
         if applied:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -113,7 +131,9 @@ class StepRunner:
             loss=loss,
             grad_norm=grad_norm,
             applied=applied,
+            refused=refused,
             per_token={name: value / tokens for name, value in totals.items()},
+            mismatch=mismatch,
             computed_tokens=sum(micro_batch.computed_tokens for micro_batch in micro_batches),
             sequence_tokens=sum(micro_batch.sequence_tokens for micro_batch in micro_batches),
             micro_batches=len(micro_batches),
@@ -143,7 +163,8 @@ class StepRunner:
         # Data parallelism averages gradients over processes; ours are shares of a sum.
         self._accelerator.backward(loss * self._accelerator.num_processes)
         return {
-            **metrics,
+            **drop_own_comparison(metrics),
+            **mismatch_sums(scores.logprobs.detach(), batch.known_inference_logprobs, batch.loss_mask),
             "entropy": inputs.weighted_sum(scores.entropy),
             "tokens": inputs.mask.sum(),
             "loss": loss.detach(),

@@ -78,6 +78,12 @@ class TrainSettings(Section):
     """Autocast type; master weights stay float32. auto: bf16 where the hardware computes it natively."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: what Accelerate finds. cpu: the CPU even where there is an accelerator."""
+    mismatch_alarm: float | None = Field(default=0.2, gt=0)
+    """Mean absolute difference between the sampler's and the trainer's log-probs, in nats, from which on a
+    batch of the current version is alarming. None: never."""
+    mismatch_action: Literal["warn", "stop"] = "warn"
+    """What an alarm does. warn: a line in the log, and mismatch_alarms_total. stop: the batch is set aside
+    before the weights change, and the run ends."""
     max_consecutive_skips: int = Field(default=10, gt=0)
     """Stop after so many batches in a row that could not be trained (nothing usable, not finite)."""
 

@@ -18,6 +18,7 @@ from trainer.losses._policy_gradient import policy_gradient
 from trainer.losses._ppo_clip import ppo_clip
 from trainer.losses._resolve import LOSS_NAMES, LossName, ResolvedLoss, resolve_loss
 from trainer.losses._selected_logprobs import selected_logprobs
+from trainer.losses._terms import k3, log_ratio
 from trainer.losses._weighted_sft import weighted_sft
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "LossInputs",
     "LossName",
     "ResolvedLoss",
+    "k3",
+    "log_ratio",
     "policy_gradient",
     "ppo_clip",
     "resolve_loss",

@@ -32,6 +32,9 @@ TEXTS = (
 MAX_TOKENS = 64
 """A probe is cut here, so that any context length takes it and scoring stays cheap."""
 
+BUILT_IN_TOKENS = 32
+"""The built-in texts are cut here: more tokens found no broken tensor more."""
+
 PASSAGE = (
     "Minutes of the harbour board, 14 March 1987. Present: Ms Okafor (chair), Mr Lindqvist, Dr Haddad. "
     "The dredging of basin C will cost 2,350,000 kroner, 12% more than planned; the board asks for a "
@@ -43,7 +46,7 @@ PASSAGE = (
 )
 """The passage to go on from; repeated if a tokenizer makes too few tokens of it."""
 
-CUTS = (132, 136, 140, 144)
+CUTS = (130, 132, 134, 136)
 """The passage's lengths, in tokens, after which the next token is asked for. The shortest still holds a
 whole block of 128; several, because four positions say more than one."""
 
@@ -101,13 +104,14 @@ def make_probes(
     if cuts[0] < SHORTEST_CUT:
         cuts = ()
     return Probes(
-        texts=_scored_texts(tokenizer, texts, longest=min(MAX_TOKENS, max(room, 2))),
+        texts=_scored_texts(tokenizer, texts, longest=max(room, 2)),
         passage=_passage(tokenizer, cuts[-1]) if cuts else [],
         cuts=cuts,
     )
 
 
 def _scored_texts(tokenizer: Tokenizer, texts: Sequence[str] | None, *, longest: int) -> list[list[int]]:
+    longest = min(longest, BUILT_IN_TOKENS if texts is None else MAX_TOKENS)
     probes = [tokenizer.encode(text)[:longest] for text in (TEXTS if texts is None else texts)]
     if texts is None and tokenizer.chat_template is not None:
         chat = tokenizer.apply_chat_template(

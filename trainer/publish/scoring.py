@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +31,10 @@ def score_probes(model: nn.Module, probes: Probes, device: torch.device | str) -
     if not probes.cuts:
         return ProbeScores(texts=texts, next_tokens=())
     with evaluation_mode(model), torch.no_grad():
-        logits = _logits(model, [probes.passage], device)[0]  # [T, V]
         # One pass: what comes after a beginning of the passage does not depend on how it goes on.
-        rows = torch.log_softmax(logits[[cut - 1 for cut in probes.cuts]].float(), dim=-1).cpu()  # [C, V]
+        last = torch.tensor([cut - 1 for cut in probes.cuts], device=device)
+        logits = _logits(model, [probes.passage], device, columns=last)[0]  # [C, V]
+        rows = torch.log_softmax(logits.float(), dim=-1).cpu()
     return ProbeScores(texts=texts, next_tokens=tuple(array("f", row.numpy().tobytes()) for row in rows))
 
 
@@ -41,10 +44,10 @@ def score_with_model(
     """Score token sequences with the weights as they are.
 
     Without autocast, unless the caller has opened one: the master weights in float32 are the truth that
-    servers round. Scoring with weights cast the way they are served would come closer to the server's
-    numbers, but costs a second copy of the model and would hide an error of the cast itself; the rounding
-    is in the tolerance instead. Dropout is off while scoring, no random number is drawn, and no gradient
-    is kept.
+    servers round. Computing in the served type as well comes no closer: two bfloat16 implementations differ
+    from each other as much as each does from float32. It would also cost a second copy of the model, and hide
+    an error of the cast itself; the rounding is in the tolerance instead. Dropout is off while scoring, no
+    random number is drawn, and no gradient is kept.
 
     Args:
         model: A causal language model, wrapped or not.
@@ -75,24 +78,34 @@ def _by_length(lengths: list[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _logits(model: nn.Module, token_id_lists: list[list[int]], device: torch.device | str) -> Tensor:
-    """Logits [B, T, V] of sequences, padded on the right, where a causal model cannot see it."""
+def _logits(
+    model: nn.Module,
+    token_id_lists: list[list[int]],
+    device: torch.device | str,
+    *,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, T, V] of sequences, padded on the right, where a causal model cannot see it.
+
+    `columns`: positions to return, of all sequences; None: all of them.
+    """
     longest = max(map(len, token_id_lists))
     padded = [token_ids + [token_ids[-1]] * (longest - len(token_ids)) for token_ids in token_id_lists]
     present = [[1] * len(token_ids) + [0] * (longest - len(token_ids)) for token_ids in token_id_lists]
     # The class's forward: where the hardware has bfloat16, Accelerate replaces the model's own by one that
     # opens autocast.
-    logits: Tensor = (
-        type(model)
-        .forward(
-            model,
-            input_ids=torch.tensor(padded, device=device),
-            attention_mask=torch.tensor(present, device=device),
-            use_cache=False,
-        )
-        .logits
-    )
-    return logits
+    forward = type(model).forward
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(present, device=device),
+        "use_cache": False,
+    }
+    # Most models can leave out the head where nobody looks.
+    selects = columns is not None and "logits_to_keep" in inspect.signature(forward).parameters
+    if selects:
+        inputs["logits_to_keep"] = columns
+    logits: Tensor = forward(model, **inputs).logits
+    return logits if columns is None or selects else logits[:, columns]
 
 
 def _pick(logits: Tensor, token_ids: list[int]) -> list[float]:
