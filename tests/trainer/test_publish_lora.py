@@ -466,6 +466,24 @@ def test_an_adapter_that_somebody_switched_off_is_switched_on_again(
         wait_for(lambda: server.current.name is not None)
 
 
+def test_a_run_with_full_weights_takes_environments_back_from_an_adapter_to_the_model(
+    server: AdapterServer, tmp_path: Path
+) -> None:
+    whole = tiny_model("llama", dtype=torch.float32)
+    server.current = CurrentAdapter(name="policy-0000-v000007", weight_version="7")
+    settings = PublishSettings(transport="disk", servers=[server.url])
+    with Publisher(
+        settings,
+        transport=DiskTransport(tmp_path, lambda: capture_model(whole, tokenizer=None).write, keep=1),
+        servers=[VllmRoutes(server.url, settings)],
+        probes=PROBES,
+        score=lambda probes: score_probes(whole, probes, "cpu"),
+    ) as publisher:
+        publisher.start(0)
+        assert server.current.name is None
+        assert server.sent().count("/atropos/adapter") == 1
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():

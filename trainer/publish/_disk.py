@@ -59,7 +59,8 @@ class DiskTransport:
         return lambda: self._write(version, path, write)
 
     def connect(self, server: InferenceServer) -> None:
-        """Nothing to agree on: the server only has to see the directory."""
+        """Nothing to agree on: the server only has to see the directory, and to sample from the model."""
+        server.use_model_itself()
 
     def needs_pause(self, server: InferenceServer) -> bool:
         """Weights are replaced in place, so nothing may be computed meanwhile."""

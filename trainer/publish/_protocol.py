@@ -125,6 +125,10 @@ class InferenceServer(Protocol):
         """Let environments sample from this adapter from now on, without changing their model name."""
         ...
 
+    def use_model_itself(self) -> None:
+        """Let environments sample from the model again, where an earlier trainer left an adapter active."""
+        ...
+
     def unload_adapter(self, name: str, version: int) -> None:
         """Forget an adapter; not knowing it is no failure."""
         ...

@@ -315,6 +315,9 @@ class SglangRoutes:
         """Not for SGLang."""
         self._no_adapters(Phase.ACTIVATE, version)
 
+    def use_model_itself(self) -> None:
+        """SGLang's `/generate` samples from the model unless a request names an adapter."""
+
     def unload_adapter(self, name: str, version: int) -> None:
         """Not for SGLang."""
         self._no_adapters(Phase.ACTIVATE, version)

@@ -112,6 +112,30 @@ class VllmAdapters:
                 version=version,
             )
 
+    def use_model_itself(self) -> None:
+        """Tell the middleware, if it is there and has an adapter active."""
+        try:
+            reply = self._ask(CURRENT_ADAPTER, None, phase=Phase.CONNECT)
+        except ServerFailure as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            return
+        current = self._connection.parse(reply, CurrentAdapter, phase=Phase.CONNECT, version=None)
+        if current.name is None:
+            return
+        logger.warning(
+            "%s: environments sampled from the adapter %s of an earlier run; from now on from the model",
+            self._connection.url,
+            current.name,
+        )
+        self._send(
+            CURRENT_ADAPTER,
+            CurrentAdapter(name=None, weight_version=None),
+            phase=Phase.CONNECT,
+            version=None,
+            seconds=self._settings.pause_timeout,
+        )
+
     def unload_adapter(self, name: str, version: int) -> None:
         """Take the name away; requests in flight end undisturbed."""
         try:
@@ -187,7 +211,7 @@ class VllmAdapters:
         body: BaseModel,
         *,
         phase: Phase,
-        version: int,
+        version: int | None,
         seconds: float,
         repeatability: Repeatability = Repeatability.IDEMPOTENT,
     ) -> bytes:

@@ -114,6 +114,7 @@ class VllmTransferTransport:
             former = self._connections.pop(server.url, None)
             if former is not None:
                 self._leave(former)
+            server.use_model_itself()
             self._free_server(server)
             workers = self._workers(server)
             client = SyncClient(server)
