@@ -165,6 +165,9 @@ class Fleet:
         started = time.monotonic()
         try:
             if not member.connected:
+                # After a resume that failed: what a paused server is asked waits, and is answered too late.
+                if member.server.is_paused():
+                    member.server.resume(None)
                 self._transport.connect(member.server)
                 member.connected = True
         except ServerFailure as error:
