@@ -61,7 +61,13 @@ def inference_command(listen: Address, *, model: str, seed: int, python: str = s
 
 
 def vllm_command(
-    listen: Address, *, model: str, seed: int, python: str, lora_rank: int | None = None
+    listen: Address,
+    *,
+    model: str,
+    seed: int,
+    python: str,
+    dtype: str = "float32",
+    lora_rank: int | None = None,
 ) -> list[str]:
     """Return the command of a stock vLLM server for the CPU that serves `model` as `SERVED_MODEL_NAME`.
 
@@ -70,6 +76,8 @@ def vllm_command(
         model: Directory or hub id of the model.
         seed: Of its sampling.
         python: Interpreter of the environment that vLLM is installed in.
+        dtype: Type that it computes in. The demonstration publishes float32: then the server's log-probs are
+            the trainer's to five digits.
         lora_rank: Largest rank of adapters that it takes at run time; None: no adapters.
     """
     adapters: tuple[str, ...] = ()
@@ -84,8 +92,7 @@ def vllm_command(
         *("--served-model-name", SERVED_MODEL_NAME),
         *("--host", listen.host),
         *("--port", str(listen.port)),
-        # The demonstration publishes float32: the server's log-probs are the trainer's to 5 digits.
-        *("--dtype", "float32"),
+        *("--dtype", dtype),
         *("--max-model-len", str(MAX_MODEL_LENGTH)),
         *("--max-num-seqs", str(MAX_SEQUENCES_AT_ONCE)),
         # Small blocks let short prompts share what they begin with (the default for CPUs is 128 tokens).
