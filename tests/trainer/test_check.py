@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from atropos_client import AtroposClient
 from local_stack.commands import Address, api_command
+from tests.conftest import RunningInferenceServer
 from tests.trainer.test_cli import atropos_train
 
 
@@ -70,6 +71,48 @@ def test_a_whole_stack_passes_and_environments_may_come_later(
     assert "warning  environments: none has registered" in done.stdout
     assert "has every route that publishing needs" in done.stdout
     assert "tokenizes as the trainer does" in done.stdout
+
+
+def check_publish(
+    server: RunningInferenceServer, output: Path, *words: str
+) -> subprocess.CompletedProcess[str]:
+    return atropos_train(
+        "check",
+        "--publish",
+        *("--model.path", str(server.model_directory)),
+        *("--atropos.max_token_length", "256"),
+        *("--publish.transport", "disk", "--publish.servers", server.url),
+        *("--train.output_dir", str(output), "--train.device", "cpu"),
+        *words,
+    )
+
+
+@pytest.mark.slow
+def test_publishing_unchanged_weights_changes_nothing_and_leaves_nothing_behind(
+    inference_server: RunningInferenceServer, tmp_path: Path
+) -> None:
+    done = check_publish(inference_server, tmp_path / "run")
+    lines = [line for line in done.stdout.splitlines() if "publish self-test" in line]
+    assert "failed   publish self-test" not in done.stdout, done.stdout + done.stderr
+    assert "version 0 published 2 times" in lines[0]
+    assert "did not move at all" in lines[1]
+    assert "at temperatures other than 1 its log-probs are raw" in lines[2]
+    assert "does not tell how much of a prompt comes from the prefix cache" in lines[3]
+    assert not inference_server.client.get("/is_paused").json()["is_paused"]
+    assert list((tmp_path / "run" / "published").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_server_of_another_precision_fails_the_self_test_with_the_reason(
+    start_inference_server: Callable[..., RunningInferenceServer], tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    server = start_inference_server(tiny_model_directory, dtype="bfloat16")
+    done = check_publish(server, tmp_path / "run", "--publish.dtype", "float32")
+    assert done.returncode == 1
+    assert "failed   publish self-test" in done.stdout
+    assert "unchanged weights were sent, and it does not serve them: over tolerance" in done.stdout
+    assert "set publish.dtype or publish.tolerance accordingly" in done.stdout
+    assert not server.client.get("/is_paused").json()["is_paused"]
 
 
 def test_a_directory_that_cannot_be_written_is_named(tiny_model_directory: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from trainer.check._api import check_api
 from trainer.check._inference import check_inference_server
 from trainer.check._local import check_model, check_writable
+from trainer.check._publish import check_publish
 from trainer.check._result import CheckResult, CheckStatus
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "check_api",
     "check_inference_server",
     "check_model",
+    "check_publish",
     "check_writable",
 ]

@@ -30,8 +30,14 @@ class CheckCommand:
     help = "probe every party of a run and say what is wrong"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Take all settings."""
+        """Take all settings, and `--publish`."""
         add_settings(parser)
+        parser.usage = "%(prog)s [--publish] [--config FILE] [--section.key VALUE ...]"
+        parser.add_argument(
+            "--publish",
+            action="store_true",
+            help="also load the model, publish it twice unchanged, and see that nothing changes",
+        )
 
     def run(self, args: argparse.Namespace) -> int:
         """Print one line a probe; returns 1 if any failed."""
@@ -39,7 +45,7 @@ class CheckCommand:
         configure_logging("ERROR")
         console = Console(soft_wrap=True, highlight=False)
         any_failed = False
-        for result in run_checks(config):
+        for result in run_checks(config, publish=args.publish):
             console.print(f"{MARKS[result.status]}  {escape(result.name)}: {escape(result.found)}")
             if result.remedy:
                 console.print(f"         -> {escape(result.remedy)}")
@@ -48,9 +54,12 @@ class CheckCommand:
         return 1 if any_failed else 0
 
 
-def run_checks(config: TrainerConfig) -> Iterator[CheckResult]:
-    """Run all probes that this configuration calls for, one after the other."""
-    from trainer.check import check_api, check_inference_server, check_model, check_writable
+def run_checks(config: TrainerConfig, *, publish: bool = False) -> Iterator[CheckResult]:
+    """Run all probes that this configuration calls for, one after the other.
+
+    `publish`: also send the unchanged weights to the inference servers.
+    """
+    from trainer.check import check_api, check_inference_server, check_model, check_publish, check_writable
 
     model, tokenizer = check_model(config)
     yield model
@@ -63,6 +72,11 @@ def run_checks(config: TrainerConfig) -> Iterator[CheckResult]:
         yield check_writable("published weights", directory, bytes_needed=(config.publish.keep + 1) * size)
         for url in config.publish.servers:
             yield from check_inference_server(url, config, tokenizer)
+    if publish:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        yield from check_publish(config)
 
 
 def weight_bytes(path: Path) -> int:

@@ -190,6 +190,7 @@ class ServerVerifier:
         self._remember_difference(comparison, updated=updated)
         if comparison.matches:
             self._check_kind(expectation, served_name)
+            comparison = replace(comparison, logprob_kind=self.logprob_kind)
         # Where old and new could not be told apart the old baseline stays: against it the movement adds up.
         if comparison.matches and (proven is None or comparison.distinguishable):
             self._proven = _Proven(

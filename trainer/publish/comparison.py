@@ -132,6 +132,8 @@ class Comparison:
     cached_tokens: int | None = None
     """Tokens of the passage that came from the prefix cache at the first request after the update, which
     must be 0. None: the server does not tell."""
+    logprob_kind: str | None = None
+    """What the server's log-probs are at a temperature other than 1 (`LogprobKind`). None: not asked."""
     detail: str = ""
     """What is wrong with the numbers, in words."""
 
