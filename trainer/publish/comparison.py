@@ -59,7 +59,7 @@ USUAL_GROWTH = 1.75
 difference varies by a tenth in bfloat16; one broken tensor of a 135M model raises it by half at the very
 least, and as a rule to several times as much."""
 
-LEAST_SHARE = 0.1
+LEAST_SHARE = 0.05
 """Of the tolerance. Below it "further off than usual" is not asked: there it may be chance."""
 
 UNMOVED_ABOVE = 1e-4
