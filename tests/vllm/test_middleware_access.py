@@ -1,7 +1,8 @@
 """Who may ask, under which path, and what the server's own settings change: a second real vLLM.
 
 It has an API key and a root path, is not in development mode, loads the middleware by the name that it has
-when installed, and its model recommends greedy sampling.
+when installed, gives the log-probs of the distribution that was sampled from, and its model recommends greedy
+sampling.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from inference_plugins.atropos_generate import LOWEST_LOGPROB
 from tests.compose import ROOT
 from tests.local_stack.inference_reference import Reference
 from tests.vllm.atropos import make_manager
@@ -36,7 +38,7 @@ def guarded(vllm_model_directory: Path, tmp_path_factory: pytest.TempPathFactory
         model,
         directory / "vllm.log",
         api_key=KEY,
-        flags=["--root-path", "/behind/a/proxy"],
+        flags=["--root-path", "/behind/a/proxy", "--logprobs-mode", "processed_logprobs"],
         environment={"VLLM_SERVER_DEV_MODE": None, "PYTHONPATH": str(ROOT)},
         middleware="inference_plugins.atropos_generate.AtroposGenerate",
     )
@@ -96,3 +98,26 @@ def test_sampling_is_neutral_whatever_the_models_generation_config_recommends(gu
     for ids, positions in zip(answer["token_ids"], answer["logprobs"], strict=True):
         values = [next(iter(entry.values())) for (entry,) in positions]
         assert values == pytest.approx(reference.logprobs([43, 72, 79], ids), abs=1e-3)
+
+
+def test_log_probs_after_temperature_and_truncation_are_handed_on_without_infinities(
+    guarded: VllmServer,
+) -> None:
+    fields = {"temperature": 0.5, "top_k": 2, "logprobs": 4, "n": 4}
+    reply = guarded.post("/generate", {**REQUEST, **fields})
+    assert reply.status_code == 200, reply.text
+    answer = reply.json()
+    reference = Reference(guarded.model)
+    for ids, positions in zip(answer["token_ids"], answer["logprobs"], strict=True):
+        # Dividing log-probs by the temperature is dividing logits by it, up to what the softmax takes away.
+        table = reference.distributions([43, 72, 79, *ids]) / 0.5
+        for row, token, (entry,) in zip(table[2:], ids, positions, strict=False):
+            kept = row.topk(2)
+            expected = dict(zip(kept.indices.tolist(), kept.values.log_softmax(-1).tolist(), strict=True))
+            assert int(next(iter(entry))) == token
+            found = {int(key): value for key, value in entry.items()}
+            assert {key: value for key, value in found.items() if value > LOWEST_LOGPROB} == pytest.approx(
+                expected, abs=1e-3
+            )
+            assert set(found) - set(expected), "nothing was cut off, so there was no infinity"
+            assert {found[key] for key in set(found) - set(expected)} == {LOWEST_LOGPROB}
