@@ -102,6 +102,8 @@ def vllm_command(
         *("--middleware", "atropos_generate.AtroposGenerate"),
         # Only on the CPU: without it vLLM keeps an old output layer where it shares the embedding's weights.
         *("--worker-cls", "atropos_cpu_worker.AtroposCPUWorker"),
+        # Verification learns from it whether anything was left in the prefix cache.
+        "--enable-prompt-tokens-details",
         # Environments ask for the version ten times a second; warnings and errors are still logged.
         "--disable-uvicorn-access-log",
         *adapters,
