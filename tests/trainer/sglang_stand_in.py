@@ -263,7 +263,7 @@ def application(stand_in: SglangStandIn) -> Starlette:
 def steer(stand_in: SglangStandIn, wishes: dict[str, Any]) -> Answer:
     """Set what the engine does wrong, in a process of its own; replies with what has happened so far."""
     for name, value in wishes.items():
-        setattr(stand_in.engine, name, set(value) if name == "lies" else value)
+        setattr(stand_in if name == "calls" else stand_in.engine, name, value)
     return 200, {
         "calls": stand_in.calls,
         "paths": Counter(stand_in.paths()),
