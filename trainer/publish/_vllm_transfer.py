@@ -13,10 +13,8 @@ process, and gathering sharded weights is a collective. A server that waits for 
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import logging
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
 from trainer.publish._bounded import BoundedCall, NotEndedError
 from trainer.publish._protocol import InferenceServer, StagedWeights
+from trainer.publish._rendezvous import RendezvousPorts, plain_url
 from trainer.publish._vllm_engine import (
     Backend,
     SyncClient,
@@ -45,9 +44,6 @@ logger = logging.getLogger(__name__)
 
 ABORT_SECONDS = 10.0
 """For leaving a group. vLLM gives NCCL 5 seconds to abort; a GPU that hangs longer will not come back."""
-
-PORT_ATTEMPTS = 8
-"""A rendezvous that nobody came to keeps its port for some minutes; the next attempts step over it."""
 
 Value = TypeVar("Value")
 
@@ -91,7 +87,7 @@ class VllmTransferTransport:
         self._stream = stream
         self._settings = settings
         self._build = build or build_engine
-        self._numbers = {_plain(url): number for number, url in enumerate(settings.servers)}
+        self._ports = RendezvousPorts(settings)
         self._connections: dict[str, _Connection] = {}
         self._turn = threading.Lock()
 
@@ -124,7 +120,7 @@ class VllmTransferTransport:
                 stream=self._stream,
                 workers=workers,
                 address=self._settings.group_address,
-                port=self._port(server) if self._backend == "nccl" else 0,
+                port=self._ports.free(server.url) if self._backend == "nccl" else 0,
             )
             call = self._start(lambda: self._join(group), f"connect {server.url}")
             client.on_failure = call.fail
@@ -297,37 +293,6 @@ class VllmTransferTransport:
             )
         return workers
 
-    def _port(self, server: InferenceServer) -> int:
-        """A free port for the rendezvous: the server's own, or the next that is no other server's.
-
-        Raises:
-            ConnectFailed: None can be had.
-        """
-        step = max(1, len(self._numbers))
-        first = self._settings.group_port + self._numbers.setdefault(server.url, len(self._numbers))
-        ports = [first + attempt * step for attempt in range(PORT_ATTEMPTS)]
-        for port in ports:
-            try:
-                with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind((self._settings.group_address, port))
-            except (OSError, OverflowError) as error:
-                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                    continue
-                raise ConnectFailed(
-                    f"cannot listen on {self._settings.group_address}:{port} for its workers ({error}); "
-                    "publish.group_address has to be an address of this machine",
-                    server=server.url,
-                    phase=Phase.CONNECT,
-                ) from error
-            return port
-        raise ConnectFailed(
-            f"the ports {', '.join(map(str, ports))} for the rendezvous are all taken; set another "
-            "publish.group_port",
-            server=server.url,
-            phase=Phase.CONNECT,
-        )
-
     def _raise(
         self, error: BaseException, server: InferenceServer, phase: Phase, version: int | None
     ) -> NoReturn:
@@ -384,11 +349,6 @@ def _require_one_machine(servers: Sequence[str]) -> None:
             local = False
         if not local:
             raise ConfigurationError(
-                f"publish.transport ipc hands memory over inside one machine, but {_plain(url)} in "
+                f"publish.transport ipc hands memory over inside one machine, but {plain_url(url)} in "
                 "publish.servers is not a loopback address; use 127.0.0.1, or publish.transport nccl"
             )
-
-
-def _plain(url: str) -> str:
-    """A URL as messages show it and as servers are known by: without credentials."""
-    return str(httpx.URL(url).copy_with(username=None, password=None)).rstrip("/")
