@@ -64,6 +64,8 @@ class ServerInfo(_Reply):
     """Stages of the model, on workers of their own."""
     tokenizer_worker_num: int = 1
     """Processes that take HTTP requests."""
+    hicache_storage_backend: str | None = None
+    """Where keys and values are kept outside of the server; None: nowhere."""
 
 
 class StatusReply(_Reply):

@@ -344,6 +344,9 @@ def test_servers_that_cannot_be_published_to_are_refused_with_the_reason(server:
         server.info["tokenizer_worker_num"] = 4
         with pytest.raises(ServerNotReady, match="--tokenizer-worker-num 4"):
             routes.wait_until_ready()
+        server.info |= {"tokenizer_worker_num": 1, "hicache_storage_backend": "file"}
+        with pytest.raises(ServerNotReady, match="--hicache-storage-backend file"):
+            routes.wait_until_ready()
         server.info |= {"tp_size": 2, "dp_size": 3}
         with pytest.raises(ConnectFailed, match="--dp-size 3"):
             routes.world_size(None)

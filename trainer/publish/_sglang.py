@@ -99,15 +99,7 @@ class SglangRoutes:
             # mind. It must come before /health, which waits for a token that a paused server does not give.
             self._post("/continue_generation", wire.ContinueRequest(), wire.StatusReply, **where)
             self._call("GET", "/health", repeatability=Repeatability.STARTUP, **where)
-        server = self._get("/server_info", wire.ServerInfo, **where)
-        if server.tokenizer_worker_num != 1:
-            raise ServerNotReady(
-                f"it was started with --tokenizer-worker-num {server.tokenizer_worker_num}, and each of "
-                "these processes keeps a version label of its own",
-                server=self.url,
-                phase=Phase.READY,
-                remedy="start it with one",
-            )
+        self._refuse_unfit(self._get("/server_info", wire.ServerInfo, **where))
 
     def is_paused(self) -> bool:
         """Ask `/ready`; one that is unhealthy counts as paused, one without that route as running."""
@@ -333,6 +325,27 @@ class SglangRoutes:
         )
 
     # --- requests ---------------------------------------------------------------------------------
+
+    def _refuse_unfit(self, server: wire.ServerInfo) -> None:
+        """Refuse what would only show later, now and then, as wrong labels or stale blocks."""
+        found = None
+        if server.tokenizer_worker_num != 1:
+            found = (
+                f"--tokenizer-worker-num {server.tokenizer_worker_num}, and each of these processes keeps a "
+                "version label of its own"
+            )
+        if server.hicache_storage_backend is not None:
+            found = (
+                f"--hicache-storage-backend {server.hicache_storage_backend}, and emptying the cache leaves "
+                "there what old weights computed"
+            )
+        if found is not None:
+            raise ServerNotReady(
+                f"it was started with {found}",
+                server=self.url,
+                phase=Phase.READY,
+                remedy="start it without",
+            )
 
     def _readiness(self, deadline: Deadline) -> HTTPStatus:
         """What `/ready` answers: 200, 503 (starting, unhealthy or paused), or 404 (SGLang has it not yet)."""

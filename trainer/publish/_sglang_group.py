@@ -10,7 +10,7 @@
 
 Request and broadcast run at the same time, each may wait for the other for ever, so each failure ends both:
 the group is aborted and never used again, and the next attempt builds a new one. What ends a worker that
-waits for a broadcast that does not come is its own NCCL watchdog, or a restart.
+waits for a broadcast that does not come is torch's own limit there, or a restart.
 
 Servers get the weights one after the other: gathering sharded weights is a collective. A server that waits
 for its turn is paused already.

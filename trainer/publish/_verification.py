@@ -253,7 +253,8 @@ class ServerVerifier:
 
 KIND_REMEDY = (
     "start vLLM with --logprobs-mode processed_logprobs for scaled ones (raw_logprobs, its default, for raw "
-    "ones), set loss.apply_temperature accordingly, or sample at temperature 1"
+    "ones), SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB=1 for raw ones (scaled is its default), set "
+    "loss.apply_temperature accordingly, or sample at temperature 1"
 )
 
 
