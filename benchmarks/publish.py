@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -276,4 +278,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Trainer and server share the cores, and threads that spin while they wait take them from each other.
+        # OpenMP reads this when it is loaded: too late for this process.
+        command = [sys.executable, "-m", "benchmarks.publish", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "OMP_WAIT_POLICY": "passive"})  # noqa: S606
     main()
