@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -44,6 +45,19 @@ POLL_SECONDS = 0.5
 
 REMIND_SECONDS = 15.0
 """How often a wait for a publish says what it waits for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Capture:
+    """A version that no longer needs the live model, unless its transport sends from it."""
+
+    started: float
+    """When its publish began, on the monotonic clock."""
+    seconds: float
+    """How long training stood still for it."""
+    stage: Callable[[], tuple[StagedWeights, float]]
+    """Finishes staging; also returns the seconds that it took."""
+    expectation: Expectation | None
 
 
 class Publisher:
@@ -94,6 +108,7 @@ class Publisher:
         self._needs_repair = threading.Event()
         self._busy = threading.Lock()  # the servers are spoken to by one thread at a time
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="publisher")
+        self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._watcher = threading.Thread(target=self._watch, name="publish-watch", daemon=True)
         self._under_way: Future[object] | None = None
         self._under_way_version = -1
@@ -151,12 +166,9 @@ class Publisher:
         if not self._overlaps:
             self._publish_here(version, patient=True)
             return
-        started, stage, expectation = self._capture(version)
-        captured = time.monotonic() - started
+        capture = self._capture(version)
         self._under_way_version = version
-        self._under_way = self._worker.submit(
-            self._complete, stage, expectation, started=started, captured=captured, patient=True
-        )
+        self._under_way = self._worker.submit(self._complete, capture, patient=True)
 
     def settle(self) -> None:
         """Wait until no publish is under way.
@@ -220,6 +232,7 @@ class Publisher:
         """End the threads, waiting for a publish under way (no longer for its retries); close connections."""
         self._cancelled.set()
         self._worker.shutdown(wait=True)
+        self._stager.shutdown(wait=True)
         if self._watcher.is_alive():
             self._watcher.join()
         self._fleet.close()
@@ -261,10 +274,10 @@ class Publisher:
         """Stage a version that is served already: a server that restarts before the next will need it."""
         if not self._overlaps:
             return
-        _, stage, expectation = self._capture(version)
+        capture = self._capture(version)
 
         def remember() -> None:
-            job = self._job(stage(), expectation)
+            job = self._job(capture.stage()[0], capture.expectation)
             with self._busy:
                 self._current = job
 
@@ -272,33 +285,25 @@ class Publisher:
         self._under_way = self._worker.submit(remember)
 
     def _publish_here(self, version: int, *, patient: bool) -> PublishReport:
-        started, stage, expectation = self._capture(version)
-        captured = time.monotonic() - started
-        return self._complete(stage, expectation, started=started, captured=captured, patient=patient)
+        return self._complete(self._capture(version), patient=patient)
 
-    def _capture(self, version: int) -> tuple[float, Callable[[], StagedWeights], Expectation | None]:
+    def _capture(self, version: int) -> _Capture:
         """Everything that has to see the model before the next step changes it."""
         started = time.monotonic()
-        stage = self._transport.capture(version)
+        stage: Callable[[], tuple[StagedWeights, float]] = partial(_timed, self._transport.capture(version))
         expectation = None
         if self._settings.verify:
+            if self._transport.overlaps:  # the copy is written while the probes are scored
+                stage = self._stager.submit(stage).result
             tolerance = tolerance_for(None, self._settings.tolerance)
             expectation = make_expectation(self._score, self._probes, version, tolerance)
-        return started, stage, expectation
+        seconds = time.monotonic() - started
+        return _Capture(started=started, seconds=seconds, stage=stage, expectation=expectation)
 
-    def _complete(
-        self,
-        stage: Callable[[], StagedWeights],
-        expectation: Expectation | None,
-        *,
-        started: float,
-        captured: float,
-        patient: bool,
-    ) -> PublishReport:
+    def _complete(self, capture: _Capture, *, patient: bool) -> PublishReport:
         """Everything after `capture`, in whatever thread."""
-        staging = time.monotonic()
-        staged = stage()
-        stage_seconds = time.monotonic() - staging
+        staged, stage_seconds = capture.stage()
+        expectation = capture.expectation
         job = self._job(staged, expectation)
         with self._busy:
             delivery = self._fleet.bring(job, patient=patient)
@@ -308,10 +313,10 @@ class Publisher:
         report = PublishReport(
             version=job.version,
             verified=self._settings.verify,
-            capture_seconds=captured,
+            capture_seconds=capture.seconds,
             stage_seconds=stage_seconds,
             pause_seconds=max(outcome.pause_seconds for outcome in delivery.outcomes),
-            total_seconds=time.monotonic() - started,
+            total_seconds=time.monotonic() - capture.started,
             attempts=delivery.attempts,
             weight_bytes=staged.weight_bytes,
             servers=delivery.outcomes,
@@ -352,3 +357,9 @@ class Publisher:
                 self._fleet.repair(member, job)
             else:
                 self._needs_repair.set()
+
+
+def _timed(stage: Callable[[], StagedWeights]) -> tuple[StagedWeights, float]:
+    started = time.monotonic()
+    staged = stage()
+    return staged, time.monotonic() - started
