@@ -282,7 +282,7 @@ class _LocalRun:
             python=str(self._options.vllm_python.absolute()),
             lora_rank=lora.rank if lora is not None else None,
         )
-        return services.start(INFERENCE, command, environment=vllm_environment())
+        return services.start(INFERENCE, command, environment=vllm_environment(), has_children=True)
 
     def _watch_start(self, child: ChildProcess, watch: Watch) -> Watch:
         """Like `watch`, and where vLLM is what is waited for, show how far it is."""

@@ -19,7 +19,8 @@ def prepare_model(name: str, *, cache_dir: Path | None = None) -> Path:
     """Return the directory of the built-in model `name` (demo or tiny), made on the first call."""
     if name == "demo":
         return prepare_demo_model(cache_dir)
-    return make_tiny_model((cache_dir or default_cache_directory()) / "tiny-random-model")
+    # Heads of 32: vLLM on the CPU takes no smaller ones.
+    return make_tiny_model((cache_dir or default_cache_directory()) / "tiny-random-model", head_size=32)
 
 
 def point_link_at(link: Path, target: Path) -> None:

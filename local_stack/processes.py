@@ -5,7 +5,8 @@ terminal's Ctrl-C reaches only the launcher, and one log file for all it says. T
 
 - Only processes that were started here are ever signalled, by the id they were started with.
 - Children of a child end with it: what is left of its process group is killed when it ends.
-- If the launcher itself is killed, the kernel kills its children (Linux; see `_tied_exec`).
+- If the launcher itself is killed, the kernel kills its children (Linux; see `_tied_exec`), and a watchdog
+  the children of those that are said to have some.
 
 A process's id stays reserved until its parent collects it. So a child that has ended is recognised without
 collecting it (it is a zombie then), its group is killed while the id cannot belong to anyone else, and only
@@ -45,6 +46,7 @@ class ChildProcess:
         environment: Variables set on top of the launcher's own.
         stop_signal: What asks it to end by itself.
         may_finish: Whether ending with status 0 is what it should do some time.
+        has_children: Whether it starts processes that may outlive it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ChildProcess:
         environment: Mapping[str, str] | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
         may_finish: bool = False,
+        has_children: bool = False,
     ) -> None:
         self.name = name
         self.log_path = log_path
@@ -64,6 +67,8 @@ class ChildProcess:
         self._returncode: int | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         tied = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_tied_exec.py")), str(os.getpid())]
+        if has_children:
+            tied.append("--with-children")
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - an argument list made by this package
                 [*tied, *command],

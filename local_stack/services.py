@@ -46,6 +46,7 @@ class Services:
         environment: Mapping[str, str] | None = None,
         stop_signal: Signals = SIGTERM,
         may_finish: bool = False,
+        has_children: bool = False,
     ) -> ChildProcess:
         """Start a service; it is watched from now on.
 
@@ -55,6 +56,7 @@ class Services:
             environment: Variables for this service only, on top of those for all.
             stop_signal: What asks it to end by itself.
             may_finish: Whether it may end, with status 0.
+            has_children: Whether it starts processes that may outlive it.
         """
         child = ChildProcess(
             name,
@@ -63,6 +65,7 @@ class Services:
             environment={**self._environment, **(environment or {})},
             stop_signal=stop_signal,
             may_finish=may_finish,
+            has_children=has_children,
         )
         self._children[name] = child
         return child

@@ -181,6 +181,43 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     wait_for(lambda: is_gone(child), "the child is gone")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal exists on Linux only")
+def test_children_of_a_child_do_not_outlive_a_killed_launcher_where_that_is_asked_for(tmp_path: Path) -> None:
+    family = textwrap.dedent(family_script(tmp_path / "grandchild", then="time.sleep(60)"))
+    script = f"""
+        import pathlib, sys, time
+        from local_stack.processes import ChildProcess
+        family = [sys.executable, "-c", {family!r}]
+        ChildProcess("family", family, log_path=pathlib.Path({str(tmp_path / "log")!r}), has_children=True)
+        time.sleep(60)
+    """
+    launcher = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    grandchild = read_pid(tmp_path / "grandchild")
+    session = [each for each in psutil.process_iter() if os_session(each) == os.getsid(grandchild)]
+    assert len(session) == 3  # child, watchdog, grandchild
+    launcher.kill()
+    launcher.wait()
+    for each in session:
+        wait_for(lambda pid=each.pid: is_gone(pid), f"{each} is gone")  # type: ignore[misc]
+
+
+def os_session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is a watchdog on Linux only")
+def test_a_watched_child_is_stopped_and_tells_its_status_like_any_other(start: Start, tmp_path: Path) -> None:
+    child = start(family_script(tmp_path / "pid", then="sys.exit(3)"), has_children=True)
+    wait_for(lambda: not child.is_running, "the child ended")
+    assert child.returncode == 3
+    wait_for(lambda: is_gone(read_pid(tmp_path / "pid")), "the grandchild is gone")
+    child = start("import time; time.sleep(60)", has_children=True)
+    assert child.stop(patience=30) == -signal.SIGTERM
+
+
 def test_a_child_that_may_finish_is_healthy_after_it_did(start: Start) -> None:
     child = start("pass", may_finish=True)
     wait_for(lambda: not child.is_running, "the child ended")
