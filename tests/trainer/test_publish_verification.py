@@ -103,6 +103,7 @@ def test_a_cache_that_was_not_emptied_is_proven_by_the_servers_own_count(
             publisher.publish(1)  # even if the weights are the same
     assert e.value.comparison is not None
     assert e.value.comparison.verdict is Verdict.STALE_CACHE
+    assert "or start it without prefix caching" in str(e.value)
     assert not server.paused
 
 

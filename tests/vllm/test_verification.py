@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ class Run:
             if self.sent is None:
                 return capture_model(self.model, tokenizer=self.tokenizer, dtype=dtype).write
             sent = {**self.model.state_dict(), **self.sent}
+            sent["lm_head.weight"] = sent["model.embed_tokens.weight"]  # tied
             return lambda path: write_model_directory(
                 path, model=self.model, tokenizer=None, state_dict=sent, dtype=dtype
             )
@@ -81,6 +83,11 @@ class Run:
         ) as publisher:
             yield publisher
 
+    def settle(self) -> None:
+        """Bring the server to this run's weights, whatever the test before left there."""
+        with self.publishing() as publisher:
+            publisher.start(0)
+
     def train(self, size: float) -> None:
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -93,7 +100,12 @@ def run(server: VllmServer, tmp_path: Path) -> Run:
 
 
 class KeepsItsCache(VllmRoutes):
-    """A server that says it has emptied its prefix cache, and has not."""
+    """A server that says it has emptied its prefix cache, and has not: neither when paused nor when asked."""
+
+    def pause(self, version: int) -> None:
+        httpx.post(
+            f"{self.url}/pause", params={"mode": "keep", "clear_cache": "false"}, timeout=60
+        ).raise_for_status()
 
     def reset_caches(self, version: int) -> None:
         pass
@@ -132,16 +144,18 @@ def test_float32_is_told_apart_down_to_small_steps_and_its_noise_is_a_hundredth_
 
 
 def test_blocks_of_old_weights_are_found_by_the_servers_own_count(run: Run) -> None:
+    run.settle()
     with run.publishing(KeepsItsCache) as publisher:
-        publisher.start(0)
+        assert publisher.start(0).already_served
         comparison = failure(publisher, 1)  # even though the weights are the same
     assert comparison.verdict is Verdict.STALE_CACHE
     assert comparison.cached_tokens == 128
 
 
 def test_blocks_of_old_weights_are_found_in_the_numbers_where_nothing_is_counted(run: Run) -> None:
+    run.settle()
     with run.publishing(DoesNotTell) as publisher:
-        publisher.start(0)
+        assert publisher.start(0).already_served
         run.train(1e-2)
         comparison = failure(publisher, 1)
     assert comparison.verdict is Verdict.STALE_CACHE

@@ -151,7 +151,10 @@ class ServerVerifier:
         # An adapter has a name of its own in the cache, and nothing was emptied for it.
         comparison = self._compare(expectation, served_name, updated=served_name is None)
         if not comparison.matches:
-            raise VerificationFailed(comparison.describe(), comparison=comparison, **self._where(version))
+            remedy = CACHE_REMEDY if comparison.verdict is Verdict.STALE_CACHE else None
+            raise VerificationFailed(
+                comparison.describe(), comparison=comparison, remedy=remedy, **self._where(version)
+            )
         self._served_name = served_name
         if served_name is not None:  # an adapter is labelled when it is activated, after the proof
             return comparison
@@ -250,6 +253,11 @@ class ServerVerifier:
     def _where(self, version: int) -> dict[str, Any]:
         return {"server": self._server.url, "phase": Phase.VERIFY, "version": version}
 
+
+CACHE_REMEDY = (
+    "restart the server; if it comes back, see that emptying the cache reaches everything that keeps blocks: "
+    "every engine behind this URL, and caches outside the engine; or start it without prefix caching"
+)
 
 KIND_REMEDY = (
     "start vLLM with --logprobs-mode processed_logprobs for scaled ones (raw_logprobs, its default, for raw "
