@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.attention import model_inputs
 from trainer.model_directory import unwrap
 from trainer.packing import MicroBatch
 
@@ -75,23 +75,9 @@ def _score(rows: Tensor, inverse: Tensor, targets: Tensor) -> TokenLogProbs:
 def _logits_at(model: nn.Module, batch: MicroBatch, columns: Tensor) -> Tensor:
     """Logits [B, K, V] at the K given columns of every row."""
     inner = unwrap(model)
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": _attention_mask(inner, batch),
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-    }
+    inputs = model_inputs(inner, batch)
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         logits: Tensor = model(**inputs, logits_to_keep=columns).logits
         return logits
     everywhere: Tensor = model(**inputs).logits
     return everywhere[:, columns]
-
-
-def _attention_mask(inner: Any, batch: MicroBatch) -> Tensor:
-    """The mask as the model's attention reads it: eager attention adds the mask, it does not select."""
-    mask = batch.attention_mask
-    if mask.dtype != torch.bool or getattr(inner.config, "_attn_implementation", None) != "eager":
-        return mask
-    dtype: torch.dtype = next(inner.parameters()).dtype
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -98,25 +98,8 @@ class StepRunner:
             batch: Must hold at least one sample with a gradient.
             accepts: Asked before the weights change, with equal numbers on every process.
         """
-        micro_batches = pack(
-            batch.samples,
-            batch.denominators,
-            packing=self._packing,
-            tokens_per_micro_batch=self._tokens_per_micro_batch,
-        )
-        share = self._share(micro_batches)
-        self._model.train()
-        self._optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        if any(micro_batch.ref_logprobs is not None for micro_batch in micro_batches):
-            # Micro-batches without them do not report it, and all processes must add up the same names.
-            sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
-        for index, micro_batch in enumerate(share):
-            last = index == len(share) - 1
-            # Gradients are exchanged between processes once a step, with the last micro-batch.
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
-                for name, value in self._backward(micro_batch).items():
-                    sums[name] = sums[name] + value if name in sums else value
+        micro_batches = self.pack(batch)
+        sums = self.accumulate(micro_batches)
         totals = self._over_processes(sums)
         mismatch = take_mismatch(totals)
         loss = totals.pop("loss")
@@ -138,6 +121,36 @@ class StepRunner:
             sequence_tokens=sum(micro_batch.sequence_tokens for micro_batch in micro_batches),
             micro_batches=len(micro_batches),
         )
+
+    def pack(self, batch: PreparedBatch) -> list[MicroBatch]:
+        """What one step over `batch` computes, in passes that fit the token budget."""
+        return pack(
+            batch.samples,
+            batch.denominators,
+            packing=self._packing,
+            tokens_per_micro_batch=self._tokens_per_micro_batch,
+        )
+
+    def accumulate(self, micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
+        """Compute the gradients of a step, replacing those that were there.
+
+        Returns:
+            This process's sums of loss, token count and metrics, 0-dim.
+        """
+        share = self._share(micro_batches)
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        if any(micro_batch.ref_logprobs is not None for micro_batch in micro_batches):
+            # Micro-batches without them do not report it, and all processes must add up the same names.
+            sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
+        for index, micro_batch in enumerate(share):
+            last = index == len(share) - 1
+            # Gradients are exchanged between processes once a step, with the last micro-batch.
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
+                for name, value in self._backward(micro_batch).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return sums
 
     def _share(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """This process's micro-batches; all processes get equally many, so that none waits for ever."""
