@@ -264,7 +264,7 @@ class Trainer:
                 "staleness": staleness,
                 "learning_rate": rate,
                 **batch_metrics(batch),
-                **step_metrics(result, padded=self._prepared.packing == "padded"),
+                **step_metrics(result),
                 "waiting_seconds": waited,
                 "training_seconds": training_seconds,
                 "publishing_seconds": publishing_seconds,

@@ -77,9 +77,9 @@ def batch_metrics(batch: PreparedBatch) -> Row:
     }
 
 
-def step_metrics(result: StepResult, *, padded: bool) -> Row:
-    """Loss, gradient and token counts of a step."""
-    waste = result.computed_tokens - result.sequence_tokens
+def step_metrics(result: StepResult) -> Row:
+    """Loss, gradient, token counts and waste of a step."""
+    saved = result.sequence_tokens - (result.computed_tokens - result.padding_tokens)
     return {
         "loss": result.loss,
         "grad_norm": result.grad_norm,
@@ -87,7 +87,9 @@ def step_metrics(result: StepResult, *, padded: bool) -> Row:
         **(result.mismatch.metrics() if result.mismatch is not None else {}),
         "computed_tokens": result.computed_tokens,
         "sequence_tokens": result.sequence_tokens,
-        "padding_share": waste / result.computed_tokens if padded else 0.0,
-        "prefix_tokens_saved_share": 0.0 if padded else -waste / result.sequence_tokens,
+        "padding_share": result.padding_tokens / result.computed_tokens,
+        "prefix_tokens_saved": saved,
+        "prefix_tokens_saved_share": saved / result.sequence_tokens,
         "micro_batches": result.micro_batches,
+        "imbalance": result.imbalance,
     }

@@ -1,4 +1,4 @@
-"""Loading the policy: model, tokenizer, and what they can take.
+"""Loading the policy: model and tokenizer.
 
 Weights are read from safetensors only and kept in float32; autocast does the rest.
 """
@@ -13,12 +13,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trainer.attention import loaded_implementation
 from trainer.checkpoint import Checkpoint
 from trainer.config import DataSettings, LoraSettings, ModelSettings, TrainSettings
 from trainer.errors import CheckpointError, ConfigurationError
-from trainer.logprobs import token_logprobs
-from trainer.packing import Packing, pack
-from trainer.samples import ModelLimits, Sample
+from trainer.samples import ModelLimits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +52,7 @@ def load_policy(settings: ModelSettings, data: DataSettings, checkpoint: Checkpo
             path,
             config=config,
             dtype=torch.float32,
-            attn_implementation=settings.attention,
+            attn_implementation=loaded_implementation(settings.attention),
             use_safetensors=True,
             **options,
         )
@@ -148,81 +147,3 @@ def choose_mixed_precision(settings: TrainSettings, device: torch.device) -> Lit
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
     return "no"
-
-
-def choose_packing(model: nn.Module, wanted: Literal["auto", "prefix_tree", "padded"]) -> Packing:
-    """Resolve `data.packing` for this model.
-
-    The tree needs an attention that takes an arbitrary mask. That is read from the model's configuration,
-    and then proven: two short branching sequences must get the same log-probs as when padded.
-
-    Raises:
-        ConfigurationError: prefix_tree was asked for and this model cannot take it.
-    """
-    if wanted == "padded":
-        return "padded"
-    reason = _reason_against_tree(model)
-    if reason is None:
-        return "prefix_tree"
-    if wanted == "prefix_tree":
-        raise ConfigurationError(
-            f"data.packing prefix_tree is not possible here: {reason}; use auto or padded"
-        )
-    logger.warning("Packing sequences padded, one row each, not as a prefix tree: %s", reason)
-    return "padded"
-
-
-def _reason_against_tree(model: nn.Module) -> str | None:
-    config: Any = model.config
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in ("sdpa", "eager"):
-        return f"attention {attention!r} takes no mask of ours (sdpa and eager do)"
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds - {"full_attention"}:
-        return f"the model has layers of the kinds {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return f"the model attends within a sliding window of {config.sliding_window} tokens"
-    try:
-        difference = _tree_self_test(model)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        # Whatever a foreign forward() raises on an unusual mask is the answer we are asking for.
-        return f"the model does not run on a tree-shaped mask ({type(error).__name__}: {error})"
-    return None if difference < 1e-3 else f"its log-probs differ by {difference:.2g} when packed as a tree"
-
-
-@torch.no_grad()
-def _tree_self_test(model: nn.Module) -> float:
-    """Largest log-prob difference between tree and padded packing on two branching sequences."""
-    device = next(model.parameters()).device
-    shared = [3, 1, 4, 1, 5, 9, 2, 6]
-    samples = [_plain_sample([*shared, *branch]) for branch in ([5, 3, 5, 8], [9, 7, 9])]
-    was_training = model.training
-    model.eval()
-    try:
-        scores = []
-        packings: tuple[Packing, ...] = ("prefix_tree", "padded")
-        for packing in packings:
-            (batch,) = pack(samples, [1.0, 1.0], packing=packing, tokens_per_micro_batch=64)
-            found = token_logprobs(model, batch.to(device), use_temperature=False).logprobs
-            order = batch.advantages.argsort()  # advantages number the trained tokens, to find them again
-            scores.append(found[order])
-    finally:
-        model.train(was_training)
-    return float((scores[0] - scores[1]).abs().max())
-
-
-def _plain_sample(tokens: list[int]) -> Sample:
-    """A sample that trains on every token and whose advantages are all different."""
-    mask = torch.ones(len(tokens))
-    mask[0] = 0.0
-    return Sample(
-        tokens=torch.tensor(tokens),
-        loss_mask=mask,
-        advantages=torch.arange(len(tokens)) + 100.0 * tokens[-1],
-        inference_logprobs=None,
-        ref_logprobs=None,
-        temperature=1.0,
-        score=0.0,
-        env_id=None,
-        group_index=0,
-    )

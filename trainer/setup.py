@@ -24,8 +24,9 @@ from trainer.checkpoint import (
 )
 from trainer.config import OptimizerSettings, TrainerConfig
 from trainer.errors import ConfigurationError
-from trainer.model import Policy, choose_mixed_precision, choose_packing, load_policy
+from trainer.model import Policy, choose_mixed_precision, load_policy
 from trainer.packing import Packing
+from trainer.packing_choice import choose_packing
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,12 @@ def prepare_run(config: TrainerConfig) -> Prepared:
     set_seed(config.train.seed)
     policy = load_policy(config.model, config.data, checkpoint)
     policy.model.to(accelerator.device)
-    packing = choose_packing(policy.model, config.data.packing)
+    packing = choose_packing(
+        policy.model,
+        config.data.packing,
+        config.model.attention,
+        longest_sequence=policy.limits.max_sequence_length,
+    )
     set_seed(config.train.seed, device_specific=True)
     optimizer = make_optimizer(policy.model, config.optimizer)
     normalizer = AdvantageNormalizer(config.data.advantage_normalization)

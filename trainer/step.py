@@ -19,7 +19,8 @@ from trainer.config import LossSettings
 from trainer.logprobs import token_logprobs
 from trainer.losses import LossInputs, ResolvedLoss, resolve_loss
 from trainer.mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
-from trainer.packing import MicroBatch, Packing, pack
+from trainer.model_directory import unwrap
+from trainer.packing import MicroBatch, Packing, PassCost, pack
 from trainer.preparation import PreparedBatch
 
 
@@ -43,6 +44,10 @@ class StepResult:
     """Tokens that went through the model, padding included."""
     sequence_tokens: int
     """Tokens of the computed sequences, each counted in full."""
+    padding_tokens: int
+    """Computed columns that hold no token."""
+    imbalance: float
+    """Estimated cost of the slowest process over the mean of all; 1 is even."""
     micro_batches: int
 
 
@@ -88,6 +93,7 @@ class StepRunner:
         self._packing = packing
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._max_grad_norm = max_grad_norm
+        self._cost = PassCost.of_config(unwrap(model).config.get_text_config())
 
     def __call__(
         self, batch: PreparedBatch, *, accepts: Callable[[Mismatch | None], bool] = lambda _: True
@@ -119,16 +125,20 @@ class StepRunner:
             mismatch=mismatch,
             computed_tokens=sum(micro_batch.computed_tokens for micro_batch in micro_batches),
             sequence_tokens=sum(micro_batch.sequence_tokens for micro_batch in micro_batches),
+            padding_tokens=sum(micro_batch.padding_tokens for micro_batch in micro_batches),
+            imbalance=self._imbalance(micro_batches),
             micro_batches=len(micro_batches),
         )
 
     def pack(self, batch: PreparedBatch) -> list[MicroBatch]:
-        """What one step over `batch` computes, in passes that fit the token budget."""
+        """What one step over `batch` computes on all processes, in passes that fit the token budget."""
         return pack(
             batch.samples,
             batch.denominators,
             packing=self._packing,
             tokens_per_micro_batch=self._tokens_per_micro_batch,
+            processes=self._accelerator.num_processes,
+            cost=self._cost,
         )
 
     def accumulate(self, micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
@@ -157,8 +167,14 @@ class StepRunner:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         rounds = math.ceil(len(micro_batches) / world)
         share = micro_batches[rank::world]
-        share += [micro_batches[0].without_weight()] * (rounds - len(share))
+        if len(share) < rounds:
+            share.append(min(micro_batches, key=lambda each: each.cost).without_weight())
         return [micro_batch.to(self._accelerator.device) for micro_batch in share]
+
+    def _imbalance(self, micro_batches: list[MicroBatch]) -> float:
+        world = int(self._accelerator.num_processes)
+        costs = [sum(each.cost for each in micro_batches[rank::world]) for rank in range(world)]
+        return max(costs) * world / sum(costs)
 
     def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Forward and backward; returns loss, token count and metrics as sums, 0-dim, detached."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from trainer.samples import Sample
@@ -22,8 +28,52 @@ from trainer.samples import Sample
 VOCABULARY = 97
 
 
+class _ExactRotary(nn.Module):
+    """Rotary angles in float64: the cosines and sines that transformers computes in float32."""
+
+    def __init__(self, inverse_frequencies: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("inverse_frequencies", inverse_frequencies.double(), persistent=False)
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].double() * self.inverse_frequencies
+        both = torch.cat([angles, angles], dim=-1)
+        return both.cos().to(hidden.dtype), both.sin().to(hidden.dtype)
+
+
+class _ExactNorm(nn.Module):
+    """Root-mean-square norm that stays in float64, where transformers goes by way of float32."""
+
+    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.epsilon = weight, epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.epsilon)
+
+
+def make_exact(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a float64 model compute in float64 throughout.
+
+    transformers computes rotary angles and root-mean-square norms in float32 whatever the model's type. The
+    last bit of an angle depends on the column its token stands in (vectorised against scalar code), which
+    would hide every difference below 1e-7 that packing makes.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RotaryEmbedding"):
+                setattr(parent, name, _ExactRotary(child.inv_freq))
+            elif type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, _ExactNorm(child.weight, child.variance_epsilon))
+    return model
+
+
 def tiny_model(
-    architecture: str, *, dtype: torch.dtype = torch.float64, attention: str = "sdpa"
+    architecture: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    longest: int = 128,
 ) -> PreTrainedModel:
     torch.manual_seed(0)
     common = {
@@ -33,20 +83,22 @@ def tiny_model(
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": longest,
         "attn_implementation": attention,
     }
     if architecture == "llama":
         model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=True))
     elif architecture == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**common))
+    elif architecture == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=16))
     elif architecture == "mistral":
         model = MistralForCausalLM(MistralConfig(**common, sliding_window=8))
     elif architecture == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=VOCABULARY,
-                n_positions=128,
+                n_positions=longest,
                 n_embd=32,
                 n_layer=2,
                 n_head=4,
@@ -115,4 +167,36 @@ def random_tree_samples(seed: int, *, count: int = 9, longest: int = 40) -> list
                 group_index=0,
             )
         )
+    return samples
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> list[Sample]:
+    """A step's samples: any mixture of groups, depths, lengths, masks and turns, at least one token trained.
+
+    Each sequence goes on from any prefix of any other, or starts afresh; a few letters make chance matches
+    likely. Sequences of several turns have masks that change along the way.
+    """
+    letters = draw(st.sampled_from([2, 5, VOCABULARY]))
+    token = st.integers(0, letters - 1)
+    sequences: list[list[int]] = []
+    samples: list[Sample] = []
+    for _ in range(draw(st.integers(1, 8))):
+        parent = draw(st.sampled_from(sequences)) if sequences and draw(st.booleans()) else []
+        kept = parent[: draw(st.integers(0, len(parent)))]
+        grown = draw(st.lists(token, min_size=0 if len(kept) > 1 else 2, max_size=40))
+        sequences.append((kept + grown)[:100])
+        tokens = sequences[-1]
+        generator = random.Random(draw(st.integers(0, 1 << 16)))
+        turns = sorted(generator.randrange(1, len(tokens)) for _ in range(draw(st.integers(1, 4))))
+        mask = torch.tensor([float(sum(turn <= t for turn in turns) % 2) for t in range(len(tokens))])
+        sample = make_sample(
+            tokens,
+            1,
+            group_index=draw(st.integers(0, 2)),
+            temperature=draw(st.sampled_from([1.0, 1.0, 0.75])),
+        )
+        advantages = mask * torch.tensor([generator.uniform(-2, 2) for _ in tokens])
+        samples.append(replace(sample, loss_mask=mask, advantages=advantages))
+    assume(any(sample.trained_tokens for sample in samples))
     return samples

@@ -64,10 +64,10 @@ class DataSettings(Section):
     (global). Never shifts: a zero stays zero."""
     advantage_clip: tuple[float, float] | None = None
     """Lowest and highest advantage after normalization. None: no clipping."""
-    packing: Literal["auto", "prefix_tree", "padded"] = "auto"
+    packing: Literal["auto", "prefix_tree", "plain", "padded"] = "auto"
     """How sequences share a micro-batch. prefix_tree: no padding, tokens that sequences of a group share
-    at their start are computed once. padded: one row a sequence. auto: prefix_tree where the model's
-    attention allows it, else padded."""
+    at their start are computed once. plain: no padding, sequences one after another. padded: one row a
+    sequence. auto: the first of them that the model can take, by a test at the start."""
     tokens_per_micro_batch: int = Field(default=4096, gt=0)
     """Most tokens computed in one forward and backward pass; memory grows with it, results do not change."""
     max_sequence_length: int | None = Field(default=None, gt=1)

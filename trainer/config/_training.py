@@ -30,8 +30,10 @@ class ModelSettings(Section):
     """Directory of a Hugging Face checkpoint (safetensors), or a hub id."""
     tokenizer_path: str | None = None
     """Where the tokenizer lies. None: beside the model."""
-    attention: str = "sdpa"
-    """Attention implementation by transformers' name, e.g. sdpa, eager."""
+    attention: str = "auto"
+    """Attention implementation. tiled: computes only what a token can see, on any device. flex: the same by
+    FlexAttention, on a GPU. Others by transformers' name, e.g. sdpa, eager, flash_attention_2. auto: flex on
+    a GPU, else tiled, and sdpa where the model cannot take them."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False

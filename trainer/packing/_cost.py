@@ -1,0 +1,72 @@
+"""What a pass over the model costs, estimated before it runs: to share work out evenly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FORWARD_AND_BACKWARD = 3.0
+"""A backward pass has two products for each one of the forward pass: gradients of inputs and of weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """Floating-point operations of a forward and backward pass, a multiply-add counted as two.
+
+    `cost = per_token * computed tokens + per_pair * visible pairs + per_trained_token * trained tokens`,
+    where a visible pair is a token and one that it attends to, itself included.
+    """
+
+    per_token: float = 1.0
+    """Linear layers: 6 for each of their weights."""
+    per_pair: float = 0.0
+    """Attention: 12 a layer for each dimension of all heads (scores and weighted sum)."""
+    per_trained_token: float = 0.0
+    """Language-model head: 6 for each of its weights."""
+
+    @classmethod
+    def of_config(cls, config: Any) -> PassCost:
+        """Estimate from a model's configuration.
+
+        Counted are the projections of attention and the feed-forward layers; of experts those that one
+        token passes. Unusual architectures are estimated roughly: only the proportions matter.
+        """
+        hidden = int(config.hidden_size)
+        layers = int(config.num_hidden_layers)
+        heads = int(config.num_attention_heads)
+        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        head_size = int(getattr(config, "head_dim", None) or hidden // heads)
+        attention = hidden * head_size * (2 * heads + 2 * key_heads)
+        width, matrices = _feed_forward(config, hidden)
+        multiply_add = 2.0
+        each = multiply_add * _FORWARD_AND_BACKWARD
+        return cls(
+            per_token=each * layers * (attention + matrices * hidden * width),
+            per_pair=each * layers * 2 * heads * head_size,
+            per_trained_token=each * hidden * int(config.vocab_size),
+        )
+
+    def of(self, *, tokens: float, pairs: float, trained: float) -> float:
+        """The cost of so many computed tokens, visible pairs and trained tokens."""
+        return self.per_token * tokens + self.per_pair * pairs + self.per_trained_token * trained
+
+
+def visible_pairs(lengths: NDArray[np.int64], shared: NDArray[np.int64]) -> int:
+    """Pairs of a token and one it attends to, in a tree of sequences that share so much with the one before.
+
+    The token at depth t attends to t + 1 tokens, and sequence i adds the depths shared[i] .. lengths[i] - 1.
+    """
+    return int((lengths * (lengths + 1) - shared * (shared + 1)).sum()) // 2
+
+
+def _feed_forward(config: Any, hidden: int) -> tuple[int, int]:
+    """Width of the feed-forward layers a token passes, and how many matrices they have (3 with a gate)."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    width = getattr(config, "moe_intermediate_size", None) if experts else None
+    width = width or getattr(config, "intermediate_size", None)
+    if width is None:  # GPT-2 and its kin: two matrices, four times as wide unless said otherwise
+        return int(getattr(config, "n_inner", None) or 4 * hidden), 2
+    return int(width) * int(experts or 1), 3

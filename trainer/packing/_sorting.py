@@ -1,0 +1,81 @@
+"""Samples in lexicographic order, and how much neighbours share: all that is known of a step's trees.
+
+In this order no earlier sequence shares more with a sequence than its neighbour does, so that one number a
+sequence describes every tree: the length of the prefix it shares with the one before. What any two
+sequences share is the minimum over the neighbours between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trainer.samples import Sample
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortedSamples:
+    """The n samples of a step in lexicographic order of their tokens; equal ones in the given order."""
+
+    samples: list[Sample]
+    denominators: list[float]
+    """One a sample: what the loss of each of its tokens is divided by."""
+    tokens: list[Integers]
+    lengths: Integers
+    """[n] tokens."""
+    trained: Integers
+    """[n] tokens with a loss."""
+    shared: Integers
+    """[n] tokens in common with the sample before; 0 for the first, and everywhere if nothing is shared."""
+
+    def shared_within(self, chosen: Integers) -> Integers:
+        """What each of the chosen samples, positions in rising order, shares with the chosen one before."""
+        if len(chosen) == 0:
+            return np.zeros(0, dtype=np.int64)
+        minima = [int(self.shared[first + 1 : second + 1].min()) for first, second in pairwise(chosen)]
+        return np.array([0, *minima], dtype=np.int64)
+
+
+def sort_samples(samples: Sequence[Sample], denominators: Sequence[float], *, share: bool) -> SortedSamples:
+    """Sort samples by their tokens.
+
+    Args:
+        samples: At least one.
+        denominators: One a sample.
+        share: False to count nothing as shared.
+    """
+    arrays = [as_array(sample.tokens) for sample in samples]
+    # The bytes of big-endian integers compare as the integers do, at the speed of memcmp.
+    keys = [array.astype(">u4").tobytes() for array in arrays]
+    order = sorted(range(len(samples)), key=keys.__getitem__)
+    tokens = [arrays[index] for index in order]
+    shared = [0, *(_shared_prefix_length(one, two) if share else 0 for one, two in pairwise(tokens))]
+    return SortedSamples(
+        samples=[samples[index] for index in order],
+        denominators=[denominators[index] for index in order],
+        tokens=tokens,
+        lengths=np.array([len(array) for array in tokens], dtype=np.int64),
+        trained=np.array([np.count_nonzero(as_array(samples[index].loss_mask)) for index in order]),
+        shared=np.array(shared, dtype=np.int64),
+    )
+
+
+def as_array(values: Tensor) -> NDArray[Any]:
+    """The same memory as a NumPy array, whose operations on short arrays start several times faster."""
+    array: NDArray[Any] = values.numpy()
+    return array
+
+
+def _shared_prefix_length(first: Integers, second: Integers) -> int:
+    shorter = min(len(first), len(second))
+    differs = first[:shorter] != second[:shorter]
+    where = int(differs.argmax())
+    return where if differs[where] else shorter
