@@ -1,0 +1,157 @@
+"""Micro-batches are of about equal cost, whole groups stay together, and every process gets equally many."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from tests.trainer.models import forests, make_sample
+from trainer.packing import MicroBatch, Packing, PassCost, pack
+from trainer.packing._balancing import order_for_processes, process_costs
+from trainer.samples import Sample
+
+COST = PassCost(per_token=100.0, per_pair=1.0, per_trained_token=10.0)
+
+
+def group(index: int, prompt: int, completions: list[int]) -> list[Sample]:
+    generator = random.Random(index)
+    start = [generator.randrange(1000) for _ in range(prompt)]
+    return [
+        make_sample([*start, *(generator.randrange(1000) for _ in range(length))], prompt, group_index=index)
+        for length in completions
+    ]
+
+
+def packed(
+    samples: list[Sample], processes: int, budget: int, packing: Packing = "prefix_tree"
+) -> list[MicroBatch]:
+    return pack(
+        samples,
+        [1.0] * len(samples),
+        packing=packing,
+        tokens_per_micro_batch=budget,
+        processes=processes,
+        cost=COST,
+    )
+
+
+def imbalance(batches: list[MicroBatch], processes: int) -> float:
+    costs = process_costs([batch.cost for batch in batches], processes)
+    return max(costs) * processes / sum(costs)
+
+
+def test_groups_of_unequal_length_are_spread_evenly() -> None:
+    generator = random.Random(0)
+    samples = [
+        sample
+        for index in range(16)
+        for sample in group(index, generator.randint(10, 300), [generator.randint(10, 200)] * 4)
+    ]
+    for processes in (2, 4):
+        batches = packed(samples, processes, 4096)
+        assert len(batches) % processes == 0
+        assert imbalance(batches, processes) < 1.05
+        assert sum(batch.computed_tokens for batch in batches) < 1.1 * sum(
+            batch.computed_tokens for batch in packed(samples, 1, 1 << 30)
+        )
+
+
+def test_whole_groups_stay_together_where_the_budget_allows_it() -> None:
+    samples = [sample for index in range(6) for sample in group(index, 50, [20] * 4)]
+    batches = packed(samples, 1, 2 * 130)
+    assert [batch.computed_tokens for batch in batches] == [260, 260, 260]
+
+
+def test_a_group_beyond_the_budget_is_cut_at_a_branch() -> None:
+    samples = group(0, 50, [20] * 8)
+    batches = packed(samples, 1, 130)
+    assert sorted(batch.computed_tokens for batch in batches) == [130, 130]
+
+
+def test_a_lone_group_is_split_for_two_processes_if_that_is_faster() -> None:
+    worth_it = packed(group(0, 20, [200] * 8), 2, 10_000)
+    assert len(worth_it) == 2
+    assert imbalance(worth_it, 2) == pytest.approx(1.0, abs=0.05)
+    not_worth_it = packed(group(0, 5000, [1] * 2), 2, 10_000)
+    assert len(not_worth_it) == 1
+
+
+def test_a_system_prompt_of_all_groups_is_computed_once_a_micro_batch() -> None:
+    system = list(range(1000, 1600))
+    samples = []
+    for index in range(8):
+        for sample in group(index, 20, [20] * 4):
+            tokens = system + sample.tokens.tolist()
+            samples.append(make_sample(tokens, len(system) + 20, group_index=index))
+    (batch,) = packed(samples, 1, 4096)
+    assert batch.computed_tokens == 600 + 8 * 100
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=forests(),
+    processes=st.integers(1, 4),
+    budget=st.sampled_from([1, 40, 120, 10_000]),
+    packing=st.sampled_from(["prefix_tree", "plain", "padded"]),
+)
+def test_no_process_has_two_micro_batches_more_than_another_and_equal_steps_are_packed_equally(
+    samples: list[Sample], processes: int, budget: int, packing: Packing
+) -> None:
+    batches = packed(samples, processes, budget, packing)
+    longest = max(len(sample.tokens) for sample in samples)
+    assert all(batch.computed_tokens <= max(budget, longest) for batch in batches)
+    assert sum(batch.sequence_tokens for batch in batches) == sum(len(sample.tokens) for sample in samples)
+    if len(batches) % processes:
+        assert len(batches) <= len(samples)
+    again = packed(samples, processes, budget, packing)
+    assert [batch.input_ids.tolist() for batch in batches] == [batch.input_ids.tolist() for batch in again]
+
+
+@given(costs=st.lists(st.floats(0.1, 10), min_size=1, max_size=20), processes=st.integers(1, 6))
+def test_micro_batches_are_ordered_such_that_no_process_is_much_slower(
+    costs: list[float], processes: int
+) -> None:
+    order = order_for_processes(costs, processes)
+    assert sorted(order) == list(range(len(costs)))
+    if len(costs) % processes == 0:
+        loads = process_costs([costs[index] for index in order], processes)
+        assert max(loads) - min(loads) <= max(costs) + 1e-9
+
+
+def test_the_estimate_counts_the_operations_that_torch_counts() -> None:
+    config = LlamaConfig(
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config)
+    tokens = 32
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.int64)).logits.sum().backward()
+    # Eager attention computes all pairs, visible or not. The first layer's input gradient exists, too.
+    estimate = PassCost.of_config(config).of(tokens=tokens, pairs=tokens**2, trained=tokens)
+    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_other_names_and_experts_are_understood() -> None:
+    gpt2 = PassCost.of_config(GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100))
+    assert gpt2.per_token == 6 * 2 * (4 * 64 * 64 + 2 * 64 * 256)
+    assert gpt2.per_trained_token == 6 * 64 * 100
+    assert gpt2.per_pair == 12 * 2 * 64
+
+
+def test_cost_and_visible_pairs_of_a_micro_batch_are_those_of_its_rule() -> None:
+    (batch,) = packed(group(0, 30, [5, 17, 40]), 1, 1000)
+    assert batch.subtree_end is not None
+    pairs = int((batch.subtree_end - torch.arange(batch.computed_tokens)).sum())
+    assert batch.cost == COST.of(tokens=batch.computed_tokens, pairs=pairs, trained=len(batch.targets))
