@@ -23,7 +23,7 @@ def pad(batch: SortedSamples, chosen: Integers, *, cost: PassCost) -> MicroBatch
     return MicroBatch(
         packing="padded",
         input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.arange(shape[1]).expand(shape).clone(),
+        position_ids=torch.from_numpy(np.tile(np.arange(shape[1]), (shape[0], 1))),
         subtree_end=None,
         attention_mask=torch.from_numpy(is_token.astype(np.int64)),
         sequence_tokens=int(lengths.sum()),
@@ -33,8 +33,8 @@ def pad(batch: SortedSamples, chosen: Integers, *, cost: PassCost) -> MicroBatch
         **trained_tokens(
             [batch.samples[index] for index in chosen],
             [batch.denominators[index] for index in chosen],
-            rows=torch.from_numpy(rows),
-            columns=torch.from_numpy(columns),
+            rows=rows,
+            columns=columns,
         ),
     )
 

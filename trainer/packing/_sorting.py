@@ -19,6 +19,7 @@ from torch import Tensor
 from trainer.samples import Sample
 
 Integers = NDArray[np.int64]
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,10 @@ class SortedSamples:
 
     def shared_within(self, chosen: Integers) -> Integers:
         """What each of the chosen samples, positions in rising order, shares with the chosen one before."""
-        if len(chosen) == 0:
-            return np.zeros(0, dtype=np.int64)
-        minima = [int(self.shared[first + 1 : second + 1].min()) for first, second in pairwise(chosen)]
-        return np.array([0, *minima], dtype=np.int64)
+        result = np.zeros(len(chosen), dtype=np.int64)
+        if len(chosen) > 1:  # minima over (chosen[i - 1], chosen[i]]
+            result[1:] = np.minimum.reduceat(self.shared[: int(chosen[-1]) + 1], chosen[:-1] + 1)
+        return result
 
 
 def sort_samples(samples: Sequence[Sample], denominators: Sequence[float], *, share: bool) -> SortedSamples:
@@ -68,9 +69,9 @@ def sort_samples(samples: Sequence[Sample], denominators: Sequence[float], *, sh
     )
 
 
-def as_array(values: Tensor) -> NDArray[Any]:
+def as_array(values: Tensor) -> Array:
     """The same memory as a NumPy array, whose operations on short arrays start several times faster."""
-    array: NDArray[Any] = values.numpy()
+    array: Array = values.numpy()
     return array
 
 

@@ -1,19 +1,23 @@
-"""The trained tokens of a micro-batch: the one place where a token meets its prediction."""
+"""The trained tokens of a micro-batch: the one place where a token meets its prediction.
+
+In NumPy, on one thread: this runs beside the training of the step before, whose threads it would wait for.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.packing._sorting import Array, Integers, as_array
 from trainer.samples import Sample
 
 
 def trained_tokens(
-    samples: Sequence[Sample], denominators: Sequence[float], *, rows: Tensor, columns: Tensor
+    samples: Sequence[Sample], denominators: Sequence[float], *, rows: Integers, columns: Integers
 ) -> dict[str, Any]:
     """Fields of `MicroBatch` that speak of its N trained tokens.
 
@@ -22,19 +26,19 @@ def trained_tokens(
     Args:
         samples: With S tokens in all.
         denominators: One a sample.
-        rows: [S] int64, where each token of each sample in turn stands.
-        columns: [S] int64.
+        rows: [S], where each token of each sample in turn stands.
+        columns: [S].
     """
     # Column 0 of a sample is never trained, so the token before a trained one is of the same sample.
-    where = torch.cat([sample.loss_mask for sample in samples]).nonzero()[:, 0]  # [N] into S
-    before = where - 1
-    lengths = torch.tensor([len(sample.tokens) for sample in samples])
+    where = np.concatenate([as_array(sample.loss_mask) for sample in samples]).nonzero()[0]  # [N] into S
+    lengths = np.array([len(sample.tokens) for sample in samples])
 
     def spread(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)[where]
+        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)[where])
 
-    def gather(values: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(values))[where]
+    def gather(values: Sequence[Tensor | Array]) -> Tensor:
+        arrays = [as_array(value) if isinstance(value, Tensor) else value for value in values]
+        return torch.from_numpy(np.concatenate(arrays)[where])
 
     def gather_optional(values: Sequence[Tensor | None]) -> Tensor | None:
         present = [value for value in values if value is not None]
@@ -47,8 +51,8 @@ def trained_tokens(
     else:
         known = complete
     return {
-        "predict_row": rows[before],
-        "predict_column": columns[before],
+        "predict_row": torch.from_numpy(rows[where - 1]),
+        "predict_column": torch.from_numpy(columns[where - 1]),
         "targets": gather([sample.tokens for sample in samples]),
         "loss_mask": gather([sample.loss_mask for sample in samples]),
         "advantages": gather([sample.advantages for sample in samples]),
@@ -60,6 +64,6 @@ def trained_tokens(
     }
 
 
-def _or_nan(values: Tensor | None, sample: Sample) -> Tensor:
+def _or_nan(values: Tensor | None, sample: Sample) -> Tensor | Array:
     """The values of a sample's tokens, or as many NaN."""
-    return torch.full((len(sample.tokens),), math.nan) if values is None else values
+    return np.full(len(sample.tokens), np.nan, dtype=np.float32) if values is None else values

@@ -39,7 +39,6 @@ def fold(batch: SortedSamples, chosen: Integers, *, packing: Packing, cost: Pass
         path[start:length] = np.arange(used, stop)
         columns[written : written + length] = path[:length]
         used, written, previous = stop, written + length, length
-    column_of = torch.from_numpy(columns)
     samples = [batch.samples[index] for index in chosen]
     pairs = visible_pairs(lengths, shared)
     return MicroBatch(
@@ -55,7 +54,7 @@ def fold(batch: SortedSamples, chosen: Integers, *, packing: Packing, cost: Pass
         **trained_tokens(
             samples,
             [batch.denominators[index] for index in chosen],
-            rows=torch.zeros_like(column_of),
-            columns=column_of,
+            rows=np.zeros_like(columns),
+            columns=columns,
         ),
     )
