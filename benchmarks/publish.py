@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -23,17 +22,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._machine import describe, machine
 from local_stack.commands import Address, vllm_command, vllm_environment
 from local_stack.models import prepare_demo_model
 from local_stack.processes import ChildProcess
@@ -220,22 +217,8 @@ def restart_on_checkpoint(server: Server, model: Path, scratch: Path) -> float:
     return time.monotonic() - started
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "cores": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
 def show(console: Console, result: dict[str, Any]) -> None:
     """Print the table and the ratio."""
-    about = result["machine"]
     load = "under load" if result["under_load"] else "idle"
     table = Table(title=f"publish by {result['transport']}, {result['dtype']}, {load}: seconds")
     for name in ("", "median", "least", "most"):
@@ -252,8 +235,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         ratio = f"{restart / still:.0f} times as long" if still else "against no pause at all"
         console.print(f"A restart takes {restart / whole:.1f} times a whole publish; no service {ratio}.")
     console.print(
-        f"{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB, torch {about['torch']}, "
-        f"{about['date']}; {len(result['ours'])} publishes, {len(result['restart'])} restarts"
+        f"{describe(result['machine'])}; {len(result['ours'])} publishes, {len(result['restart'])} restarts"
     )
 
 
