@@ -122,7 +122,7 @@ def _summary(runs: Sequence[Run]) -> list[str]:
             f"{sum(bar.met for bar in bars)} of {len(bars)} met",
         ]
         lines.append("| " + " | ".join(row) + " |")
-    return lines
+    return [*lines, "", f"![Seconds of one step, by case and contender]({PICTURE.name})"]
 
 
 def _run(run: Run) -> list[str]:
