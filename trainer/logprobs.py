@@ -1,7 +1,7 @@
 """Running the model over a micro-batch: log-probs of the trained tokens, and nothing else.
 
-The head is applied only where a trained token is predicted. Everything is accumulated in float32, or in
-float64 where the model itself computes in it.
+The head is applied only where a trained token is predicted, once for all branches that share the
+prediction. Everything is accumulated in float32, or in float64 where the model itself computes in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.attention import model_inputs
+from trainer.head import Head, HeadScores, capture_hidden_states, score_logits
 from trainer.model_directory import unwrap
 from trainer.packing import MicroBatch
 
@@ -25,35 +26,62 @@ class TokenLogProbs:
     """[N] float32, in nats, with gradient."""
     entropy: Tensor
     """[N] float32: entropy of the distribution each token was predicted from, in nats; no gradient."""
+    top_ids: Tensor | None = None
+    """[N, K] int64: the likeliest tokens in each token's place, likeliest first. None if not asked for."""
+    top_logprobs: Tensor | None = None
+    """[N, K] float32, in nats, of `top_ids`; no gradient."""
 
 
-def token_logprobs(model: nn.Module, batch: MicroBatch, *, use_temperature: bool) -> TokenLogProbs:
+def token_logprobs(
+    model: nn.Module, batch: MicroBatch, *, use_temperature: bool, head: Head | None = None, top_k: int = 0
+) -> TokenLogProbs:
     """Compute the log-probs of a micro-batch's trained tokens.
 
     Args:
         model: A causal language model of transformers, wrapped or not.
         batch: On the model's device.
         use_temperature: Divide logits by the temperature each token was sampled at.
+        head: What `trainer.head_choice.choose_head` found for this model. None: take the model's own logits.
+        top_k: How many of the likeliest tokens to name in each token's place.
+
+    Raises:
+        ValueError: `head` is given and the model's forward does not call its head as it did when chosen.
     """
-    columns, column_index = _unique(batch.predict_column)  # [K], [N]
-    logits = _logits_at(model, batch, columns)  # [B, K, V]
-    positions = batch.predict_row * len(columns) + column_index  # [N] into B * K
-    unique, inverse = _unique(positions)  # [U], [N]
-    rows = logits.flatten(0, 1)[unique]  # [U, V]
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    temperature = batch.temperature if use_temperature else torch.ones_like(batch.temperature)
-    temperature = temperature.to(rows.dtype)
-    values, _ = _unique(temperature)
-    if len(values) == 1:
-        return _score(rows / values if values != 1 else rows, inverse, batch.targets)
-    logprobs = torch.zeros_like(temperature)
-    entropy = torch.zeros_like(temperature)
-    for value in values:
-        chosen = temperature == value
-        scores = _score(rows / value, inverse[chosen], batch.targets[chosen])
-        logprobs = logprobs.masked_scatter(chosen, scores.logprobs)
-        entropy = entropy.masked_scatter(chosen, scores.entropy)
-    return TokenLogProbs(logprobs=logprobs, entropy=entropy)
+    predictions = _predictions(batch, use_temperature)
+    score = _from_logits if head is None else _from_hidden_states
+    scores = score(model, batch, predictions, head, top_k)
+    rows = predictions.entry_rows
+    return TokenLogProbs(
+        logprobs=scores.logprobs,
+        entropy=scores.entropy[rows],
+        top_ids=None if scores.top_ids is None else scores.top_ids[rows],
+        top_logprobs=None if scores.top_logprobs is None else scores.top_logprobs[rows],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Predictions:
+    """The U distinct predictions that the N trained tokens are made by."""
+
+    row: Tensor  # [U]
+    column: Tensor  # [U]
+    temperature: Tensor | None  # [U]; None if all are 1
+    entry_rows: Tensor  # [N] into U
+
+
+def _predictions(batch: MicroBatch, use_temperature: bool) -> _Predictions:
+    length = batch.input_ids.shape[1]
+    position = batch.predict_row * length + batch.predict_column  # [N] into B * T
+    temperature = None
+    if use_temperature and bool((batch.temperature != 1).any()):
+        values, index = _unique(batch.temperature)
+        pairs, entry_rows = _unique(position * len(values) + index)
+        position, temperature = pairs // len(values), values[pairs % len(values)]
+    else:
+        position, entry_rows = _unique(position)
+    return _Predictions(
+        row=position // length, column=position % length, temperature=temperature, entry_rows=entry_rows
+    )
 
 
 def _unique(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,22 +90,41 @@ def _unique(values: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, inverse
 
 
-def _score(rows: Tensor, inverse: Tensor, targets: Tensor) -> TokenLogProbs:
-    """Score targets [N] predicted from rows[inverse]; rows are logits [U, V]."""
-    log_normalizer = rows.logsumexp(dim=-1)  # [U]
-    logprobs = rows[inverse, targets] - log_normalizer[inverse]  # [N]
-    with torch.no_grad():
-        expected = (rows.softmax(dim=-1) * rows).sum(dim=-1)  # [U]
-        entropy = (log_normalizer - expected)[inverse]
-    return TokenLogProbs(logprobs=logprobs, entropy=entropy)
+def _from_hidden_states(
+    model: nn.Module, batch: MicroBatch, predictions: _Predictions, head: Head, top_k: int
+) -> HeadScores:
+    """Take the hidden states that predict, and do the head's work ourselves."""
+    inner = unwrap(model)
+    module: nn.Module = inner.get_output_embeddings()
+    hidden = capture_hidden_states(model, module, model_inputs(inner, batch))  # [B, T, H]
+    return head.score(
+        module,
+        _take(hidden.flatten(0, 1), predictions.row * hidden.shape[1] + predictions.column),  # [U, H]
+        predictions.entry_rows,
+        batch.targets,
+        temperature=predictions.temperature,
+        top_k=top_k,
+    )
 
 
-def _logits_at(model: nn.Module, batch: MicroBatch, columns: Tensor) -> Tensor:
-    """Logits [B, K, V] at the K given columns of every row."""
+def _from_logits(
+    model: nn.Module, batch: MicroBatch, predictions: _Predictions, _head: Head | None, top_k: int
+) -> HeadScores:
+    """Take the model's own logits at every column where any row predicts: [B, K, V]."""
     inner = unwrap(model)
     inputs = model_inputs(inner, batch)
+    columns, column = _unique(predictions.column)
     if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         logits: Tensor = model(**inputs, logits_to_keep=columns).logits
-        return logits
-    everywhere: Tensor = model(**inputs).logits
-    return everywhere[:, columns]
+    else:
+        logits = model(**inputs).logits[:, columns]
+    rows = logits[predictions.row, column]  # [U, V]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    if predictions.temperature is not None:
+        rows = rows / predictions.temperature[:, None]
+    return score_logits(rows, predictions.entry_rows, batch.targets, top_k=top_k)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`values[index]`, with a backward pass that adds in the same order each time on either device."""
+    return values[index] if values.is_cuda else values.index_select(0, index)

@@ -121,6 +121,7 @@ class Trainer:
             prepared.optimizer,
             loss=config.loss,
             packing=prepared.packing,
+            head=prepared.head,
             tokens_per_micro_batch=config.data.tokens_per_micro_batch,
             max_grad_norm=config.optimizer.max_grad_norm,
         )

@@ -24,6 +24,8 @@ from trainer.checkpoint import (
 )
 from trainer.config import OptimizerSettings, TrainerConfig
 from trainer.errors import ConfigurationError
+from trainer.head import Head
+from trainer.head_choice import choose_head
 from trainer.model import Policy, choose_mixed_precision, load_policy
 from trainer.packing import Packing
 from trainer.packing_choice import choose_packing
@@ -46,6 +48,8 @@ class Prepared:
     optimizer: torch.optim.Optimizer
     normalizer: AdvantageNormalizer
     packing: Packing
+    head: Head | None
+    """How log-probs are had without logits. None: from the model's own logits."""
     checkpoint: Checkpoint | None
     """What the run goes on from."""
 
@@ -81,6 +85,7 @@ def prepare_run(config: TrainerConfig) -> Prepared:
         config.model.attention,
         longest_sequence=policy.limits.max_sequence_length,
     )
+    head = choose_head(policy.model, config.model.head)
     set_seed(config.train.seed, device_specific=True)
     optimizer = make_optimizer(policy.model, config.optimizer)
     normalizer = AdvantageNormalizer(config.data.advantage_normalization)
@@ -96,6 +101,7 @@ def prepare_run(config: TrainerConfig) -> Prepared:
         optimizer=wrapped_optimizer,
         normalizer=normalizer,
         packing=packing,
+        head=head,
         checkpoint=checkpoint,
     )
 

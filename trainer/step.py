@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.config import LossSettings
+from trainer.head import Head
 from trainer.logprobs import token_logprobs
 from trainer.losses import LossInputs, ResolvedLoss, resolve_loss
 from trainer.mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
@@ -70,6 +71,7 @@ class StepRunner:
         optimizer: The wrapped optimizer.
         loss: The configured loss.
         packing: How sequences share a micro-batch.
+        head: How log-probs are had without logits. None: from the model's own logits.
         tokens_per_micro_batch: Token budget of one forward and backward pass.
         max_grad_norm: Gradients are scaled down to this global norm.
     """
@@ -82,6 +84,7 @@ class StepRunner:
         *,
         loss: LossSettings,
         packing: Packing,
+        head: Head | None,
         tokens_per_micro_batch: int,
         max_grad_norm: float,
     ) -> None:
@@ -91,6 +94,7 @@ class StepRunner:
         self._loss = bind_loss(loss)
         self._use_temperature = loss.uses_temperature
         self._packing = packing
+        self._head = head
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._max_grad_norm = max_grad_norm
         self._cost = PassCost.of_config(unwrap(model).config.get_text_config())
@@ -179,7 +183,9 @@ class StepRunner:
     def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Forward and backward; returns loss, token count and metrics as sums, 0-dim, detached."""
         with self._accelerator.autocast():
-            scores = token_logprobs(self._model, batch, use_temperature=self._use_temperature)
+            scores = token_logprobs(
+                self._model, batch, use_temperature=self._use_temperature, head=self._head
+            )
         inputs = LossInputs(
             logprobs=scores.logprobs,
             advantages=batch.advantages,
