@@ -5,8 +5,8 @@
 Ours in tiles, against plain logits (`linear`, `log_softmax`, `gather`) and torch's chunked
 `linear_cross_entropy`, on identical inputs, and against the time of the four matrix products that no way
 without logits can avoid. Each way runs in a fresh process, whose peak memory is the kernel's own count (on a
-GPU: the allocator's). "over the head" is that peak less what stood before (inputs, weights, the libraries) and
-less the gradient of the weight.
+without logits can avoid. Each way runs in a fresh process, whose peak memory is the kernel's own count (GPU:
+the allocator's). "over the head" is that peak less what stood before (inputs, weight, libraries) and less
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def main() -> None:
     results = {}
     for way in arguments.ways.split(","):
         command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--way", way]
-        reply = subprocess.run(command, check=False, capture_output=True, text=True)
+        reply = subprocess.run(  # noqa: S603 - this program again
+            command, check=False, capture_output=True, text=True
+        )
         if reply.returncode == 0:
             results[way] = json.loads(reply.stdout.splitlines()[-1])
         else:  # plain logits may well not fit

@@ -48,8 +48,10 @@ def token_logprobs(
         ValueError: `head` is given and the model's forward does not call its head as it did when chosen.
     """
     predictions = _predictions(batch, use_temperature)
-    score = _from_logits if head is None else _from_hidden_states
-    scores = score(model, batch, predictions, head, top_k)
+    if head is None:
+        scores = _from_logits(model, batch, predictions, top_k)
+    else:
+        scores = _from_hidden_states(model, batch, predictions, head, top_k)
     rows = predictions.entry_rows
     return TokenLogProbs(
         logprobs=scores.logprobs,
@@ -107,9 +109,7 @@ def _from_hidden_states(
     )
 
 
-def _from_logits(
-    model: nn.Module, batch: MicroBatch, predictions: _Predictions, _head: Head | None, top_k: int
-) -> HeadScores:
+def _from_logits(model: nn.Module, batch: MicroBatch, predictions: _Predictions, top_k: int) -> HeadScores:
     """Take the model's own logits at every column where any row predicts: [B, K, V]."""
     inner = unwrap(model)
     inputs = model_inputs(inner, batch)

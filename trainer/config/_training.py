@@ -35,8 +35,8 @@ class ModelSettings(Section):
     FlexAttention, on a GPU. Others by transformers' name, e.g. sdpa, eager, flash_attention_2. auto: flex on
     a GPU, else tiled, and sdpa where the model cannot take them."""
     head: Literal["auto", "tiled", "logits"] = "auto"
-    """Where log-probs come from. tiled: hidden states, in tiles, so that no logits of a whole micro-batch exist.
-    logits: the model's own, much more memory. auto: tiled if that gives the model's own log-probs at start."""
+    """Where log-probs come from. tiled: hidden states, in tiles, so that a micro-batch's logits never exist.
+    logits: the model's own, in much more memory. auto: tiled where that gives the same log-probs at start."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False

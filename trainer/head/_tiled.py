@@ -198,7 +198,7 @@ class _Walk:
     def forward(self) -> _Forward:
         shape = (len(self._blocks), len(self.hidden))
         normalizers = self._new(*shape)
-        expected = self._new(*shape)  # mean logit under a tile's own softmax
+        entropies = self._new(*shape)  # of a tile's own softmax
         picked = self._new(len(self._entries.targets))
         best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._row_spans]
         for index, block in enumerate(self._blocks):
@@ -208,19 +208,20 @@ class _Walk:
                 softmax = logits.softmax(dim=1)
                 # The likeliest token's probability is exp(its logit - the normalizer).
                 normalizers[index, span] = logits.amax(dim=1) - softmax.amax(dim=1).log_()
-                expected[index, span] = softmax.mul_(logits).sum(dim=1)
                 entries = self._entries_of(index, row_index)
                 rows, targets = self._entries.rows[entries], self._entries.targets[entries]
                 picked[entries] = logits[rows - span.start, targets - block.start]
                 if self._top_k:
                     best[row_index] = [self._best_of(best[row_index], logits, block.start)]
+                logits.sub_(normalizers[index, span, None])
+                entropies[index, span] = softmax.mul_(logits).sum(dim=1).neg_()
         normalizer = normalizers.logsumexp(dim=0)
-        share = (normalizers - normalizer).exp_()
+        log_share = normalizers - normalizer  # [blocks, U]
         top_ids, top_logprobs = None, None
         if self._top_k and best:
             top_ids = torch.cat([ids for ((_, ids),) in best])
             top_logprobs = torch.cat([logits for ((logits, _),) in best]) - normalizer[:, None]
-        entropy = normalizer - share.mul_(expected).sum(dim=0)
+        entropy = (log_share.exp() * (entropies - log_share)).sum(dim=0)
         return _Forward(picked, normalizers, normalizer, entropy, top_ids, top_logprobs)
 
     def backward(
@@ -243,7 +244,7 @@ class _Walk:
             coefficient = coefficient * self._factor
             entry = entry * self._factor[self._entries.rows]
             if self._cap is not None:
-                entry = entry * (1 - self._tanh(picked[:, None], self._entries.rows).square_())
+                entry = entry * (1 - self._tanh(picked[:, None], self._factor[self._entries.rows]).square_())
         grad_hidden = self._new(*self.hidden.shape).zero_() if wanted[0] else None
         grad_weight = torch.empty_like(self._weight) if wanted[1] else None
         grad_bias = torch.empty_like(self._bias) if self._bias is not None and wanted[2] else None
@@ -292,14 +293,13 @@ class _Walk:
         """The softmax within a tile, times the soft cap's derivative, in the products' type."""
         logits = self._logits(hidden, weight, block, span)
         slope = logits.softmax(dim=1)
-        if self._cap is not None:
-            slope.addcmul_(slope, self._tanh(logits, span).square_(), value=-1)
+        if self._cap is not None and self._factor is not None:
+            slope.addcmul_(slope, self._tanh(logits, self._factor[span]).square_(), value=-1)
         return slope.to(self._compute)
 
-    def _tanh(self, logits: Tensor, rows: slice | Tensor) -> Tensor:
+    def _tanh(self, logits: Tensor, factor: Tensor) -> Tensor:
         """The hyperbolic tangent that made these soft-capped logits; overwrites nothing."""
-        assert self._factor is not None
-        return logits * (self._squeeze / self._factor[rows])
+        return logits * (self._squeeze / factor)
 
     def _best_of(
         self, before: list[tuple[Tensor, Tensor]], logits: Tensor, first_id: int

@@ -41,11 +41,14 @@ def measure_transform(inner: nn.Module, inputs: dict[str, Any]) -> LogitTransfor
         inputs: Keyword arguments of its forward, for a short input.
 
     Raises:
-        ValueError: The model does something else to its logits.
+        ValueError: The model does something else to its logits, or does not call its head.
     """
     probes = torch.tensor(_PROBES, dtype=torch.float64)
 
-    def put_probes(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    called: list[nn.Module] = []
+
+    def put_probes(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        called.append(module)
         repeats = -(-output.shape[-1] // len(probes))
         row = probes.repeat(repeats)[: output.shape[-1]].to(output.device)
         return row.expand(output.shape)
@@ -56,6 +59,8 @@ def measure_transform(inner: nn.Module, inputs: dict[str, Any]) -> LogitTransfor
         logits = inner(**inputs).logits.double().cpu()  # [B, T, V]
     finally:
         handle.remove()
+    if not called:
+        raise ValueError("the model does not call its head")
     found = logits[0, 0]
     expected = probes.repeat(-(-len(found) // len(probes)))[: len(found)]
     scale = float(found[0] / expected[0])

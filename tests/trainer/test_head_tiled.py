@@ -1,0 +1,349 @@
+"""Log-probs in tiles are the plain log-softmax's, and so are their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trainer.errors import DataError
+from trainer.head import HeadScores, LogitTransform, Tile, row_chunk_scores, tiled_scores
+
+
+@dataclass
+class Problem:
+    hidden: Tensor  # [U, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    rows: Tensor  # [N]
+    targets: Tensor  # [N]
+    temperature: Tensor | None  # [U]
+    slope: Tensor  # [N]: the loss's gradient
+
+    def leaves(self) -> list[Tensor]:
+        return [value for value in (self.hidden, self.weight, self.bias) if value is not None]
+
+
+def make_problem(
+    *,
+    seed: int = 0,
+    rows: int,
+    vocabulary: int,
+    entries: int,
+    bias: bool,
+    temperature: bool,
+    dtype: torch.dtype,
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return Problem(
+        hidden=draw(rows, 6).requires_grad_(),
+        weight=draw(vocabulary, 6).requires_grad_(),
+        bias=draw(vocabulary).requires_grad_() if bias else None,
+        rows=torch.randint(rows, (entries,), generator=generator),
+        targets=torch.randint(vocabulary, (entries,), generator=generator),
+        temperature=draw(rows).abs() + 0.5 if temperature else None,
+        slope=draw(entries),
+    )
+
+
+def plain_logits(problem: Problem, transform: LogitTransform) -> Tensor:
+    """The reference, [U, V], written out without any code of ours."""
+    logits = nn.functional.linear(problem.hidden, problem.weight, problem.bias) * transform.scale
+    if transform.cap is not None:
+        logits = transform.cap * torch.tanh(logits / transform.cap)
+    return logits if problem.temperature is None else logits / problem.temperature[:, None]
+
+
+def gradients(problem: Problem, logprobs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad((logprobs * problem.slope).sum(), problem.leaves()))
+
+
+def assert_like_plain(
+    problem: Problem, transform: LogitTransform, scores: HeadScores, tolerance: float
+) -> None:
+    plain = plain_logits(problem, transform).log_softmax(-1)  # [U, V]
+    reference = plain[problem.rows, problem.targets]
+    plain = plain.detach()
+
+    def close(found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+    close(scores.logprobs, reference)
+    close(scores.entropy, -(plain.exp() * plain).sum(-1))
+    assert scores.top_ids is not None
+    assert scores.top_logprobs is not None
+    best = plain.topk(scores.top_ids.shape[1])
+    close(scores.top_logprobs, best.values)
+    close(plain.gather(1, scores.top_ids), best.values)
+    for found, expected in zip(
+        gradients(problem, scores.logprobs), gradients(problem, reference), strict=True
+    ):
+        close(found, expected)
+
+
+cases = {
+    "seed": st.integers(0, 10_000),
+    "rows": st.integers(1, 12),
+    "vocabulary": st.integers(2, 40),
+    "entries": st.integers(1, 25),
+    "bias": st.booleans(),
+    "temperature": st.booleans(),
+    "tile": st.builds(Tile, st.integers(1, 14), st.integers(1, 45)),
+    "transform": st.builds(
+        LogitTransform,
+        scale=st.sampled_from([1.0, 0.25, 3.0]),
+        cap=st.sampled_from([None, 0.8, 5.0]),
+    ),
+    "top_k": st.integers(1, 4),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(**cases)
+def test_values_and_gradients_are_those_of_plain_log_softmax_in_float64(
+    seed: int,
+    rows: int,
+    vocabulary: int,
+    entries: int,
+    bias: bool,
+    temperature: bool,
+    tile: Tile,
+    transform: LogitTransform,
+    top_k: int,
+) -> None:
+    problem = make_problem(
+        seed=seed,
+        rows=rows,
+        vocabulary=vocabulary,
+        entries=entries,
+        bias=bias,
+        temperature=temperature,
+        dtype=torch.float64,
+    )
+    scores = tiled_scores(
+        *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
+        temperature=problem.temperature,
+        transform=transform,
+        top_k=top_k,
+        tile=tile,
+    )
+    assert_like_plain(problem, transform, scores, 1e-10)
+
+
+@settings(max_examples=50, deadline=None)
+@given(**cases)
+def test_values_and_gradients_are_those_of_plain_log_softmax_in_float32(
+    seed: int,
+    rows: int,
+    vocabulary: int,
+    entries: int,
+    bias: bool,
+    temperature: bool,
+    tile: Tile,
+    transform: LogitTransform,
+    top_k: int,
+) -> None:
+    problem = make_problem(
+        seed=seed,
+        rows=rows,
+        vocabulary=vocabulary,
+        entries=entries,
+        bias=bias,
+        temperature=temperature,
+        dtype=torch.float32,
+    )
+    scores = tiled_scores(
+        *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
+        temperature=problem.temperature,
+        transform=transform,
+        top_k=top_k,
+        tile=tile,
+    )
+    assert_like_plain(problem, transform, scores, 2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**{name: value for name, value in cases.items() if name != "tile"}, rows_per_chunk=st.integers(1, 14))
+def test_a_module_called_on_chunks_of_rows_gives_the_same(
+    seed: int,
+    rows: int,
+    vocabulary: int,
+    entries: int,
+    bias: bool,
+    temperature: bool,
+    transform: LogitTransform,
+    top_k: int,
+    rows_per_chunk: int,
+) -> None:
+    problem = make_problem(
+        seed=seed,
+        rows=rows,
+        vocabulary=vocabulary,
+        entries=entries,
+        bias=bias,
+        temperature=temperature,
+        dtype=torch.float64,
+    )
+    module = nn.Linear(6, vocabulary, bias=bias, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.copy_(problem.weight)
+        problem.weight = module.weight
+        if problem.bias is not None:
+            module.bias.copy_(problem.bias)
+            problem.bias = module.bias
+    scores = row_chunk_scores(
+        *(module, problem.hidden, problem.rows, problem.targets),
+        vocabulary=vocabulary,
+        temperature=problem.temperature,
+        transform=transform,
+        top_k=top_k,
+        rows_per_chunk=rows_per_chunk,
+    )
+    assert_like_plain(problem, transform, scores, 1e-10)
+
+
+def example(dtype: torch.dtype = torch.float64, *, entries: int = 40) -> Problem:
+    return make_problem(rows=9, vocabulary=33, entries=entries, bias=True, temperature=True, dtype=dtype)
+
+
+def test_targets_at_the_edges_of_blocks_are_found() -> None:
+    problem = example(entries=6)
+    problem.targets = torch.tensor([0, 7, 8, 15, 16, 32])
+    scores = tiled_scores(
+        *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
+        temperature=problem.temperature,
+        tile=Tile(4, 8),
+        top_k=1,
+    )
+    assert_like_plain(problem, LogitTransform(), scores, 1e-12)
+
+
+def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
+    problem = example(torch.float32)
+    with torch.no_grad():
+        problem.weight.mul_(300)
+    scores = tiled_scores(
+        *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
+        temperature=problem.temperature,
+        tile=Tile(4, 8),
+        top_k=2,
+    )
+    assert float(scores.logprobs.detach().min()) < -1000
+    assert_like_plain(problem, LogitTransform(), scores, 1e-4)
+
+
+def test_no_entries_give_no_logprobs_and_zero_gradients() -> None:
+    problem = example(entries=0)
+    scores = tiled_scores(
+        problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets, tile=Tile(4, 8)
+    )
+    assert scores.logprobs.shape == (0,)
+    assert all(float(value.abs().sum()) == 0 for value in gradients(problem, scores.logprobs))
+
+
+@pytest.mark.parametrize("token", [-1, 33, 5000])
+def test_a_target_outside_the_vocabulary_is_refused(token: int) -> None:
+    problem = example()
+    problem.targets[3] = token
+    with pytest.raises(DataError, match=f"token {token} is outside the head's vocabulary of 33"):
+        tiled_scores(problem.hidden, problem.weight, None, problem.rows, problem.targets)
+
+
+def test_equal_inputs_give_equal_bits() -> None:
+    def run() -> list[Tensor]:
+        problem = make_problem(
+            rows=300, vocabulary=500, entries=2000, bias=True, temperature=True, dtype=torch.float32
+        )
+        scores = tiled_scores(
+            *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
+            tile=Tile(128, 200),
+        )
+        return [scores.logprobs.detach(), scores.entropy, *gradients(problem, scores.logprobs)]
+
+    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+
+def test_only_the_gradients_that_are_needed_are_computed() -> None:
+    problem = example()
+    problem.weight.requires_grad_(False)
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.count += func is torch.ops.aten.mm.default
+            return func(*args, **(kwargs or {}))
+
+    scores = tiled_scores(problem.hidden, problem.weight, None, problem.rows, problem.targets)
+    with Products() as products:
+        scores.logprobs.sum().backward()
+    assert products.count == 2  # the logits again, and the hidden states' gradient
+    assert problem.hidden.grad is not None
+    assert problem.weight.grad is None
+
+
+def test_under_autocast_products_are_bfloat16_and_everything_else_float32() -> None:
+    problem = make_problem(
+        rows=50, vocabulary=70, entries=90, bias=False, temperature=True, dtype=torch.float32
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = tiled_scores(
+            *(problem.hidden, problem.weight, None, problem.rows, problem.targets),
+            temperature=problem.temperature,
+            tile=Tile(16, 32),
+        )
+        logits = nn.functional.linear(problem.hidden, problem.weight)
+    assert logits.dtype == torch.bfloat16
+    assert problem.temperature is not None
+    plain = (logits.float() / problem.temperature[:, None]).log_softmax(-1)
+    reference = plain[problem.rows, problem.targets]
+    assert scores.logprobs.dtype == scores.entropy.dtype == torch.float32
+    # The same bfloat16 logits, hence float32-exact log-probs; a bfloat16 normalizer would be off by 1e-2.
+    torch.testing.assert_close(scores.logprobs, reference, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(
+        gradients(problem, scores.logprobs), gradients(problem, reference), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert float((ours - expected).norm() / expected.norm()) < 0.01
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any tensor made by any operation had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result
+
+
+def test_no_tensor_of_tokens_times_vocabulary_ever_exists() -> None:
+    rows, vocabulary, tile = 256, 4096, Tile(64, 512)
+    problem = make_problem(
+        rows=rows, vocabulary=vocabulary, entries=300, bias=True, temperature=True, dtype=torch.float32
+    )
+    with LargestTensor() as largest:
+        scores = tiled_scores(
+            *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
+            temperature=problem.temperature,
+            transform=LogitTransform(scale=0.5, cap=20.0),
+            tile=tile,
+            top_k=2,
+        )
+        gradients(problem, scores.logprobs)
+    assert largest.elements == max(tile.rows * tile.vocabulary, problem.weight.numel())
+    with LargestTensor() as plain:
+        plain_logits(problem, LogitTransform())
+    assert plain.elements == rows * vocabulary
