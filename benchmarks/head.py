@@ -4,9 +4,9 @@
 
 Ours in tiles, against plain logits (`linear`, `log_softmax`, `gather`) and torch's chunked
 `linear_cross_entropy`, on identical inputs, and against the time of the four matrix products that no way
-without logits can avoid. Each way runs in a fresh process, whose peak memory is the kernel's own count (on a
-without logits can avoid. Each way runs in a fresh process, whose peak memory is the kernel's own count (GPU:
-the allocator's). "over the head" is that peak less what stood before (inputs, weight, libraries) and less
+without logits can avoid. Each way runs in a fresh process; its peak memory is the kernel's own count (on a
+GPU the allocator's). "over the head" is that peak less what stood before (inputs, weight, libraries) and less
+the gradient of the weight.
 """
 
 from __future__ import annotations

@@ -189,6 +189,7 @@ class _Walk:
         self._entries, self._tile = task.entries, task.tile
         self._blocks = list(_spans(len(weight), task.tile.vocabulary))
         self._row_spans = list(_spans(len(hidden), task.tile.rows))
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._factor: Tensor | None = None  # [U, 1]: the derivative of an uncapped logit
         if temperature is not None or task.transform.scale != 1.0 or self._cap is not None:
             heat = self.hidden.new_ones(len(hidden)) if temperature is None else temperature
@@ -202,10 +203,13 @@ class _Walk:
         picked = self._new(len(self._entries.targets))
         best: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._row_spans]
         for index, block in enumerate(self._blocks):
-            weight = self._weight[block].to(self._compute)
+            weight = self._cast("weight", self._weight[block], self._compute)
             for row_index, span in enumerate(self._row_spans):
-                logits = self._logits(self.hidden[span], weight, block, span).to(self._precision)
-                softmax = logits.softmax(dim=1)
+                logits = self._logits(self.hidden[span], weight, block, span)
+                logits = self._cast("logits", logits, self._precision)
+                softmax = torch.softmax(
+                    logits, dim=1, out=self._buffer("softmax", logits.shape, logits.dtype)
+                )
                 # The likeliest token's probability is exp(its logit - the normalizer).
                 normalizers[index, span] = logits.amax(dim=1) - softmax.amax(dim=1).log_()
                 entries = self._entries_of(index, row_index)
@@ -249,7 +253,7 @@ class _Walk:
         grad_weight = torch.empty_like(self._weight) if wanted[1] else None
         grad_bias = torch.empty_like(self._bias) if self._bias is not None and wanted[2] else None
         for index, block in enumerate(self._blocks):
-            weight = self._weight[block].to(self._compute)
+            weight = self._cast("weight", self._weight[block], self._compute)
             block_weight = self._block_gradient(grad_weight, block)
             block_bias = self._block_gradient(grad_bias, block)
             share = (tile_normalizers[index] - normalizer).exp_()[:, None]
@@ -257,10 +261,10 @@ class _Walk:
                 slope = self._slope(self.hidden[span], weight, block, span)
                 factor = coefficient[span] * share[span]
                 if grad_hidden is not None:
-                    grad_hidden[span].addcmul_(_product(slope, weight).to(self._precision), factor)
+                    grad_hidden[span].addcmul_(self._product("rows", slope, weight), factor)
                 if block_weight is not None:
                     rows = (self.hidden[span] * factor).to(self._compute)
-                    block_weight.add_(_product(slope.t(), rows))
+                    block_weight.add_(self._product("gradient", slope.t(), rows))
                 if block_bias is not None:
                     block_bias.add_((slope * factor).sum(dim=0))
             entries = slice(self._entries_of(index, 0).start, self._entries_of(index, -1).stop)
@@ -277,10 +281,10 @@ class _Walk:
 
     def _logits(self, hidden: Tensor, weight: Tensor, block: slice, span: slice) -> Tensor:
         """Logits of a tile, in the products' own type if nothing is done to them."""
-        logits = _product(hidden, weight.t())
+        logits = self._product("product", hidden, weight.t())
         if self._bias is None and self._factor is None:
             return logits
-        logits = logits.to(self._precision)
+        logits = self._cast("logits", logits, self._precision)
         if self._bias is not None:
             logits.add_(self._bias[block])
         if self._factor is None:
@@ -292,10 +296,10 @@ class _Walk:
     def _slope(self, hidden: Tensor, weight: Tensor, block: slice, span: slice) -> Tensor:
         """The softmax within a tile, times the soft cap's derivative, in the products' type."""
         logits = self._logits(hidden, weight, block, span)
-        slope = logits.softmax(dim=1)
+        slope = torch.softmax(logits, dim=1, out=self._buffer("softmax", logits.shape, logits.dtype))
         if self._cap is not None and self._factor is not None:
             slope.addcmul_(slope, self._tanh(logits, self._factor[span]).square_(), value=-1)
-        return slope.to(self._compute)
+        return self._cast("slope", slope, self._compute)
 
     def _tanh(self, logits: Tensor, factor: Tensor) -> Tensor:
         """The hyperbolic tangent that made these soft-capped logits; overwrites nothing."""
@@ -325,6 +329,26 @@ class _Walk:
             return whole[block].zero_()
         return torch.zeros_like(whole[block], dtype=self._precision)
 
+    def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """Matrix product, accumulated in float32 and left in it where the device's kernels can."""
+        if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(left, right, out_dtype=torch.float32)
+        shape = torch.Size((left.shape[0], right.shape[1]))
+        return torch.mm(left, right, out=self._buffer(name, shape, left.dtype))
+
+    def _cast(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+        if values.dtype == dtype:
+            return values
+        return self._buffer(name, values.shape, dtype).copy_(values)
+
+    def _buffer(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for one tile's values, the same for every tile: fresh pages cost more than they hold."""
+        flat = self._buffers.get((name, dtype))
+        if flat is None or flat.numel() < shape.numel():
+            flat = torch.empty(shape.numel(), dtype=dtype, device=self.hidden.device)
+            self._buffers[name, dtype] = flat
+        return flat[: shape.numel()].view(shape)
+
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._precision, device=self.hidden.device)
 
@@ -335,13 +359,6 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return weight.dtype
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product, accumulated in float32 and left in it where the device's kernels can."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right)
 
 
 def _add_rows(into: Tensor, index: Tensor, values: Tensor) -> None:
