@@ -45,17 +45,13 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(_measure(arguments)))
         return
-    results = {}
-    for way in arguments.ways.split(","):
-        command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--way", way]
-        reply = subprocess.run(  # noqa: S603 - this program again
-            command, check=False, capture_output=True, text=True
-        )
-        if reply.returncode == 0:
-            results[way] = json.loads(reply.stdout.splitlines()[-1])
-        else:  # plain logits may well not fit
-            print(f"{way} failed ({reply.returncode}): {reply.stderr[-500:]}", file=sys.stderr)
+    results = {way: result for way in arguments.ways.split(",") if (result := _in_own_process(way))}
     Console().print(_table(arguments, results))
+    if arguments.small_vocabulary and "ours" in results:
+        small = _in_own_process("ours", "--vocabulary", str(arguments.small_vocabulary))
+        if small:
+            results["ours, small vocabulary"] = small
+            Console().print(_memory_verdict(arguments, results["ours"], small))
     if arguments.json:
         settings = {
             name: getattr(arguments, name) for name in ("rows", "vocabulary", "hidden", "dtype", "device")
@@ -63,6 +59,28 @@ def main() -> None:
         machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         report = {"settings": settings, "machine": machine, "torch": torch.__version__, "results": results}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_own_process(way: str, *overrides: str) -> dict[str, float] | None:
+    """Measure one way with these arguments; None if that failed: plain logits may well not fit."""
+    command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], *overrides, "--way", way]
+    reply = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - this program
+    if reply.returncode != 0:
+        sys.stderr.write(f"{way} failed ({reply.returncode}): {reply.stderr[-500:]}\n")
+        return None
+    result: dict[str, float] = json.loads(reply.stdout.splitlines()[-1])
+    return result
+
+
+def _memory_verdict(arguments: argparse.Namespace, large: dict[str, float], small: dict[str, float]) -> str:
+    """Peak against that of a small vocabulary plus the head itself (weight and gradient)."""
+    head = 2 * arguments.vocabulary * arguments.hidden * 4 / 2**20
+    allowed = small["peak_mib"] + head
+    return (
+        f"peak {large['peak_mib']:.0f} MiB; with a vocabulary of {arguments.small_vocabulary} "
+        f"{small['peak_mib']:.0f} MiB, plus weight and gradient of the head {head:.0f} MiB, makes "
+        f"{allowed:.0f} MiB: {100 * (large['peak_mib'] / allowed - 1):+.1f}%"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ways", default="ours,logits,torch,products", help="comma list of " + ", ".join(WAYS)
     )
+    parser.add_argument("--small-vocabulary", type=int, help="compare our peak memory with that of this one")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--way", choices=sorted(WAYS), help=argparse.SUPPRESS)
     return parser
@@ -118,7 +137,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, float]:
     seconds += [_timed(run, device) for _ in range(arguments.repeats)]
     gradient = weight.numel() * 4 / 2**20
     return {
-        "seconds": statistics.median(seconds[1:]),
+        "seconds": statistics.median(seconds[1:] or seconds),
         "peak_mib": peak,
         "before_mib": before,
         "over_the_head_mib": peak - before - gradient,
@@ -202,7 +221,7 @@ def _table(arguments: argparse.Namespace, results: dict[str, Any]) -> Table:
             else [f"{result['peak_mib']:.0f}", f"{result['over_the_head_mib']:.0f}"]
         )
         ratio = f"{result['seconds'] / floor:.2f}" if floor else ""
-        table.add_row(WAYS[way], f"{result['seconds']:.3f}", ratio, *memory)
+        table.add_row(WAYS.get(way, way), f"{result['seconds']:.3f}", ratio, *memory)
     return table
 
 

@@ -4,9 +4,8 @@
 `measure_transform` finds out what a model does to its logits afterwards. `trainer.head_choice` proves that
 all this gives a model's own log-probs before a run relies on it.
 
-torch's `linear_cross_entropy` is no substitute: its chunked form knows no soft-capping, entropy or top-k, and
-under autocast and in deterministic tiles its result is the loss, not log-probs with both. Liger's fused head
-computes the gradients in its forward pass, so only a loss it knows itself can come after it.
+torch's chunked `linear_cross_entropy` knows no soft cap, entropy or top-k, and one target a row. Liger's
+fused head computes gradients in its forward pass, so only the loss it knows itself can come after it.
 """
 
 from trainer.head._capture import capture_hidden_states
