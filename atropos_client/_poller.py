@@ -1,7 +1,8 @@
 """Fetching batches in the background, a bounded number ahead, through restarts and failures of the API.
 
-One thread registers, polls, records, parses, and hands over. It decides nothing about training: batches come
-out in the order of arrival, exactly once, each with the tag that was true when it came.
+One thread registers, polls, records, parses, has the batch prepared, and hands over. It decides nothing about
+training: batches come out in the order of arrival, exactly once, each with the tag that was true when it
+came.
 
 What it survives: an API that is down, restarts, or was reset (it registers again), replies that are lost or
 broken (counted, logged, polled on). What ends it: credentials or an address that never worked, an API that
@@ -62,6 +63,7 @@ class BatchPoller:
         depth: int = 1,
         on_body: Callable[[bytes], None] | None = None,
         tag: Callable[[], object] | None = None,
+        prepare: Callable[[BatchReply], object] | None = None,
         first_pause: float = 0.1,
         longest_pause: float = 1.0,
         longest_failure_pause: float = 15.0,
@@ -79,6 +81,8 @@ class BatchPoller:
             on_body: Called with the body of every poll that is not empty, before it is parsed: the place of a
                 durable journal. If it raises, the poller ends and `get` raises BatchNotRecorded.
             tag: Called on arrival of every batch, in the poller's thread; its result travels with the batch.
+            prepare: Called with every batch, in order, in the poller's thread, while the caller may still
+                work on an earlier one; its result travels with the batch. So does what it raises.
             first_pause: Seconds between polls when the API has no data; doubles.
             longest_pause: Seconds that this pause never exceeds.
             longest_failure_pause: Seconds that the pause after failures never exceeds.
@@ -96,6 +100,7 @@ class BatchPoller:
         self._registration = registration if callable(registration) else lambda: registration
         self._on_body = on_body
         self._tag = tag
+        self._prepare = prepare
         self._patience = patience
         self._idle = Backoff(first=first_pause, longest=longest_pause)
         self._failing = Backoff(first=first_pause, longest=max(first_pause, longest_failure_pause))
@@ -331,7 +336,26 @@ class BatchPoller:
         with self._lock:
             self._group_size = sequences / len(groups) if groups else self._group_size
             self._wanting_since = None
-        self._shelf.put(PolledBatch(number=number, reply=reply, body=body, tag=tag, received_at=received_at))
+        prepared, failure = self._try_to_prepare(reply)
+        self._shelf.put(
+            PolledBatch(
+                number=number,
+                reply=reply,
+                body=body,
+                tag=tag,
+                received_at=received_at,
+                prepared=prepared,
+                failure=failure,
+            )
+        )
+
+    def _try_to_prepare(self, reply: BatchReply) -> tuple[object, Exception | None]:
+        if self._prepare is None:
+            return None, None
+        try:
+            return self._prepare(reply), None
+        except Exception as error:  # noqa: BLE001 - travels with its batch, which must not be lost
+            return None, error
 
     def _tolerate(self, error: AtroposClientError) -> None:
         """Log and count a failure; raise it if polling on cannot mend it."""

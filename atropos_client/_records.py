@@ -26,6 +26,12 @@ class PolledBatch:
     received_at: float
     """Seconds since the epoch at which the body was whole."""
 
+    prepared: object = None
+    """What the poller's `prepare` callable made of the reply."""
+
+    failure: Exception | None = None
+    """What `prepare` raised instead; for whoever takes the batch to raise when its turn has come."""
+
     @property
     def sequence_count(self) -> int:
         """Sequences in the groups that can be trained on."""

@@ -20,7 +20,8 @@ from schemas._api import (
     WandbInfoReply,
 )
 from schemas._batch import BatchReply, BatchState, RejectedGroup
-from schemas._group import IGNORE_INDEX, LOGPROB_SLACK, ScoredGroup
+from schemas._flat import IGNORE_INDEX, FlatGroup
+from schemas._group import LOGPROB_SLACK, ScoredGroup
 from schemas._wire import WireModel, first_problem
 from schemas.inference import (
     LOWEST_LOGPROB,
@@ -92,6 +93,7 @@ __all__ = [
     "EnvironmentStatus",
     "ErrorInfo",
     "ErrorReply",
+    "FlatGroup",
     "GeneratePrompt",
     "GenerateReply",
     "GenerateRequest",

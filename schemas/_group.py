@@ -5,36 +5,39 @@ Everything per token is **token-aligned**: column ``t`` of every array speaks of
 
 Non-goals: limits on sizes (they belong to the trainer's configuration), tensors, advantages from scores.
 
-Speed: a batch carries half a million tokens, so every per-token check below runs inside a C loop (``min``,
-``list.__eq__``, ``map`` of a built-in operator) and no Python expression is evaluated per token.
+Speed: a batch carries half a million tokens, so no Python expression is evaluated per token. pydantic looks
+at types; everything else is checked on the flat memory (:class:`schemas.FlatGroup`) that tensors are made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import compress
-from operator import eq
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Self
 
 from pydantic import AllowInfNan, Field, PrivateAttr, model_validator
 
+from schemas._flat import (
+    IGNORE_INDEX,
+    LARGEST_TOKEN_ID,
+    FlatGroup,
+    first_positive,
+    flatten_floats,
+    flatten_mask,
+    flatten_tokens,
+)
 from schemas._wire import EmptyMeansNone, WireModel
-
-IGNORE_INDEX: Final = -100
-"""Mask value of a token that is not trained on."""
 
 LOGPROB_SLACK: Final = 1e-6
 """How far above 0 a log-prob may lie: float32 rounding of ``log_softmax`` can overshoot by about 1e-7."""
 
 _LARGEST_FLOAT32: Final = 3.4028234663852886e38
-_LARGEST_TOKEN_ID: Final = 2**31 - 1
 
 # fail_fast: report the first bad number of a list, not half a million of them.
-TokenId = Annotated[int, Field(ge=0, le=_LARGEST_TOKEN_ID)]
+TokenId = Annotated[int, Field(ge=0, le=LARGEST_TOKEN_ID)]
 # The trainer computes in float32: a finite double beyond its range would become infinite there.
 FiniteFloat = Annotated[float, AllowInfNan(False), Field(ge=-_LARGEST_FLOAT32, le=_LARGEST_FLOAT32)]
 _IntRow = Annotated[list[int], Field(fail_fast=True)]
-_TokenRow = Annotated[list[TokenId], Field(fail_fast=True)]
+_CandidateRow = Annotated[list[TokenId], Field(fail_fast=True)]
 _FloatRow = Annotated[list[FiniteFloat], Field(fail_fast=True)]
 _OptionalFloatRows = Annotated[Annotated[list[_FloatRow], Field(fail_fast=True)] | None, EmptyMeansNone()]
 _OptionalDict = Annotated[dict[str, Any] | None, EmptyMeansNone()]
@@ -56,7 +59,8 @@ class ScoredGroup(WireModel):
         pydantic.ValidationError: If anything is not as described; see :func:`schemas.first_problem`.
     """
 
-    tokens: Annotated[list[_TokenRow], Field(fail_fast=True, min_length=1)]
+    # The range of token ids is checked while they are flattened, which costs a tenth of pydantic's ge and le.
+    tokens: Annotated[list[_IntRow], Field(fail_fast=True, min_length=1)]
     """[n][T_i] token ids of prompt and answer, in the environment's tokenizer."""
 
     masks: Annotated[list[_IntRow], Field(fail_fast=True)]
@@ -98,7 +102,7 @@ class ScoredGroup(WireModel):
     """Number that the API gave to the environment. None: the environment never registered."""
 
     distill_token_ids: Annotated[
-        Annotated[list[Annotated[list[_TokenRow], Field(fail_fast=True)]], Field(fail_fast=True)] | None,
+        Annotated[list[Annotated[list[_CandidateRow], Field(fail_fast=True)]], Field(fail_fast=True)] | None,
         EmptyMeansNone(),
     ] = None
     """[n][T_i][k] the teacher's candidate tokens at each position. None: no distillation."""
@@ -110,6 +114,7 @@ class ScoredGroup(WireModel):
     """[n][T_i][k] the teacher's log-probs of those candidates. None: no distillation."""
 
     _masks_were_binary: bool = PrivateAttr(default=False)
+    _flat: FlatGroup | None = PrivateAttr(default=None)
 
     @property
     def masks_were_binary(self) -> bool:
@@ -131,39 +136,57 @@ class ScoredGroup(WireModel):
         """Number of tokens that are trained on."""
         return self.token_count - sum(row.count(IGNORE_INDEX) for row in self.masks)
 
+    @property
+    def flat(self) -> FlatGroup:
+        """The same per-token fields as plain memory, for tensors."""
+        # A group made without validation (model_construct) is validated here.
+        return self._flat if self._flat is not None else self._check()
+
     @model_validator(mode="after")
     def _check_and_convert(self) -> Self:
+        self._flat = self._check()
+        return self
+
+    def _check(self) -> FlatGroup:
+        """Check all that types do not say, converting binary masks on the way."""
         lengths = [len(row) for row in self.tokens]
         if 0 in lengths:
             raise ValueError(f"tokens[{lengths.index(0)}] is empty: every sequence needs at least one token")
+        tokens = flatten_tokens(self.tokens)
         _check_rows("masks", self.masks, lengths)
         _check_count("scores", self.scores, len(lengths))
         if self.overrides is not None:
             _check_count("overrides", self.overrides, len(lengths))
         if self.advantages is not None:
             _check_rows("advantages", self.advantages, lengths)
-        self._convert_binary_masks()
-        for name in ("ref_logprobs", "inference_logprobs"):
-            rows: list[list[float]] | None = getattr(self, name)
-            if rows is not None:
-                _check_rows(name, rows, lengths)
-                _check_logprobs(name, rows, self.masks)
+        masks = self._flatten_masks(tokens)
+        ref_logprobs = self._flatten_logprobs("ref_logprobs", masks, lengths)
+        inference_logprobs = self._flatten_logprobs("inference_logprobs", masks, lengths)
         self._check_distillation(lengths)
-        return self
-
-    def _convert_binary_masks(self) -> None:
-        """Accept -100/token masks, convert 0/1 masks, refuse anything else."""
-        bad_row = next(
-            (i for i, mask in enumerate(self.masks) if not _is_token_mask(mask, self.tokens[i])), None
+        return FlatGroup(
+            lengths=lengths,
+            tokens=b"".join(tokens),
+            masks=b"".join(masks),
+            advantages=None if self.advantages is None else b"".join(map(flatten_floats, self.advantages)),
+            ref_logprobs=ref_logprobs,
+            inference_logprobs=inference_logprobs,
         )
-        if bad_row is None:
-            return
+
+    def _flatten_masks(self, tokens: list[bytes]) -> list[bytes]:
+        """Accept -100/token masks, convert 0/1 masks, refuse anything else."""
+        flat = [flatten_mask(mask, row) for mask, row in zip(self.masks, tokens, strict=True)]
+        if None in flat:
+            self._convert_binary_masks(bad_row=flat.index(None))
+            flat = [flatten_mask(mask, row) for mask, row in zip(self.masks, tokens, strict=True)]
+        return [mask for mask in flat if mask is not None]
+
+    def _convert_binary_masks(self, *, bad_row: int) -> None:
         if not set().union(*self.masks) <= {0, 1}:
-            mask, tokens = self.masks[bad_row], self.tokens[bad_row]
-            column = next(t for t, m in enumerate(mask) if m not in (IGNORE_INDEX, tokens[t]))
+            mask, row = self.masks[bad_row], self.tokens[bad_row]
+            column = next(t for t, m in enumerate(mask) if m not in (IGNORE_INDEX, row[t]))
             raise ValueError(
                 f"masks[{bad_row}][{column}] is {mask[column]}; it must be {IGNORE_INDEX} (not trained on) "
-                f"or the token id {tokens[column]}"
+                f"or the token id {row[column]}"
             )
         converted = [
             [token if trained else IGNORE_INDEX for token, trained in zip(row, mask, strict=True)]
@@ -172,6 +195,26 @@ class ScoredGroup(WireModel):
         # The model is frozen for its users; this is still construction.
         object.__setattr__(self, "masks", converted)
         self._masks_were_binary = True
+
+    def _flatten_logprobs(self, name: str, masks: list[bytes], lengths: list[int]) -> bytes | None:
+        """Refuse log-probs above 0 at trained positions.
+
+        Environments fill positions without a log-prob with 1.0. That is right where the mask is -100; at a
+        trained position it means that the log-prob is missing, and training on it would do silent damage.
+        """
+        rows: list[list[float]] | None = getattr(self, name)
+        if rows is None:
+            return None
+        _check_rows(name, rows, lengths)
+        flat = [flatten_floats(row) for row in rows]
+        for i, row in enumerate(rows):
+            column = first_positive(row, flat[i], masks[i], slack=LOGPROB_SLACK)
+            if column is not None:
+                raise ValueError(
+                    f"{name}[{i}][{column}] is {row[column]} at a trained position; a log-prob is at most 0 "
+                    "(1.0 is the filler for masked positions: the environment did not record this one)"
+                )
+        return b"".join(flat)
 
     def _check_distillation(self, lengths: list[int]) -> None:
         """Both distillation fields or none, equal in every dimension."""
@@ -202,38 +245,3 @@ def _check_rows(name: str, rows: Sequence[Sequence[object]], lengths: list[int])
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         if len(row) != length:
             raise ValueError(f"tokens[{i}] has {length} entries but {name}[{i}] has {len(row)}")
-
-
-def _is_token_mask(mask: list[int], tokens: list[int]) -> bool:
-    """Whether every entry of a mask is -100 or the token's own id."""
-    ignored: int = mask.count(IGNORE_INDEX)
-    # Nearly every mask is "prompt, then answer": two slice comparisons settle it.
-    if mask[ignored:] == tokens[ignored:] and mask[:ignored].count(IGNORE_INDEX) == ignored:
-        return True
-    # A token id is never -100, so the two counts never count one position twice.
-    agreeing: int = sum(map(eq, mask, tokens))
-    return agreeing + ignored == len(mask)
-
-
-def _check_logprobs(name: str, rows: list[list[float]], masks: list[list[int]]) -> None:
-    """Refuse log-probs above 0 at trained positions.
-
-    Environments fill positions without a log-prob with 1.0. That is right where the mask is -100; at a
-    trained position it means that the log-prob is missing, and training on it would do silent damage.
-    """
-    for i, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-        if max(_trained_values(row, mask), default=0.0) > LOGPROB_SLACK:
-            column = next(t for t, p in enumerate(row) if mask[t] != IGNORE_INDEX and p > LOGPROB_SLACK)
-            raise ValueError(
-                f"{name}[{i}][{column}] is {row[column]} at a trained position; a log-prob is at most 0 "
-                "(1.0 is the filler for masked positions: the environment did not record this one)"
-            )
-
-
-def _trained_values(row: list[float], mask: list[int]) -> Iterable[float]:
-    """Return the entries of a per-token row at the positions that are trained on."""
-    ignored = mask.count(IGNORE_INDEX)
-    # "Prompt, then answer", as above: a slice is several times faster than selecting one by one.
-    if mask[:ignored].count(IGNORE_INDEX) == ignored:
-        return row[ignored:]
-    return compress(row, map(IGNORE_INDEX.__ne__, mask))

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from schemas import BatchReply
 from trainer.adapter_directory import capture_adapter
 from trainer.config import PublishSettings, TrainerConfig
 from trainer.errors import CheckpointError, ConfigurationError
 from trainer.loop import Trainer
 from trainer.metrics import Row
 from trainer.model_directory import capture_model
+from trainer.preparation import PreparedStep
 from trainer.publish import (
     DiskTransport,
     InferenceServer,
@@ -68,10 +70,13 @@ def build_trainer(
     def step() -> int:
         return trainer.step
 
+    def prepare(reply: BatchReply) -> PreparedStep:
+        return trainer.prepare(reply)
+
     trainer = Trainer(
         config,
         prepared,
-        source=source or AtroposSource(config, served_version=served_version, step=step),
+        source=source or AtroposSource(config, served_version=served_version, step=step, prepare=prepare),
         publisher=publisher,
         on_row=on_row,
     )

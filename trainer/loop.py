@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from schemas import BatchReply
 from trainer.checkpoint import (
     RunState,
     checkpoint_path,
@@ -28,7 +29,7 @@ from trainer.exchange import BatchExchange, Stopped
 from trainer.metrics import MetricsFile, Row, batch_metrics, step_metrics
 from trainer.mismatch import Mismatch, alarm_text
 from trainer.model_directory import write_model_directory
-from trainer.preparation import PreparedBatch, prepare_batch
+from trainer.preparation import PreparedBatch, PreparedStep, prepare_batch
 from trainer.publish import PublishReport
 from trainer.schedule import learning_rate
 from trainer.set_aside import SetAsideStore
@@ -114,6 +115,8 @@ class Trainer:
         self._skips_in_a_row = 0
         self._stop_reason: str | None = None
         self._weights_whole = True
+        self._normalizer_state = prepared.normalizer.state_dict()
+        self._idle_since: float | None = None
         self._set_aside = SetAsideStore(config.train.output_dir / "set_aside")
         self._run_step = StepRunner(
             prepared.accelerator,
@@ -136,6 +139,26 @@ class Trainer:
     def request_stop(self, reason: str) -> None:
         """Ask the run to write a checkpoint and end before its next batch; safe from a signal handler."""
         self._stop_reason = reason
+
+    def prepare(self, reply: BatchReply) -> PreparedStep:
+        """Prepare a step; batches must be prepared in the order in which they are trained.
+
+        A source may call it ahead, in a thread of its own: it changes nothing but the advantage normalizer,
+        whose state checkpoints take from the batches that were trained.
+
+        Raises:
+            MissingLogProbsError: No group of the batch carries the log-probs that the loss needs.
+        """
+        started = time.monotonic()
+        batch = prepare_batch(
+            reply,
+            limits=self._prepared.policy.limits,
+            data=self._config.data,
+            loss=self._config.loss,
+            normalizer=self._prepared.normalizer,
+        )
+        micro_batches = self._run_step.pack(batch) if batch.samples else []
+        return PreparedStep(batch=batch, micro_batches=micro_batches, seconds=time.monotonic() - started)
 
     def compute_advantage_weighted_sft_loss(
         self, input_ids: Tensor, advantages: Tensor, loss_mask: Tensor, *, alignment: Alignment = "prediction"
@@ -217,37 +240,38 @@ class Trainer:
                 return "there are no more batches"
             self._batches += 1
             self._train_on(incoming, waited=time.monotonic() - started)
+            del incoming  # its tensors: the next batch has tensors of its own
         return None
 
     def _train_on(self, incoming: IncomingBatch, *, waited: float) -> None:
         """Train on one batch, or set it aside with a reason."""
         started = time.monotonic()
-        batch = prepare_batch(
-            incoming.reply,
-            limits=self._prepared.policy.limits,
-            data=self._config.data,
-            loss=self._config.loss,
-            normalizer=self._prepared.normalizer,
-        )
+        prepared = self._prepared_step(incoming)
+        batch = prepared.batch
         self._count(batch)
         if not batch.samples:
             reason = "no group has a usable sequence" if not batch.scores else "no advantage differs from 0"
-            self._skip(incoming, reason, counter="batches_without_signal")
+            self._skip(incoming, reason, counter="batches_without_signal", normalizer=batch.normalizer)
             return
         rate = learning_rate(self._config.optimizer, self.step, self._config.train.steps)
         for group in self._prepared.optimizer.param_groups:
             group["lr"] = rate
         staleness = self.step - incoming.served_version if incoming.served_version >= 0 else None
         self._weights_whole = False
-        result = self._run_step(batch, accepts=lambda mismatch: self._accept(mismatch, staleness))
+        idle = time.monotonic() - self._idle_since if self._idle_since is not None else None
+        result = self._run_step(
+            prepared.micro_batches, accepts=lambda mismatch: self._accept(mismatch, staleness)
+        )
+        self._idle_since = time.monotonic()
         self._weights_whole = True
         if result.refused:
             self._refuse(incoming, result.mismatch, staleness)
         if not result.applied:
             reason = f"loss {result.loss} or gradient norm {result.grad_norm} is not finite"
-            self._skip(incoming, reason, counter="batches_not_finite")
+            self._skip(incoming, reason, counter="batches_not_finite", normalizer=batch.normalizer)
             return
         self._skips_in_a_row = 0
+        self._normalizer_state = batch.normalizer
         self.step += 1
         training_seconds = time.monotonic() - started
         if self.step % self._config.checkpoint.every == 0:
@@ -255,6 +279,7 @@ class Trainer:
         publishing = time.monotonic()
         self._publish()
         publishing_seconds = time.monotonic() - publishing
+        self._idle_since = time.monotonic()  # checkpoint and publish are no idleness
         self._write_row(
             {
                 "kind": "step",
@@ -267,6 +292,9 @@ class Trainer:
                 **batch_metrics(batch),
                 **step_metrics(result),
                 "waiting_seconds": waited,
+                "idle_seconds": idle,
+                "preparing_seconds": prepared.seconds,
+                "prepared_ahead": incoming.prepared is not None,
                 "training_seconds": training_seconds,
                 "publishing_seconds": publishing_seconds,
                 "tokens_per_second": batch.trained_tokens / training_seconds,
@@ -275,6 +303,18 @@ class Trainer:
             }
         )
         self._write_publish_rows()
+
+    def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
+        """Take what was prepared ahead, or prepare it now; a batch that cannot be prepared is kept."""
+        failure = incoming.failure
+        if failure is None:
+            try:
+                return incoming.prepared or self.prepare(incoming.reply)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept first
+                failure = error
+        if self._accelerator.is_main_process:
+            self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=str(failure))
+        raise failure
 
     def _accept(self, mismatch: Mismatch | None, staleness: int | None) -> bool:
         """Whether to train on a batch whose log-probs differ like this; raises the alarm if there is one."""
@@ -355,8 +395,11 @@ class Trainer:
         if self._accelerator.is_main_process:
             self._set_aside.keep_groups(batch.set_aside, batch=self._batches)
 
-    def _skip(self, incoming: IncomingBatch, reason: str, *, counter: str) -> None:
+    def _skip(
+        self, incoming: IncomingBatch, reason: str, *, counter: str, normalizer: dict[str, float]
+    ) -> None:
         """Set a whole batch aside; too many in a row end the run."""
+        self._normalizer_state = normalizer
         self._counters[counter] += 1
         self._skips_in_a_row += 1
         if self._accelerator.is_main_process:
@@ -412,7 +455,7 @@ class Trainer:
             policy_version=self.step,
             batches=self._batches,
             counters=dict(self._counters),
-            normalizer=self._prepared.normalizer.state_dict(),
+            normalizer=self._normalizer_state,
             stored_dtype=str(self._prepared.policy.stored_dtype).removeprefix("torch."),
             parameter_names=trained_parameter_names(self._prepared.policy.model),
             python_random=python_random_state(),

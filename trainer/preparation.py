@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from schemas import BatchReply
 from trainer.advantages import AdvantageNormalizer, clip_advantages, has_signal, token_advantages
 from trainer.config import DataSettings, LossSettings
-from trainer.samples import ModelLimits, Sample, SetAside, samples_of_group, split_batch
+from trainer.packing import MicroBatch
+from trainer.samples import (
+    ModelLimits,
+    Sample,
+    SetAside,
+    samples_of_groups,
+    split_batch,
+    token_columns,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,20 @@ class PreparedBatch:
     groups_without_spread: int
     groups_with_binary_masks: int
     """Groups whose masks came as 0/1 and were converted."""
+    normalizer: dict[str, float]
+    """State of the advantage normalizer after this batch: what a checkpoint of its step has to hold, while
+    the normalizer itself may be batches ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedStep:
+    """A batch from which a step can be computed at once."""
+
+    batch: PreparedBatch
+    micro_batches: list[MicroBatch]
+    """Empty if no sample of the batch has a gradient."""
+    seconds: float
+    """How long preparing and packing took, parsing not counted."""
 
 
 def prepare_batch(
@@ -55,52 +80,53 @@ def prepare_batch(
         needs_inference_logprobs=loss.needs_inference_logprobs,
         needs_ref_logprobs=loss.kl_coefficient > 0,
     )
-    advantages = [token_advantages(group, estimator=data.advantage_estimator) for group in groups]
-    samples = [
-        sample
-        for index, (group, per_token) in enumerate(zip(groups, advantages, strict=True))
-        for sample in samples_of_group(group, per_token, index)
-    ]
-    samples = _scaled(samples, data, normalizer)
-    trained_tokens = sum(sample.trained_tokens for sample in samples)
-    denominators = _denominators(samples, trained_tokens, loss)
+    columns = token_columns(groups)
+    advantages = token_advantages(groups, estimator=data.advantage_estimator)
+    of_groups = torch.split(advantages, [group.token_count for group in groups])
+    without_spread = sum(not has_signal(of_group) for of_group in of_groups)
+    # A first token may be marked as trained, but nothing predicts it.
+    advantages = advantages.masked_fill(columns.loss_mask == 0, 0.0)
+    advantages = _scaled(advantages, columns.loss_mask, data, normalizer)
+    samples = samples_of_groups(groups, columns, advantages)
+    trained = columns.per_sequence(columns.loss_mask).tolist()
+    totals = columns.per_sequence(advantages).tolist()
+    has_gradient = columns.per_sequence(advantages != 0).tolist()
+    trained_tokens = sum(trained)
+    denominators = _denominators(trained, loss)
     computed = [
-        (sample, denominator)
-        for sample, denominator in zip(samples, denominators, strict=True)
-        if sample.trained_tokens and (loss.kl_coefficient > 0 or bool(sample.advantages.any()))
+        index
+        for index, tokens in enumerate(trained)
+        if tokens and (loss.kl_coefficient > 0 or has_gradient[index])
     ]
     return PreparedBatch(
-        samples=[sample for sample, _ in computed],
-        denominators=[denominator for _, denominator in computed],
+        samples=[samples[index] for index in computed],
+        denominators=[denominators[index] for index in computed],
         trained_tokens=trained_tokens,
         scores=[sample.score for sample in samples],
-        advantages=[_mean_advantage(sample) for sample in samples if sample.trained_tokens],
+        advantages=[total / tokens for total, tokens in zip(totals, trained, strict=True) if tokens],
         set_aside=set_aside,
         groups=len(groups),
-        groups_without_spread=sum(not has_signal(per_token) for per_token in advantages),
+        groups_without_spread=without_spread,
         groups_with_binary_masks=sum(group.masks_were_binary for group in groups),
+        normalizer=normalizer.state_dict(),
     )
 
 
-def _scaled(samples: Sequence[Sample], data: DataSettings, normalizer: AdvantageNormalizer) -> list[Sample]:
-    """Normalize, then clip, the advantages of all samples of the step."""
-    advantages = normalizer(
-        [sample.advantages for sample in samples], [sample.loss_mask for sample in samples]
-    )
+def _scaled(
+    advantages: Tensor, loss_mask: Tensor, data: DataSettings, normalizer: AdvantageNormalizer
+) -> Tensor:
+    """Normalize, then clip, all advantages of the step."""
+    (advantages,) = normalizer([advantages], [loss_mask])
     if data.advantage_clip is not None:
-        advantages = clip_advantages(advantages, *data.advantage_clip)
-    return [replace(sample, advantages=scaled) for sample, scaled in zip(samples, advantages, strict=True)]
+        (advantages,) = clip_advantages([advantages], *data.advantage_clip)
+    return advantages
 
 
-def _denominators(samples: Sequence[Sample], trained_tokens: float, loss: LossSettings) -> list[float]:
-    """What each sample's token losses are divided by; see `loss.reduction`."""
+def _denominators(trained: Sequence[float], loss: LossSettings) -> list[float]:
+    """What each sample's token losses are divided by, given its trained tokens; see `loss.reduction`."""
     if loss.reduction == "token":
-        return [trained_tokens] * len(samples)
-    sequences = sum(sample.trained_tokens > 0 for sample in samples)
+        return [sum(trained)] * len(trained)
+    sequences = sum(tokens > 0 for tokens in trained)
     if loss.reduction == "sequence":
-        return [sequences * sample.trained_tokens for sample in samples]
-    return [float(sequences * loss.constant_length)] * len(samples)
-
-
-def _mean_advantage(sample: Sample) -> float:
-    return float((sample.advantages * sample.loss_mask).sum()) / sample.trained_tokens
+        return [sequences * tokens for tokens in trained]
+    return [float(sequences * loss.constant_length)] * len(trained)

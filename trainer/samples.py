@@ -7,7 +7,7 @@ sequences beyond its context) or the loss cannot use (no sampler log-probs) is s
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from schemas import BatchReply, ScoredGroup
+from trainer.advantages import tensor_of
 from trainer.errors import MissingLogProbsError
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,10 @@ def set_aside_reason(
     group: ScoredGroup, limits: ModelLimits, *, needs_inference_logprobs: bool, needs_ref_logprobs: bool
 ) -> str | None:
     """Say why `group` cannot be trained on by this model and loss; None if it can."""
-    longest = max(len(tokens) for tokens in group.tokens)
+    longest = max(group.flat.lengths)
     if longest > limits.max_sequence_length:
         return f"a sequence has {longest} tokens, more than the {limits.max_sequence_length} that are allowed"
-    largest = max(max(tokens) for tokens in group.tokens)
+    largest = int(tensor_of([group.flat.tokens], torch.int32).max())
     if largest >= limits.vocabulary_size:
         return f"token id {largest} lies outside the model's vocabulary of {limits.vocabulary_size}"
     if needs_inference_logprobs and group.inference_logprobs is None:
@@ -147,35 +148,74 @@ def _refuse_if_log_probs_are_missing_everywhere(
         )
 
 
-def samples_of_group(
-    group: ScoredGroup, advantages: Sequence[Sequence[float]], group_index: int
+@dataclass(frozen=True, kw_only=True)
+class TokenColumns:
+    """The tokens of several groups, N in all, their sequences one after another."""
+
+    lengths: list[int]
+    """T of each sequence."""
+    tokens: Tensor
+    """[N] int64."""
+    loss_mask: Tensor
+    """[N] float32, 1 where the token is trained on; 0 in the first column of each sequence."""
+
+    sequence: Tensor
+    """[N] int64: which sequence each token belongs to, from 0."""
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Add up [N] `values` over each sequence, in float64."""
+        return torch.zeros(len(self.lengths), dtype=torch.float64).index_add_(
+            0, self.sequence, values.double()
+        )
+
+
+def token_columns(groups: Sequence[ScoredGroup]) -> TokenColumns:
+    """Lay the tokens of `groups` one after another."""
+    lengths = [length for group in groups for length in group.flat.lengths]
+    masks = tensor_of([group.flat.masks for group in groups], torch.int32)
+    loss_mask = (masks != IGNORED).float()
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    loss_mask[counts.cumsum(0) - counts] = 0.0
+    return TokenColumns(
+        lengths=lengths,
+        tokens=tensor_of([group.flat.tokens for group in groups], torch.int32).long(),
+        loss_mask=loss_mask,
+        sequence=torch.repeat_interleave(counts),
+    )
+
+
+def samples_of_groups(
+    groups: Sequence[ScoredGroup], columns: TokenColumns, advantages: Tensor
 ) -> list[Sample]:
-    """Turn a group into samples.
+    """Turn groups into samples; their tensors are views into those given.
 
     Args:
-        group: A validated group of n sequences.
-        advantages: [n][T] one advantage a token, token-aligned.
-        group_index: Position of the group in its batch.
+        groups: Validated groups.
+        columns: Their tokens, see `token_columns`.
+        advantages: [N] float32, token-aligned, 0 where nothing is trained.
     """
-    samples = []
-    for index, tokens in enumerate(group.tokens):
-        token_ids = torch.tensor(tokens, dtype=torch.int64)  # [T]
-        loss_mask = (torch.tensor(group.masks[index], dtype=torch.int64) != IGNORED).float()  # [T]
-        loss_mask[0] = 0.0
-        per_token = torch.tensor(advantages[index], dtype=torch.float32)  # [T]
-        samples.append(
-            Sample(
-                tokens=token_ids,
-                loss_mask=loss_mask,
-                advantages=torch.where(loss_mask > 0, per_token, torch.zeros_like(per_token)),
-                inference_logprobs=_row(group.inference_logprobs, index),
-                ref_logprobs=_row(group.ref_logprobs, index),
-                temperature=sampling_temperature(group, index),
-                score=group.scores[index],
-                env_id=group.env_id,
-                group_index=group_index,
+    tokens = torch.split(columns.tokens, columns.lengths)
+    loss_masks = torch.split(columns.loss_mask, columns.lengths)
+    per_token = torch.split(advantages, columns.lengths)
+    samples: list[Sample] = []
+    for group_index, group in enumerate(groups):
+        inference_logprobs = _rows(group.flat.inference_logprobs, group)
+        ref_logprobs = _rows(group.flat.ref_logprobs, group)
+        for index in range(group.sequence_count):
+            row = len(samples)
+            samples.append(
+                Sample(
+                    tokens=tokens[row],
+                    loss_mask=loss_masks[row],
+                    advantages=per_token[row],
+                    inference_logprobs=inference_logprobs[index],
+                    ref_logprobs=ref_logprobs[index],
+                    temperature=sampling_temperature(group, index),
+                    score=group.scores[index],
+                    env_id=group.env_id,
+                    group_index=group_index,
+                )
             )
-        )
     return samples
 
 
@@ -187,11 +227,14 @@ def sampling_temperature(group: ScoredGroup, index: int) -> float:
     """
     override = group.overrides[index] if group.overrides is not None else None
     for source in (override, group.generation_params, group.group_overrides):
-        value = source.get("temperature") if isinstance(source, Mapping) else None
+        value = source.get("temperature") if isinstance(source, dict) else None
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
             return float(value)
     return 1.0
 
 
-def _row(rows: Sequence[Sequence[float]] | None, index: int) -> Tensor | None:
-    return None if rows is None else torch.tensor(rows[index], dtype=torch.float32)
+def _rows(flat: bytes | None, group: ScoredGroup) -> Sequence[Tensor | None]:
+    """An optional per-token field as one [T] float32 a sequence."""
+    if flat is None:
+        return [None] * group.sequence_count
+    return torch.split(tensor_of([flat], torch.float32), group.flat.lengths)

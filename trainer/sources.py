@@ -10,6 +10,7 @@ from typing import Protocol
 from atropos_client import AtroposClient, BatchPoller, BatchTimeout, Timeouts
 from schemas import BatchReply, Registration
 from trainer.config import AtroposSettings, TrainerConfig
+from trainer.preparation import PreparedStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class IncomingBatch:
     """The reply's bytes, as received."""
     served_version: int
     """Policy version that all inference servers had been proven to serve when it arrived; -1 if unknown."""
+    prepared: PreparedStep | None = None
+    """The step, prepared ahead; None: still to be prepared."""
+    failure: Exception | None = None
+    """Why it could not be prepared ahead."""
 
 
 class EndOfBatches(Exception):  # noqa: N818 - an event, not a fault
@@ -90,10 +95,17 @@ class AtroposSource:
         config: The run's configuration.
         served_version: Asked on arrival of each batch, in the poller's thread.
         step: Asked at each registration: optimizer steps done.
+        prepare: Called with each batch in the order of arrival, in the poller's thread; None leaves it to
+            whoever takes the batch.
     """
 
     def __init__(
-        self, config: TrainerConfig, *, served_version: Callable[[], int], step: Callable[[], int]
+        self,
+        config: TrainerConfig,
+        *,
+        served_version: Callable[[], int],
+        step: Callable[[], int],
+        prepare: Callable[[BatchReply], PreparedStep] | None = None,
     ) -> None:
         self._client = make_client(config.atropos)
         self._ready_timeout = config.atropos.ready_timeout
@@ -102,6 +114,7 @@ class AtroposSource:
             lambda: make_registration(config, step()),
             depth=config.atropos.prefetch,
             tag=served_version,
+            prepare=prepare,
             heartbeat=config.atropos.heartbeat_every,
             patience=config.atropos.batch_timeout,
         )
@@ -122,7 +135,13 @@ class AtroposSource:
         except BatchTimeout:
             return None
         served_version = polled.tag if isinstance(polled.tag, int) else -1
-        return IncomingBatch(reply=polled.reply, body=polled.body, served_version=served_version)
+        return IncomingBatch(
+            reply=polled.reply,
+            body=polled.body,
+            served_version=served_version,
+            prepared=polled.prepared if isinstance(polled.prepared, PreparedStep) else None,
+            failure=polled.failure,
+        )
 
     def describe_wait(self) -> str:
         """Say who is late."""

@@ -100,15 +100,14 @@ class StepRunner:
         self._cost = PassCost.of_config(unwrap(model).config.get_text_config())
 
     def __call__(
-        self, batch: PreparedBatch, *, accepts: Callable[[Mismatch | None], bool] = lambda _: True
+        self, micro_batches: list[MicroBatch], *, accepts: Callable[[Mismatch | None], bool] = lambda _: True
     ) -> StepResult:
         """Train on a batch.
 
         Args:
-            batch: Must hold at least one sample with a gradient.
+            micro_batches: What `pack` made of the batch, at least one.
             accepts: Asked before the weights change, with equal numbers on every process.
         """
-        micro_batches = self.pack(batch)
         sums = self.accumulate(micro_batches)
         totals = self._over_processes(sums)
         mismatch = take_mismatch(totals)
@@ -135,7 +134,10 @@ class StepRunner:
         )
 
     def pack(self, batch: PreparedBatch) -> list[MicroBatch]:
-        """What one step over `batch` computes on all processes, in passes that fit the token budget."""
+        """What one step over `batch` computes on all processes, in passes that fit the budget.
+
+        Touches neither the model nor this object, so that it may run ahead in another thread.
+        """
         return pack(
             batch.samples,
             batch.denominators,

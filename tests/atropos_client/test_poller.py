@@ -24,7 +24,7 @@ from atropos_client import (
     RetryPolicy,
     Timeouts,
 )
-from schemas import Registration
+from schemas import BatchReply, Registration
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, closed_port, eventually
 from tests.schemas.test_group import GOOD
 
@@ -362,3 +362,32 @@ def test_a_poller_that_was_not_started_says_so(server: MisbehavingServer) -> Non
 def test_options_that_make_no_sense_are_refused(server: MisbehavingServer, wrong: dict[str, Any]) -> None:
     with AtroposClient(server.url) as client, pytest.raises(ValueError, match="0"):
         BatchPoller(client, REGISTRATION, **wrong)
+
+
+def test_batches_are_prepared_in_order_in_the_pollers_thread(server: MisbehavingServer) -> None:
+    server.script("/batch", batch(1.0), batch(2.0), NULL)
+    threads: list[str] = []
+
+    def prepare(reply: BatchReply) -> float:
+        threads.append(threading.current_thread().name)
+        return reply.groups[0].scores[0]
+
+    with polling(server.url, prepare=prepare) as poller:
+        taken = [poller.get(PATIENCE) for _ in range(2)]
+    assert [polled.prepared for polled in taken] == [1.0, 2.0]
+    assert set(threads) == {"atropos-poller"}
+
+
+def test_what_preparing_raises_travels_with_its_batch_and_polling_goes_on(server: MisbehavingServer) -> None:
+    server.script("/batch", batch(1.0), batch(2.0), NULL)
+
+    def prepare(reply: BatchReply) -> str:
+        if reply.groups[0].scores[0] == 1.0:
+            raise LookupError("not this one")
+        return "fine"
+
+    with polling(server.url, prepare=prepare) as poller:
+        bad, good = poller.get(PATIENCE), poller.get(PATIENCE)
+    assert isinstance(bad.failure, LookupError)
+    assert (bad.body, bad.prepared) == (batch(1.0).body, None)
+    assert (good.failure, good.prepared) == (None, "fine")

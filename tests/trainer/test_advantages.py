@@ -38,6 +38,10 @@ RELATIVE = [group_norm, group_center, leave_one_out]
 score_lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=16)
 
 
+def rows_of(group: ScoredGroup, estimator: Any) -> list[list[float]]:
+    return [row.tolist() for row in token_advantages([group], estimator=estimator).split(group.flat.lengths)]
+
+
 def make_group(**changes: Any) -> ScoredGroup:
     """Two sequences of 4 and 3 tokens with prompts of 2 and 1."""
     fields: dict[str, Any] = {
@@ -149,11 +153,11 @@ def test_each_name_finds_its_estimator(name: Any) -> None:
 
 def test_an_unknown_estimator_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigurationError, match="'grpo'; allowed are group_norm, group_center"):
-        token_advantages(make_group(), estimator="grpo")  # type: ignore[arg-type]
+        token_advantages([make_group()], estimator="grpo")  # type: ignore[arg-type]
 
 
 def test_trained_tokens_get_their_sequences_advantage_and_masked_ones_zero() -> None:
-    assert token_advantages(make_group(), estimator="group_center") == [
+    assert rows_of(make_group(), "group_center") == [
         [0.0, 0.0, 0.5, 0.5],
         [0.0, -0.5, -0.5],
     ]
@@ -173,19 +177,19 @@ def test_overrides_zero_a_sequence_after_normalization() -> None:
 @pytest.mark.parametrize("estimator", ESTIMATOR_NAMES)
 def test_token_level_advantages_win_over_scores(estimator: Any) -> None:
     group = make_group(advantages=[[9.0, 9.0, 0.25, -2.0], [9.0, 1.0, 3.0]])
-    assert token_advantages(group, estimator=estimator) == [[0.0, 0.0, 0.25, -2.0], [0.0, 1.0, 3.0]]
+    assert rows_of(group, estimator) == [[0.0, 0.0, 0.25, -2.0], [0.0, 1.0, 3.0]]
 
 
 def test_overrides_zero_token_level_advantages_too() -> None:
     group = make_group(
         advantages=[[9.0, 9.0, 0.25, -2.0], [9.0, 1.0, 3.0]], overrides=[{"set_advantage_to_zero": True}, {}]
     )
-    assert token_advantages(group, estimator="raw") == [[0.0] * 4, [0.0, 1.0, 3.0]]
+    assert rows_of(group, "raw") == [[0.0] * 4, [0.0, 1.0, 3.0]]
 
 
 def test_signal_is_asked_of_the_advantages_not_of_the_scores() -> None:
     equal = make_group(scores=[1.0, 1.0])
-    assert not has_signal(token_advantages(equal, estimator="group_norm"))
-    assert has_signal(token_advantages(equal, estimator="raw"))
+    assert not has_signal(token_advantages([equal], estimator="group_norm"))
+    assert has_signal(token_advantages([equal], estimator="raw"))
     with_own = make_group(scores=[1.0, 1.0], advantages=[[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5]])
-    assert has_signal(token_advantages(with_own, estimator="group_norm"))
+    assert has_signal(token_advantages([with_own], estimator="group_norm"))

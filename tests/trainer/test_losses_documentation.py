@@ -38,7 +38,7 @@ def group(example: Any) -> ScoredGroup:
 def inputs(example: Any, group: ScoredGroup) -> LossInputs:
     return LossInputs(
         logprobs=torch.tensor(example["trainer_logprobs"]),
-        advantages=torch.tensor(token_advantages(group, estimator="group_center")),
+        advantages=token_advantages([group], estimator="group_center").reshape(len(group.tokens), -1),
         loss_mask=torch.tensor(group.masks) != -100,
         inference_logprobs=torch.tensor(example["inference_logprobs"]),
     )

@@ -11,7 +11,7 @@ from schemas import BatchReply, ScoredGroup
 from trainer.advantages import AdvantageNormalizer
 from trainer.config import DataSettings, LossSettings
 from trainer.preparation import prepare_batch
-from trainer.samples import ModelLimits, samples_of_group, sampling_temperature, set_aside_reason
+from trainer.samples import ModelLimits, sampling_temperature, set_aside_reason
 
 LIMITS = ModelLimits(vocabulary_size=100, max_sequence_length=16)
 
@@ -28,7 +28,7 @@ def group(**changes: Any) -> ScoredGroup:
 
 
 def test_every_column_speaks_of_its_own_token() -> None:
-    first, second = samples_of_group(group(), [[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, -0.5]], 0)
+    first, second = prepare(group()).samples
     assert first.tokens.tolist() == [1, 2, 3, 4]
     assert first.loss_mask.tolist() == [0, 0, 1, 1]
     assert first.advantages.tolist() == [0, 0, 0.5, 0.5]
@@ -39,7 +39,7 @@ def test_every_column_speaks_of_its_own_token() -> None:
 
 def test_the_first_token_is_never_trained_because_nothing_predicts_it() -> None:
     unmasked = group(masks=[[1, 2, 3, 4], [1, 2, 5]], inference_logprobs=None)
-    first, _ = samples_of_group(unmasked, [[1.0] * 4, [1.0] * 3], 0)
+    first, _ = prepare(unmasked, loss={"name": "weighted_sft"}).samples
     assert first.loss_mask.tolist() == [0, 1, 1, 1]
     assert first.advantages[0] == 0
 

@@ -5,7 +5,7 @@ groups are skipped.
 
 ::
 
-    ScoredGroup ─> token_advantages ─> [n][T] ─ a whole step ─> AdvantageNormalizer ─> clip_advantages
+    [ScoredGroup] ─> token_advantages ─> [N], a whole step ─> AdvantageNormalizer ─> clip_advantages
 
 Every definition is in ``docs/losses.md``.
 """
@@ -22,7 +22,7 @@ from trainer.advantages._estimators import (
     raw,
     resolve_estimator,
 )
-from trainer.advantages._group import has_signal, sequence_advantages, token_advantages
+from trainer.advantages._group import has_signal, sequence_advantages, tensor_of, token_advantages
 from trainer.advantages._step import (
     AdvantageMoments,
     AdvantageNormalizer,
@@ -47,5 +47,6 @@ __all__ = [
     "raw",
     "resolve_estimator",
     "sequence_advantages",
+    "tensor_of",
     "token_advantages",
 ]

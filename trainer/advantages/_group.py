@@ -1,8 +1,11 @@
-"""From one scored group to one advantage per token."""
+"""From scored groups to one advantage per token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from schemas import IGNORE_INDEX, ScoredGroup
 from trainer.advantages._estimators import EstimatorName, resolve_estimator
@@ -29,53 +32,69 @@ def sequence_advantages(group: ScoredGroup, *, estimator: EstimatorName) -> list
     return [0.0 if _is_set_to_zero(group, index) else advantage for index, advantage in enumerate(advantages)]
 
 
-def token_advantages(group: ScoredGroup, *, estimator: EstimatorName) -> list[list[float]]:
-    """One advantage per token, token-aligned.
+def token_advantages(groups: Sequence[ScoredGroup], *, estimator: EstimatorName) -> Tensor:
+    """One advantage per token of some groups, token-aligned.
 
-    The group's own token-level ``advantages`` win; else each sequence's advantage is given to each of its
+    A group's own token-level ``advantages`` win; else each sequence's advantage is given to each of its
     trained tokens.
 
     Example: scores ``[1.0, 0.0]`` under ``group_center``, the first token of each sequence a prompt::
 
         masks    [[-100, 31,  2 ], [-100,  45,   2 ]]
-        returns  [[ 0.0, 0.5, 0.5], [ 0.0, -0.5, -0.5]]
+        returns  [  0.0, 0.5, 0.5,   0.0, -0.5, -0.5]
 
     Args:
-        group: A validated group of n sequences.
-        estimator: How scores become advantages where the group has no token-level ones.
+        groups: Validated groups, N tokens in all.
+        estimator: How scores become advantages where a group has no token-level ones.
 
     Returns:
-        ``[n][T]``, each row as long as its sequence; 0.0 where the mask is -100, and in the whole of a
-        sequence whose override sets its advantage to zero.
+        ``[N]`` float32, the sequences of all groups one after another; 0.0 where the mask is -100, and in
+        the whole of a sequence whose override sets its advantage to zero.
 
     Raises:
         ConfigurationError: if there is no such estimator.
         DataError: if a score is not finite.
     """
-    if group.advantages is None:
-        per_sequence = sequence_advantages(group, estimator=estimator)
-        return [
-            [0.0 if entry == IGNORE_INDEX else advantage for entry in mask]
-            for mask, advantage in zip(group.masks, per_sequence, strict=True)
-        ]
-    return [
-        [0.0] * len(mask)
-        if _is_set_to_zero(group, index)
-        else [
-            0.0 if entry == IGNORE_INDEX else float(advantage)
-            for entry, advantage in zip(mask, row, strict=True)
-        ]
-        for index, (mask, row) in enumerate(zip(group.masks, group.advantages, strict=True))
+    # A sequence with advantages of its own is worth 1 here, or 0 if it is set to zero.
+    per_sequence = [
+        value
+        for group in groups
+        for value in (
+            sequence_advantages(group, estimator=estimator)
+            if group.advantages is None
+            else [float(not _is_set_to_zero(group, index)) for index in range(group.sequence_count)]
+        )
     ]
+    lengths = torch.tensor([length for group in groups for length in group.flat.lengths], dtype=torch.int64)
+    advantages = torch.tensor(per_sequence, dtype=torch.float32).repeat_interleave(lengths)
+    start = 0
+    for group in groups:
+        end = start + sum(group.flat.lengths)
+        if group.flat.advantages is not None:
+            advantages[start:end] *= tensor_of([group.flat.advantages], torch.float32)
+        start = end
+    masks = tensor_of([group.flat.masks for group in groups], torch.int32)
+    return advantages.masked_fill_(masks == IGNORE_INDEX, 0.0)
 
 
-def has_signal(advantages: Sequence[Sequence[float]]) -> bool:
+def tensor_of(parts: Sequence[bytes], dtype: torch.dtype) -> Tensor:
+    """Make one tensor of the memory of several, e.g. a field of `schemas.FlatGroup` over groups.
+
+    Args:
+        parts: Together [N] items.
+        dtype: Of the items.
+    """
+    memory = bytearray().join(parts)  # writable, as torch wants it
+    return torch.frombuffer(memory, dtype=dtype) if memory else torch.empty(0, dtype=dtype)
+
+
+def has_signal(advantages: Tensor) -> bool:
     """Whether any token of a group has an advantage other than zero.
 
     A group without one has no gradient but that of a KL penalty: without a penalty it can be skipped, as
     long as its trained tokens stay in the step's denominator.
     """
-    return any(any(row) for row in advantages)
+    return bool(advantages.any())
 
 
 def _is_set_to_zero(group: ScoredGroup, index: int) -> bool:

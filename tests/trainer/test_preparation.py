@@ -1,0 +1,188 @@
+"""Preparing a step against a slow, obvious reference: one sequence and one token at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas import BatchReply
+from tests.schemas.groups import groups
+from trainer.advantages import AdvantageNormalizer, resolve_estimator
+from trainer.config import DataSettings, LossSettings
+from trainer.preparation import PreparedBatch, prepare_batch
+from trainer.samples import ModelLimits
+
+LIMITS = ModelLimits(vocabulary_size=200_001, max_sequence_length=64)
+
+temperatures = st.sampled_from([None, 0, 0.5, 2, True, "hot"])
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Valid groups with every optional field there or not, binary masks, and all kinds of wishes."""
+    batch = draw(st.lists(groups(), min_size=1, max_size=4))
+    for group in batch:
+        group["scores"] = draw(
+            st.lists(st.floats(-3, 3, width=32), min_size=len(group["tokens"]), max_size=len(group["tokens"]))
+        )
+        if group.get("advantages"):
+            group["advantages"] = [
+                draw(st.lists(st.floats(-2, 2, width=32), min_size=len(row), max_size=len(row)))
+                for row in group["tokens"]
+            ]
+        if group.get("overrides"):
+            group["overrides"] = [
+                {"set_advantage_to_zero": draw(st.booleans()), "temperature": draw(temperatures)}
+                for _ in group["tokens"]
+            ]
+        if group.get("generation_params"):
+            group["generation_params"] = {"temperature": draw(temperatures)}
+        if group.get("group_overrides"):
+            group["group_overrides"] = {"temperature": draw(temperatures)}
+        if draw(st.booleans()) and all(token > 1 for row in group["tokens"] for token in row):
+            group["masks"] = [[int(entry != -100) for entry in row] for row in group["masks"]]
+    return batch
+
+
+def usable_temperature(*sources: Any) -> float:
+    for source in sources:
+        value = (source or {}).get("temperature")
+        if type(value) in (int, float) and value > 0:
+            return float(value)
+    return 1.0
+
+
+def reference(batch: list[dict[str, Any]], data: DataSettings) -> list[dict[str, Any]]:
+    """Every sequence of the batch, in Python lists."""
+    sequences = []
+    for group_index, group in enumerate(batch):
+        estimated = resolve_estimator(data.advantage_estimator)(group["scores"])
+        for i, tokens in enumerate(group["tokens"]):
+            override = (group.get("overrides") or [None] * len(group["tokens"]))[i]
+            is_binary = all(entry in (0, 1) for row in group["masks"] for entry in row)
+            trained = [(e == 1 if is_binary else e != -100) for e in group["masks"][i]]
+            trained[0] = False
+            own = group["advantages"][i] if group.get("advantages") else [estimated[i]] * len(tokens)
+            zero = bool(override and override.get("set_advantage_to_zero"))
+            sequences.append(
+                {
+                    "tokens": tokens,
+                    "loss_mask": [float(on) for on in trained],
+                    "advantages": [a if on and not zero else 0.0 for a, on in zip(own, trained, strict=True)],
+                    "inference_logprobs": group["inference_logprobs"][i]
+                    if group.get("inference_logprobs")
+                    else None,
+                    "ref_logprobs": group["ref_logprobs"][i] if group.get("ref_logprobs") else None,
+                    "temperature": usable_temperature(
+                        override, group.get("generation_params"), group.get("group_overrides")
+                    ),
+                    "score": group["scores"][i],
+                    "env_id": group.get("env_id"),
+                    "group_index": group_index,
+                }
+            )
+    values = [a for s in sequences for a, on in zip(s["advantages"], s["loss_mask"], strict=True) if on]
+    if data.advantage_normalization == "batch" and values:
+        mean = math.fsum(values) / len(values)
+        spread = math.sqrt(math.fsum((a - mean) ** 2 for a in values) / len(values))
+        magnitude = math.sqrt(math.fsum(a * a for a in values) / len(values))
+        if spread > 1e-6 * magnitude:
+            for s in sequences:
+                s["advantages"] = [a / spread for a in s["advantages"]]
+    return sequences
+
+
+def prepare(batch: list[dict[str, Any]], data: DataSettings, loss: LossSettings) -> PreparedBatch:
+    return prepare_batch(
+        BatchReply.model_validate_json(json.dumps({"batch": batch})),
+        limits=LIMITS,
+        data=data,
+        loss=loss,
+        normalizer=AdvantageNormalizer(data.advantage_normalization),
+    )
+
+
+def as_float32(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@given(
+    batches(),
+    st.sampled_from(["group_norm", "group_center", "leave_one_out", "raw"]),
+    st.sampled_from(["none", "batch"]),
+    st.sampled_from(["token", "sequence", "constant"]),
+)
+@settings(deadline=None)
+def test_a_prepared_batch_is_what_one_token_at_a_time_gives(
+    batch: list[dict[str, Any]], estimator: Any, normalization: Any, reduction: Any
+) -> None:
+    data = DataSettings(advantage_estimator=estimator, advantage_normalization=normalization)
+    constant = {"constant_length": 10} if reduction == "constant" else {}
+    loss = LossSettings(name="weighted_sft", reduction=reduction, **constant)
+    prepared = prepare(batch, data, loss)
+    every = reference(batch, data)
+    counts = [sum(sequence["loss_mask"]) for sequence in every]
+    trainable = sum(count > 0 for count in counts)
+    assert prepared.set_aside == []
+    assert prepared.trained_tokens == sum(counts)
+    assert prepared.scores == [sequence["score"] for sequence in every]
+    torch.testing.assert_close(
+        torch.tensor(prepared.advantages, dtype=torch.float64),
+        torch.tensor(
+            [math.fsum(s["advantages"]) / n for s, n in zip(every, counts, strict=True) if n],
+            dtype=torch.float64,
+        ),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    expected = [
+        (
+            sequence,
+            {"token": sum(counts), "sequence": trainable * count, "constant": trainable * 10}[reduction],
+        )
+        for sequence, count in zip(every, counts, strict=True)
+        if count and as_float32(sequence["advantages"]).any()
+    ]
+    assert prepared.denominators == [denominator for _, denominator in expected]
+    assert len(prepared.samples) == len(expected)
+    for sample, (sequence, _) in zip(prepared.samples, expected, strict=True):
+        assert sample.tokens.dtype == torch.int64
+        assert sample.tokens.tolist() == sequence["tokens"]
+        assert sample.loss_mask.tolist() == sequence["loss_mask"]
+        torch.testing.assert_close(
+            sample.advantages, as_float32(sequence["advantages"]), rtol=1e-5, atol=1e-7
+        )
+        for name in ("inference_logprobs", "ref_logprobs"):
+            ours = getattr(sample, name)
+            assert (ours is None) == (sequence[name] is None)
+            assert ours is None or torch.equal(ours, as_float32(sequence[name]))
+        for name in ("temperature", "score", "env_id", "group_index"):
+            assert getattr(sample, name) == sequence[name]
+
+
+def test_a_batch_without_a_usable_group_is_prepared_empty() -> None:
+    foreign = {"tokens": [[1, 300_000]], "masks": [[-100, 300_000]], "scores": [1.0]}
+    prepared = prepare([foreign], DataSettings(), LossSettings(name="weighted_sft"))
+    assert (prepared.samples, prepared.scores, prepared.trained_tokens) == ([], [], 0)
+    assert len(prepared.set_aside) == 1
+
+
+def test_the_state_of_the_normalizer_after_each_batch_travels_with_it() -> None:
+    data = DataSettings(advantage_normalization="global", advantage_estimator="raw")
+    normalizer = AdvantageNormalizer("global")
+    states = []
+    for score in (1.0, 2.0):
+        group = {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [score]}
+        reply = BatchReply.model_validate({"batch": [group]})
+        loss = LossSettings(name="weighted_sft")
+        states.append(
+            prepare_batch(reply, limits=LIMITS, data=data, loss=loss, normalizer=normalizer).normalizer
+        )
+    assert [state["count"] for state in states] == [1.0, 2.0]
+    assert states[1]["mean"] == pytest.approx(1.5)
