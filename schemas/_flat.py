@@ -90,8 +90,7 @@ def flatten_mask(mask: Sequence[int], tokens: bytes) -> bytes | None:
     except struct.error:
         return None  # beyond int32
     expected = bytearray(tokens)
-    for run in _IGNORED_RUN.finditer(flat[_TOP_BYTES]):
-        start, end = run.span()
+    for start, end in _ignored_runs(flat):
         expected[start * _ITEM : end * _ITEM] = _IGNORED * (end - start)
     return flat if flat == expected else None
 
@@ -122,9 +121,18 @@ def first_positive(row: Sequence[float], flat: bytes, mask: bytes, *, slack: flo
 def _trained_runs(mask: bytes) -> Iterator[tuple[int, int]]:
     """Yield start and end of every run of trained tokens."""
     done = 0
-    for run in _IGNORED_RUN.finditer(mask[_TOP_BYTES]):
-        if run.start() > done:
-            yield done, run.start()
-        done = run.end()
+    for start, end in _ignored_runs(mask):
+        if start > done:
+            yield done, start
+        done = end
     if done * _ITEM < len(mask):
         yield done, len(mask) // _ITEM
+
+
+def _ignored_runs(mask: bytes) -> list[tuple[int, int]]:
+    """Find start and end of every run of tokens that are not trained on."""
+    top = mask[_TOP_BYTES]
+    prompt = len(top) - len(top.lstrip(b"\xff"))
+    if top.find(b"\xff", prompt) < 0:  # nearly every mask is "prompt, then answer"
+        return [(0, prompt)]
+    return [run.span() for run in _IGNORED_RUN.finditer(top)]
