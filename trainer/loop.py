@@ -33,9 +33,8 @@ from trainer.preparation import PreparedBatch, PreparedStep, prepare_batch
 from trainer.publish import PublishReport
 from trainer.schedule import learning_rate
 from trainer.set_aside import SetAsideStore
-from trainer.setup import Prepared, checkpoint_directory, library_versions
+from trainer.setup import Prepared, checkpoint_directory, library_versions, make_step_runner
 from trainer.sources import BatchSource, EndOfBatches, IncomingBatch
-from trainer.step import StepRunner
 from trainer.weighted_sft import Alignment, compute_advantage_weighted_sft_loss
 
 logger = logging.getLogger(__name__)
@@ -118,16 +117,7 @@ class Trainer:
         self._normalizer_state = prepared.normalizer.state_dict()
         self._idle_since: float | None = None
         self._set_aside = SetAsideStore(config.train.output_dir / "set_aside")
-        self._run_step = StepRunner(
-            prepared.accelerator,
-            prepared.model,
-            prepared.optimizer,
-            loss=config.loss,
-            packing=prepared.packing,
-            head=prepared.head,
-            tokens_per_micro_batch=config.data.tokens_per_micro_batch,
-            max_grad_norm=config.optimizer.max_grad_norm,
-        )
+        self._run_step = make_step_runner(config, prepared)
         if self._accelerator.is_main_process:
             self._metrics = MetricsFile(config.train.output_dir / "metrics.jsonl", resumed_step=self.step)
 

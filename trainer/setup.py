@@ -29,6 +29,7 @@ from trainer.head_choice import choose_head
 from trainer.model import Policy, choose_mixed_precision, load_policy
 from trainer.packing import Packing
 from trainer.packing_choice import choose_packing
+from trainer.step import StepRunner
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,20 @@ def prepare_run(config: TrainerConfig) -> Prepared:
         packing=packing,
         head=head,
         checkpoint=checkpoint,
+    )
+
+
+def make_step_runner(config: TrainerConfig, prepared: Prepared) -> StepRunner:
+    """What runs the optimizer steps of a prepared run."""
+    return StepRunner(
+        prepared.accelerator,
+        prepared.model,
+        prepared.optimizer,
+        loss=config.loss,
+        packing=prepared.packing,
+        head=prepared.head,
+        tokens_per_micro_batch=config.data.tokens_per_micro_batch,
+        max_grad_norm=config.optimizer.max_grad_norm,
     )
 
 

@@ -14,8 +14,7 @@ from trainer.config import TrainerConfig, load_config
 from trainer.errors import ConfigurationError
 from trainer.packing import MicroBatch
 from trainer.preparation import PreparedBatch, prepare_batch
-from trainer.setup import Prepared, prepare_run
-from trainer.step import StepRunner
+from trainer.setup import Prepared, make_step_runner, prepare_run
 
 __all__ = ["Floor", "FloorWithoutHead", "Ours"]
 
@@ -41,15 +40,7 @@ class Ours(Contender):
             self.prepared: Prepared = prepare_run(self._config)
         except ConfigurationError as error:
             raise UnavailableError(str(error)) from error
-        self._runner = StepRunner(
-            self.prepared.accelerator,
-            self.prepared.model,
-            self.prepared.optimizer,
-            loss=self._config.loss,
-            packing=self.prepared.packing,
-            tokens_per_micro_batch=self._config.data.tokens_per_micro_batch,
-            max_grad_norm=self._config.optimizer.max_grad_norm,
-        )
+        self._runner = make_step_runner(self._config, self.prepared)
         self._batch: PreparedBatch | None = None
         self._computed_tokens = 0
 
@@ -79,7 +70,7 @@ class Ours(Contender):
         """Pack and accumulate."""
         assert self._batch is not None
         if self.setting.optimizer_step:
-            result = self._runner(self._batch)
+            result = self._runner(self._runner.pack(self._batch))
             self._computed_tokens = result.computed_tokens
             return result.loss
         micro_batches: list[MicroBatch] = self._runner.pack(self._batch)
