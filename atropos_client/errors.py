@@ -16,7 +16,15 @@
     ├── BatchPossiblyLost                       GET /batch failed after it may have removed a batch
     ├── BatchNotRecorded (OSError)              the caller's journal refused a body; it is attached
     ├── BatchTimeout (TimeoutError)             BatchPoller.get: no batch within the caller's patience
-    └── PollerStopped (RuntimeError)            BatchPoller.get on a poller that is not running
+    ├── PollerStopped (RuntimeError)            BatchPoller.get on a poller that is not running
+    ├── FetcherDied (RuntimeError)              the fetching process ended again and again, or never started
+    └── JournalError                            the journal on the disk; see atropos_client.journal
+        ├── JournalFull (OSError)               no room for one more batch: said before the next poll
+        ├── JournalNotWritten (OSError)         a write failed; nothing of it is in the journal
+        ├── JournalLocked (BlockingIOError)     another process has the journal open for writing
+        ├── JournalDamaged (ValueError)         the file, or a body in it, is not what was written
+        └── JournalMismatch (ValueError)        what is asked does not fit what the journal holds
+            └── NoSuchBatch (LookupError)       no batch of this number, or its body was pruned
 
 Every error of a request knows its `method` and `url`. All of them pickle, and none carries a header, so that
 no token can reach a log through them.
@@ -116,3 +124,35 @@ class BatchTimeout(AtroposClientError, TimeoutError):
 
 class PollerStopped(AtroposClientError, RuntimeError):
     """A batch was asked of a poller that was never started, or was stopped and is empty."""
+
+
+class FetcherDied(AtroposClientError, RuntimeError):
+    """The fetching process ended without saying why; the message holds its last log lines."""
+
+
+class JournalError(AtroposClientError):
+    """Something is wrong with the journal of batches."""
+
+
+class JournalFull(JournalError, OSError):
+    """There is no room for one more batch. Raised before a batch is taken from the API, so none is lost."""
+
+
+class JournalNotWritten(JournalError, OSError):
+    """The journal could not be written: disk full, quota, file system gone. Nothing was changed."""
+
+
+class JournalLocked(JournalError, BlockingIOError):
+    """Another process has the journal open for writing; the message names it."""
+
+
+class JournalDamaged(JournalError, ValueError):
+    """The journal is not what was written; the message names the file and says what to do."""
+
+
+class JournalMismatch(JournalError, ValueError):
+    """What is asked of the journal does not fit what it holds, for example after it was deleted."""
+
+
+class NoSuchBatch(JournalMismatch, LookupError):
+    """There is no batch of this number, or its body was pruned."""

@@ -1,0 +1,61 @@
+"""The durable journal: every batch on the disk before anything is done with it, and what became of each.
+
+The Atropos API removes a batch when it answers and keeps no copy. So a body is written here first, and the
+ledger beside it says of every batch: received, trained at which step, set aside, or skipped.
+
+Why SQLite (write-ahead log, `synchronous=FULL`) and not a file format of our own: a write is durable when it
+returns, a torn one vanishes on the next open, space of deleted bodies is used again, several processes may
+read and write, and all of that is tested better than we could test our own. What it costs, measured on an
+ext4 disk in a virtual machine, median of 12 appends with checksum and fsync:
+
+==================  ==================  =====================  ====================
+body                plain append+fsync  SQLite, as it comes    SQLite, zlib level 1
+==================  ==================  =====================  ====================
+11.3 MB             16 ms               51 ms                  107 ms, 2.6x smaller
+93 kB               0.3 ms              0.4 ms                 1.4 ms, 2.8x smaller
+==================  ==================  =====================  ====================
+
+A tenth of a second for a batch that takes seconds to train, in another process, is no reason to write our own
+format; for the same reason bodies are compressed, which makes the disk last 2.6 times as long. Pages are
+16 KiB: with 4 KiB an uncompressed append took 75 ms.
+
+::
+
+    <directory>/             0700
+    ├── journal.sqlite3      0600; table `batches` (the ledger) and table `bodies`
+    ├── journal.sqlite3-wal  the write-ahead log; gone after a clean end
+    ├── journal.sqlite3-shm  its index
+    └── lock                 held by the run that writes, with its process ids
+
+The ledger does not decide what was trained: the checkpoint does. Outcomes are provisional until a checkpoint
+counts their batch, and `Journal.rewind` undoes those that it does not count.
+"""
+
+from __future__ import annotations
+
+from atropos_client.journal._export import ExportForm, export_batches
+from atropos_client.journal._journal import Journal
+from atropos_client.journal._lock import WriterLock
+from atropos_client.journal._records import (
+    JournaledBatch,
+    JournalLimits,
+    JournalUsage,
+    LedgerEntry,
+    Outcome,
+    RewindReport,
+    VerifyReport,
+)
+
+__all__ = [
+    "ExportForm",
+    "Journal",
+    "JournalLimits",
+    "JournalUsage",
+    "JournaledBatch",
+    "LedgerEntry",
+    "Outcome",
+    "RewindReport",
+    "VerifyReport",
+    "WriterLock",
+    "export_batches",
+]
