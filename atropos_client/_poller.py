@@ -33,6 +33,7 @@ from atropos_client.errors import (
     BatchPossiblyLost,
     BatchTimeout,
     InvalidReply,
+    JournalError,
     PollerStopped,
 )
 from schemas import BatchReply, Registration, StatusReply
@@ -62,6 +63,7 @@ class BatchPoller:
         *,
         depth: int = 1,
         on_body: Callable[[bytes], None] | None = None,
+        before_poll: Callable[[], None] | None = None,
         tag: Callable[[], object] | None = None,
         prepare: Callable[[BatchReply], object] | None = None,
         first_pause: float = 0.1,
@@ -80,6 +82,8 @@ class BatchPoller:
                 waits in `get`.
             on_body: Called with the body of every poll that is not empty, before it is parsed: the place of a
                 durable journal. If it raises, the poller ends and `get` raises BatchNotRecorded.
+            before_poll: Called before every poll, in the poller's thread. If it raises a JournalError (say,
+                JournalFull), no batch is taken from the API, the poller ends, and `get` raises it.
             tag: Called on arrival of every batch, in the poller's thread; its result travels with the batch.
             prepare: Called with every batch, in order, in the poller's thread, while the caller may still
                 work on an earlier one; its result travels with the batch. So does what it raises.
@@ -99,6 +103,7 @@ class BatchPoller:
         self._client = client
         self._registration = registration if callable(registration) else lambda: registration
         self._on_body = on_body
+        self._before_poll = before_poll
         self._tag = tag
         self._prepare = prepare
         self._patience = patience
@@ -230,7 +235,7 @@ class BatchPoller:
         """Poll once, deal with every failure that polling on can mend, and return the pause in seconds."""
         try:
             came = self._poll()
-        except BatchNotRecorded:
+        except (BatchNotRecorded, JournalError):
             raise
         except AtroposClientError as error:
             self._tolerate(error)
@@ -252,6 +257,8 @@ class BatchPoller:
             self._in_doubt = False
         if not self._registered:
             self._register()
+        if self._before_poll is not None:
+            self._before_poll()
         self._count(polls=1)
         with self._lock:
             self._in_flight_since = time.monotonic()
@@ -298,6 +305,8 @@ class BatchPoller:
         if self._on_body is not None and body != _EMPTY_REPLY:
             try:
                 self._on_body(body)
+            except BatchNotRecorded:
+                raise
             except Exception as error:
                 raise BatchNotRecorded(
                     f"the journal could not record a batch of {len(body)} bytes: {error}", body=body

@@ -83,7 +83,10 @@ def open_database(path: Path, *, fresh_start: bool) -> sqlite3.Connection:
     """
     try:
         # Before SQLite does: it would give it the permissions of the umask. Its other files copy these.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # Never a file that is there: closing it would end the locks that SQLite holds on it in this process.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        pass
     except OSError as error:
         raise JournalNotWritten(f"cannot open the journal {path}: {error}") from error
     log_header = _read_log_header(path) if fresh_start else None

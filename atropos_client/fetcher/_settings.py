@@ -1,0 +1,88 @@
+"""What the fetching process is told: its settings, on the first line of its standard input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from atropos_client._client import AtroposClient
+from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts
+from atropos_client.journal import JournalLimits
+from schemas import Registration
+
+
+class FetcherSettings(BaseModel):
+    """How to reach the API and how to poll it; see `AtroposClient` and `BatchPoller`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    """Address of the API."""
+    registration: Registration
+    """How to register; its `starting_step` is kept current."""
+    token: SecretStr | None = None
+    """Bearer token. None: none."""
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    """Further headers of every request."""
+    ca_file: Path | None = None
+    """Certificate authorities to trust. None: the usual ones."""
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+    """Patience per phase of a request."""
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    """Largest reply, in bytes."""
+    first_pause: float = 0.1
+    """Seconds between polls when the API has no data; doubles."""
+    longest_pause: float = 1.0
+    """Seconds that this pause never exceeds."""
+    longest_failure_pause: float = 15.0
+    """Seconds that the pause after failures never exceeds."""
+    heartbeat: float = 60.0
+    """Seconds between two log lines that say who is late."""
+    patience: float = 900.0
+    """Seconds without any proper answer of the API after which fetching ends."""
+    farewell: float = 60.0
+    """Seconds that a poll under way may still take when the trainer is gone or stops."""
+
+    def make_client(self) -> AtroposClient:
+        """A client of this API."""
+        return AtroposClient(
+            self.url,
+            token=self.token,
+            headers=self.headers,
+            verify=self.ca_file or True,
+            timeouts=self.timeouts,
+            max_body_bytes=self.max_body_bytes,
+        )
+
+
+class Order(BaseModel):
+    """The first line: the settings and what only the parent process knows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: FetcherSettings
+    directory: Path
+    """Of the journal."""
+    limits: JournalLimits
+    """Its bounds."""
+    lock_descriptor: int
+    """Inherited: the right to write to it."""
+    parent_pid: int
+    """Process id of the trainer."""
+    log_level: int
+    """Log lines below are not sent."""
+    served_version: int
+    """Policy version that is served now; -1: unknown."""
+
+    def to_line(self) -> bytes:
+        """Return it as a line of JSON, secrets included: for a pipe, never for a log."""
+        fields: dict[str, Any] = self.model_dump(mode="json")
+        settings = self.settings
+        fields["settings"]["token"] = settings.token.get_secret_value() if settings.token else None
+        fields["settings"]["headers"] = {
+            name: value.get_secret_value() for name, value in settings.headers.items()
+        }
+        return json.dumps(fields).encode() + b"\n"
