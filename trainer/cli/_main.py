@@ -13,6 +13,8 @@ from importlib.metadata import entry_points
 from typing import Protocol
 
 from trainer.cli._check import CheckCommand
+from trainer.cli._journal import JournalCommand
+from trainer.cli._replay import ReplayCommand
 from trainer.cli._run import RunCommand
 from trainer.errors import ConfigurationError
 
@@ -73,6 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _commands() -> dict[str, Command]:
     """Our own commands and those that installed packages add."""
-    commands: list[Command] = [RunCommand(), CheckCommand()]
+    commands: list[Command] = [RunCommand(), CheckCommand(), JournalCommand(), ReplayCommand()]
     commands += [entry_point.load() for entry_point in sorted(entry_points(group=COMMAND_GROUP))]
     return {command.name: command for command in commands}

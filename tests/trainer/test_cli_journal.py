@@ -1,0 +1,105 @@
+"""`atropos-train journal` and `atropos-train replay` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atropos_client.journal import Journal
+from tests.trainer.batches import make_bodies
+from tests.trainer.test_cli import atropos_train
+from trainer.cli import main
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    with Journal.open(tmp_path / "run" / "journal") as journal:
+        for body in make_bodies(3):
+            journal.append(body, served_version=6)
+        journal.append(b"not JSON")
+        journal.settle(1, "trained", step=7)
+        journal.settle(2, "set_aside", reason="no advantage differs from 0")
+        journal.prune(1)
+    return tmp_path / "run"
+
+
+def test_list_prints_the_ledger(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["journal", "list", str(output)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["batch", "received", "version", "bytes", "kept", "outcome", "step", "reason"]
+    assert "pruned" in lines[1]
+    assert lines[1].rstrip().endswith("trained       7")
+    assert "set_aside" in lines[2]
+    assert lines[2].rstrip().endswith("no advantage differs from 0")
+    assert lines[-1].startswith("1 trained, 1 set_aside, 2 received; ")
+
+
+def test_show_prints_the_groups_of_a_batch(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["journal", "show", str(output / "journal"), "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("batch 3")
+    assert "served version 6" in shown
+    assert len([line for line in shown.splitlines() if line.split()[:2] == ["0", "4"]]) == 3
+    assert main(["journal", "show", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "the body was pruned" in shown
+    assert "unreadable: " in shown
+
+
+def test_export_writes_json_lines(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["journal", "export", str(output), "2", "3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["reply"] for line in lines] == [json.loads(body) for body in make_bodies(3)[1:]]
+    assert main(["journal", "export", "--groups", str(output)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
+def test_verify_finds_damage(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["journal", "verify", str(output)]) == 0
+    assert "4 batches in the ledger, 3 bodies read, 0 problems" in capsys.readouterr().out
+    path = output / "journal" / "journal.sqlite3"
+    with Journal.open(output / "journal") as journal:
+        compressed = journal._connection.execute("SELECT zlib FROM bodies WHERE number = 3").fetchone()[0]
+    content = path.read_bytes()
+    assert content.count(compressed[100:200]) == 1
+    path.write_bytes(content.replace(compressed[100:200], bytes(100)))
+    assert main(["journal", "verify", str(output)]) == 1
+    found = capsys.readouterr().out
+    assert "the body of batch 3" in found
+    assert "1 problems" in found
+
+
+def test_a_directory_without_a_journal_and_a_number_that_is_not_there_are_named(
+    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["journal", "list", str(tmp_path)]) == 1
+    assert "there is no journal in" in capsys.readouterr().err
+    assert main(["journal", "show", str(output), "99"]) == 1
+    assert "has no batch 99" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_replay_trains_from_the_command_line(tiny_model_directory: Path, tmp_path: Path) -> None:
+    with Journal.open(tmp_path / "run" / "journal") as journal:
+        for body in make_bodies(2):
+            journal.append(body)
+    done = atropos_train(
+        *("replay", "--replay.from", str(tmp_path / "run"), "--model.path", str(tiny_model_directory)),
+        *("--train.output_dir", str(tmp_path / "again"), "--train.device", "cpu"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Done after 2 optimizer steps" in done.stderr
+    assert (tmp_path / "again" / "final" / "model.safetensors").is_file()
+
+
+def test_replay_says_what_it_cannot_replay(tiny_model_directory: Path, tmp_path: Path) -> None:
+    words = ["--model.path", str(tiny_model_directory), "--train.output_dir", str(tmp_path / "out")]
+    done = atropos_train("replay", "--replay.from", str(tmp_path / "nothing"), *words)
+    assert done.returncode == 1
+    assert "nothing can be replayed from" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = atropos_train("replay", *words)
+    assert done.returncode == 2
+    assert "--replay.from" in done.stderr
