@@ -56,7 +56,7 @@ def build_trainer(
     trainer: Trainer
     publisher = None
     if prepared.accelerator.is_main_process:
-        publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.stop_requested)
+        publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
 
     def served_version() -> int:
         """What environments sampled from when a batch arrived, as far as it is known."""

@@ -7,17 +7,19 @@
     ├── adapter/               PEFT directory, under LoRA only: what resume reads
     ├── optimizer.safetensors  AdamW's moments, one tensor a name "<parameter>/<moment>"
     ├── random.safetensors     random number generator states, one row a process
-    └── state.json             step, policy version, counters, normalizer, seeds, configuration
+    ├── state.json             step, policy version, counters, normalizer, seeds
+    └── manifest.json          sizes and checksums of all the others, configuration, library versions
 
-A checkpoint appears under its name only when all of it is on the disk. Nothing in it is a pickle.
+A checkpoint appears under its name only when all of it is on the disk and was read back. Nothing in it is a
+pickle. Which of several is used, kept and deleted: `trainer.checkpoint_store`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import random
-import re
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +27,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trainer.atomic_directory import atomic_directory
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, DamagedCheckpoint
+from trainer.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    forget_cached_pages,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from trainer.model_directory import write_model_directory
 
 if TYPE_CHECKING:
@@ -38,8 +48,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-_NAME = re.compile(r"^step-(\d{6,})$")
+STATE_NAME = "state.json"
+
+_MOVED_TO_MANIFEST = ("format", "configuration", "versions")
+"""What `state.json` had in format 1 and the manifest has now."""
 
 
 class RunState(BaseModel):
@@ -47,7 +59,6 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = FORMAT
     step: int
     """Optimizer steps done."""
     policy_version: int
@@ -66,10 +77,6 @@ class RunState(BaseModel):
     """State of Python's `random`."""
     numpy_random: list[Any]
     """State of NumPy's global generator."""
-    configuration: dict[str, Any]
-    """The run's configuration, secrets masked; for readers, resume takes the one it is given."""
-    versions: dict[str, str]
-    """Of the libraries that wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,8 @@ class Checkpoint:
 
     path: Path
     state: RunState
+    manifest: Manifest | None
+    """None for format 1, which had none: its files cannot be verified."""
 
     @property
     def model_path(self) -> Path:
@@ -91,34 +100,64 @@ class Checkpoint:
         return adapter if adapter.is_dir() else None
 
 
-def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
-    return directory / f"step-{step:06d}"
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if _NAME.match(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint.
+    """Open a checkpoint; of its files only the manifest and the state are read and checked.
 
     Raises:
-        CheckpointError: It is not one, or of a format this version does not read.
+        DamagedCheckpoint: One of the two is missing, or is not what was written.
+        CheckpointError: It is of a format that this version does not read, or may not be read.
     """
+    content = _read_state(path)
+    manifest = None
+    if isinstance(content, dict) and content.get("format") == 1 and not (path / MANIFEST_NAME).exists():
+        content = {name: value for name, value in content.items() if name not in _MOVED_TO_MANIFEST}
+    else:
+        manifest = read_manifest(path)
     try:
-        state = RunState.model_validate_json((path / "state.json").read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: {error}") from error
+        state = RunState.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"{path}/state.json is damaged: {error}") from error
-    if state.format != FORMAT:
-        raise CheckpointError(f"{path} has format {state.format}; this version reads format {FORMAT}")
-    return Checkpoint(path=path, state=state)
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise DamagedCheckpoint(f"{STATE_NAME} is damaged: {where}: {first['msg']}") from error
+    return Checkpoint(path=path, state=state, manifest=manifest)
+
+
+def verify_checkpoint(path: Path) -> Checkpoint:
+    """Read every byte of a checkpoint, compare it with what was written, and open it.
+
+    One of format 1 has no checksums; of its tensors only the extent can be checked.
+
+    Raises:
+        DamagedCheckpoint: A file is missing, or is not what was written; the message names it.
+        CheckpointError: It is of a format that this version does not read, or may not be read.
+    """
+    if (path / MANIFEST_NAME).exists():
+        verify_files(path)  # before anything is parsed
+    checkpoint = read_checkpoint(path)
+    if checkpoint.manifest is None:
+        for file in sorted(path.rglob("*.safetensors")):
+            _check_extent(file, file.relative_to(path).as_posix())
+    return checkpoint
+
+
+def _read_state(path: Path) -> Any:
+    file = path / STATE_NAME
+    try:
+        return json.loads(file.read_bytes())
+    except PermissionError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; give this user access") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{STATE_NAME} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{STATE_NAME} is damaged: {error}") from error
+
+
+def _check_extent(file: Path, name: str) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            return
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{name} is damaged: {error}") from error
 
 
 def write_checkpoint(
@@ -129,8 +168,13 @@ def write_checkpoint(
     optimizer: torch.optim.Optimizer,
     random_states: dict[str, Tensor],
     state: RunState,
+    configuration: Mapping[str, Any],
+    versions: Mapping[str, str],
 ) -> None:
     """Write a checkpoint, atomically; one of the same name is replaced.
+
+    It is flushed to the disk, read back from there (where the system can be made to) and compared with its
+    checksums before it gets its name.
 
     Args:
         path: Its final name.
@@ -139,13 +183,15 @@ def write_checkpoint(
         optimizer: Whose state is saved, over the parameters that `state.parameter_names` names.
         random_states: See `collect_random_states`.
         state: The small part.
+        configuration: Of the run, without secrets; for readers.
+        versions: Of the libraries that count; for readers.
 
     Raises:
         CheckpointError: It could not be written; `path` is then as it was before.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_directory(path, replace=True) as directory:
+        with atomic_directory(path, replace=True, verify=_read_back) as directory:
             write_model_directory(directory / "model", model=model, tokenizer=tokenizer)
             if hasattr(model, "peft_config"):
                 adapted: Any = model
@@ -154,17 +200,21 @@ def write_checkpoint(
                 _optimizer_tensors(optimizer, state.parameter_names), directory / "optimizer.safetensors"
             )
             save_file(random_states, directory / "random.safetensors")
-            (directory / "state.json").write_text(state.model_dump_json(indent=1), encoding="utf-8")
+            (directory / STATE_NAME).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+            write_manifest(directory, configuration=configuration, versions=versions)
+    except DamagedCheckpoint as error:
+        raise CheckpointError(
+            f"the checkpoint {path} could not be read back as it was written: {error}. The disk or its "
+            "driver is failing; the checkpoint before it stays"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
     logger.info("Wrote checkpoint %s", path)
 
 
-def prune_checkpoints(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(path)
-        logger.info("Deleted old checkpoint %s", path)
+def _read_back(directory: Path) -> None:
+    forget_cached_pages(directory)
+    verify_files(directory)
 
 
 def trained_parameter_names(model: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@
     │   └── MissingLogProbsError            the loss needs log-probs that the environment did not send
     ├── ShapeMismatchError (ValueError)     tensors that must have one shape have several
     ├── CheckpointError (OSError)           a checkpoint that cannot be written or read
+    │   └── DamagedCheckpoint               it is not what was written; the one before it may be whole
     ├── TooManySkippedBatches               too many batches in a row that could not be trained
     ├── MismatchTooLarge                    sampler and trainer disagree about what was sampled
     ├── DeadlineExceeded (TimeoutError)     a party we waited for did not answer in time
@@ -39,6 +40,10 @@ class ShapeMismatchError(TrainerError, ValueError):
 
 class CheckpointError(TrainerError, OSError):
     """A checkpoint could not be written, read, or trusted."""
+
+
+class DamagedCheckpoint(CheckpointError):  # noqa: N818 - reads as what was found
+    """What lies on the disk is not what was written; the message names the file and the reason."""
 
 
 class TooManySkippedBatches(TrainerError):  # noqa: N818 - reads as the event that it is

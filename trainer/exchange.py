@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, reduce
 
 from schemas import BatchReply
 from trainer.errors import DeadlineExceeded
@@ -41,7 +41,7 @@ class BatchExchange:
         accelerator: Whose processes share the batches.
         source: Asked on process 0 only.
         timeout: Seconds without a batch after which the run is given up.
-        stop_requested: Asked on process 0 only.
+        stop_requested: Asked on every process; one that says yes stops all.
         meanwhile: Called on process 0 before each wait for a batch and every half second of it; what it
             raises ends the wait.
     """
@@ -71,6 +71,8 @@ class BatchExchange:
         """
         deadline = time.monotonic() + self._timeout
         while True:
+            if self._accelerator.num_processes > 1 and self._any_process_is_to_stop():
+                raise Stopped
             outcome, batch = self._wait(deadline) if self._accelerator.is_main_process else (_WAIT, None)
             if self._accelerator.num_processes > 1:
                 outcome, batch = self._share(outcome, batch)
@@ -85,6 +87,11 @@ class BatchExchange:
                     f"no batch for {self._timeout:.0f} s (atropos.batch_timeout): "
                     f"{self._source.describe_wait()}"
                 )
+
+    def _any_process_is_to_stop(self) -> bool:
+        """All processes ask and get one answer, before process 0 takes a batch that nobody would train."""
+        ours = torch.tensor([int(self._stop_requested())], device=self._accelerator.device)
+        return bool(reduce(ours, reduction="sum").item())
 
     def _wait(self, deadline: float) -> tuple[int, IncomingBatch | None]:
         heartbeat = time.monotonic() + _HEARTBEAT_SECONDS

@@ -15,14 +15,13 @@ from torch import Tensor
 from schemas import BatchReply
 from trainer.checkpoint import (
     RunState,
-    checkpoint_path,
     collect_random_states,
     numpy_random_state,
-    prune_checkpoints,
     python_random_state,
     trained_parameter_names,
     write_checkpoint,
 )
+from trainer.checkpoint_store import checkpoint_path, prune_checkpoints
 from trainer.config import TrainerConfig
 from trainer.errors import CheckpointError, MismatchTooLarge, TooManySkippedBatches
 from trainer.exchange import BatchExchange, Stopped
@@ -35,6 +34,8 @@ from trainer.schedule import learning_rate
 from trainer.set_aside import SetAsideStore
 from trainer.setup import Prepared, checkpoint_directory, library_versions, make_step_runner
 from trainer.sources import BatchSource, EndOfBatches, IncomingBatch
+from trainer.step import StepGivenUp
+from trainer.undo import BeforeBatch
 from trainer.weighted_sft import Alignment, compute_advantage_weighted_sft_loss
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class Trainer:
         self._published_step = -1
         self._skips_in_a_row = 0
         self._stop_reason: str | None = None
+        self._stop_asked_at = 0.0
         self._weights_whole = True
         self._normalizer_state = prepared.normalizer.state_dict()
         self._idle_since: float | None = None
@@ -126,8 +128,18 @@ class Trainer:
         """Whether the run is to end before its next batch."""
         return self._stop_reason is not None
 
+    @property
+    def processes(self) -> int:
+        """How many processes train together."""
+        return int(self._accelerator.num_processes)
+
     def request_stop(self, reason: str) -> None:
-        """Ask the run to write a checkpoint and end before its next batch; safe from a signal handler."""
+        """Ask the run to write a checkpoint and end; safe from any thread and from a signal handler.
+
+        A step under way is given up if it takes longer than `checkpoint.grace` from now (not with several
+        processes); everything else waits for the end of the step.
+        """
+        self._stop_asked_at = time.monotonic()
         self._stop_reason = reason
 
     def prepare(self, reply: BatchReply) -> PreparedStep:
@@ -149,6 +161,18 @@ class Trainer:
         )
         micro_batches = self._run_step.pack(batch) if batch.samples else []
         return PreparedStep(batch=batch, micro_batches=micro_batches, seconds=time.monotonic() - started)
+
+    def save_if_stopping(self) -> bool:
+        """For long waits of the training thread between steps: whether to stop, what there is being saved.
+
+        Raises:
+            CheckpointError: It cannot be saved.
+        """
+        if not self.stop_requested:
+            return False
+        if self.processes == 1 and self._weights_whole and self._checkpointed_step != self.step:
+            self.write_checkpoint()
+        return True
 
     def compute_advantage_weighted_sft_loss(
         self, input_ids: Tensor, advantages: Tensor, loss_mask: Tensor, *, alignment: Alignment = "prediction"
@@ -177,6 +201,8 @@ class Trainer:
                 self._publisher.start(self.step)
                 self._published_step = self.step
             stopped_early = self._train()
+            if self._checkpointed_step != self.step:  # before anything that waits for others
+                self.write_checkpoint()
             self._finish_publishing()
         except BaseException:
             self._save_what_there_is()
@@ -185,8 +211,6 @@ class Trainer:
             self._keep_unused_batches()
             if self._publisher is not None:
                 self._publisher.close()
-        if self._checkpointed_step != self.step:
-            self.write_checkpoint()
         final = self._write_final_model() if stopped_early is None else None
         # Nobody leaves the process group while another still writes: its abrupt end can abort a process.
         self._accelerator.wait_for_everyone()
@@ -225,13 +249,37 @@ class Trainer:
             try:
                 incoming = exchange.next()
             except Stopped:
-                return self._stop_reason or "asked to stop"
+                self._stop_reason = self._stop_reason or "another process was asked to stop"
+                return self._stop_reason
             except EndOfBatches:
                 return "there are no more batches"
+            before = BeforeBatch.of(self._batches, self._counters)
             self._batches += 1
-            self._train_on(incoming, waited=time.monotonic() - started)
+            try:
+                self._train_on(incoming, waited=time.monotonic() - started)
+            except StepGivenUp:
+                self._forget_step(before, incoming)
+                return self._stop_reason
             del incoming  # its tensors: the next batch has tensors of its own
         return None
+
+    def _grace_is_over(self) -> bool:
+        """Whether the step under way is to be given up; processes would not agree on the moment."""
+        return (
+            self.stop_requested
+            and self.processes == 1
+            and time.monotonic() - self._stop_asked_at >= self._config.checkpoint.grace
+        )
+
+    def _forget_step(self, before: BeforeBatch, incoming: IncomingBatch) -> None:
+        """Be as before the batch, which is kept."""
+        self._weights_whole = True
+        self._batches = before.batches
+        self._counters = Counter(before.counters)
+        before.restore()
+        reason = f"the run was to end and its step took longer than {self._config.checkpoint.grace:g} s more"
+        self._counters["batches_unused"] += 1
+        self._set_aside.keep_batch(incoming.body, batch=self._batches + 1, reason=reason)
 
     def _train_on(self, incoming: IncomingBatch, *, waited: float) -> None:
         """Train on one batch, or set it aside with a reason."""
@@ -250,7 +298,9 @@ class Trainer:
         self._weights_whole = False
         idle = time.monotonic() - self._idle_since if self._idle_since is not None else None
         result = self._run_step(
-            prepared.micro_batches, accepts=lambda mismatch: self._accept(mismatch, staleness)
+            prepared.micro_batches,
+            accepts=lambda mismatch: self._accept(mismatch, staleness),
+            give_up=self._grace_is_over,
         )
         self._idle_since = time.monotonic()
         self._weights_whole = True
@@ -332,7 +382,7 @@ class Trainer:
 
     def _publish(self) -> None:
         """Publish if it is time; how it went is written when it is known."""
-        if self._publisher is None or self.step % self._config.publish.every:
+        if self._publisher is None or self.step % self._config.publish.every or self.stop_requested:
             return
         self._publisher.begin(self.step)
         self._published_step = self.step
@@ -344,10 +394,14 @@ class Trainer:
             self._write_publish_rows()
 
     def _finish_publishing(self) -> None:
-        """The last version is served, and proven, before the run ends."""
+        """The last version is served, and proven, before the run ends; not if it was asked to stop.
+
+        Then only a publish under way is waited for: whoever asked may not have the time for another, and
+        the next start publishes what the checkpoint has.
+        """
         if self._publisher is None:
             return
-        if self._published_step != self.step:
+        if self._published_step != self.step and not self.stop_requested:
             self._publisher.begin(self.step)
         self._publisher.settle()
         self._write_publish_rows()
@@ -434,8 +488,11 @@ class Trainer:
                 optimizer=self._prepared.optimizer,
                 random_states=random_states,
                 state=self._state(),
+                configuration=self._config.model_dump(mode="json"),
+                versions=library_versions(),
             )
-            prune_checkpoints(directory, self._config.checkpoint.keep)
+            settings = self._config.checkpoint
+            prune_checkpoints(directory, keep=settings.keep, keep_every=settings.keep_every)
         self._checkpointed_step = self.step
         self._accelerator.wait_for_everyone()
 
@@ -450,8 +507,6 @@ class Trainer:
             parameter_names=trained_parameter_names(self._prepared.policy.model),
             python_random=python_random_state(),
             numpy_random=numpy_random_state(),
-            configuration=self._config.model_dump(mode="json"),
-            versions=library_versions(),
         )
 
     def _write_final_model(self) -> Path:

@@ -10,20 +10,25 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast, set_seed
 from torch import nn
 
 from trainer.advantages import AdvantageNormalizer
 from trainer.checkpoint import (
     Checkpoint,
-    list_checkpoints,
     read_checkpoint,
     restore_optimizer,
     restore_random_states,
     trained_parameter_names,
 )
+from trainer.checkpoint_store import (
+    checkpoint_path,
+    list_checkpoints,
+    newest_whole_checkpoint,
+    recover_checkpoints,
+)
 from trainer.config import OptimizerSettings, TrainerConfig
-from trainer.errors import ConfigurationError
+from trainer.errors import CheckpointError, ConfigurationError
 from trainer.head import Head
 from trainer.head_choice import choose_head
 from trainer.model import Policy, choose_mixed_precision, load_policy
@@ -35,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 # Processes wait for process 0 while it publishes, which may take as long as its deadlines add up to.
 _PROCESS_GROUP_TIMEOUT = timedelta(hours=2)
+
+# What process 0 tells the others instead of a checkpoint's step.
+_NONE, _FAILED = -1, -2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +73,8 @@ def prepare_run(config: TrainerConfig) -> Prepared:
 
     Raises:
         ConfigurationError: The model cannot be loaded, or output_dir holds a run that may not be resumed.
-        CheckpointError: The newest checkpoint cannot be read.
+        CheckpointError: No checkpoint is whole, or the newest one may not be read or does not fit.
     """
-    checkpoint = find_checkpoint(config)
     device = torch.device("cpu") if config.train.device == "cpu" else _default_device()
     accelerator = Accelerator(
         mixed_precision=choose_mixed_precision(config.train, device),
@@ -76,6 +83,7 @@ def prepare_run(config: TrainerConfig) -> Prepared:
         project_dir=str(config.train.output_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_GROUP_TIMEOUT)],
     )
+    checkpoint = find_checkpoint(config, accelerator)
     # Equal weights everywhere (adapters are drawn at random), then different random numbers per process.
     set_seed(config.train.seed)
     policy = load_policy(config.model, config.data, checkpoint)
@@ -121,23 +129,43 @@ def make_step_runner(config: TrainerConfig, prepared: Prepared) -> StepRunner:
     )
 
 
-def find_checkpoint(config: TrainerConfig) -> Checkpoint | None:
-    """Find what the run goes on from.
+def find_checkpoint(config: TrainerConfig, accelerator: Accelerator) -> Checkpoint | None:
+    """Find what the run goes on from: the newest checkpoint of which every byte is what was written.
+
+    Process 0 looks, and puts in order what an earlier process left; the others take what it found.
 
     Raises:
         ConfigurationError: There is something, and `train.resume` forbids to use it.
-        CheckpointError: The newest checkpoint cannot be read.
+        CheckpointError: See `newest_whole_checkpoint`.
     """
-    existing = list_checkpoints(checkpoint_directory(config))
-    if not existing:
-        return None
-    if config.train.resume == "never":
+    directory = checkpoint_directory(config)
+    if accelerator.num_processes == 1:
+        return _find_checkpoint(config, directory)
+    checkpoint, step = None, _FAILED
+    try:
+        if accelerator.is_main_process:
+            checkpoint = _find_checkpoint(config, directory)
+            step = _NONE if checkpoint is None else checkpoint.state.step
+    finally:  # the others must hear of it whatever happened
+        step = int(broadcast(torch.tensor([step], device=accelerator.device)).item())
+    if step == _FAILED:
+        raise CheckpointError("process 0 found no checkpoint to go on from; its message says why")
+    if checkpoint is None and step != _NONE:
+        checkpoint = read_checkpoint(checkpoint_path(directory, step))
+    return checkpoint
+
+
+def _find_checkpoint(config: TrainerConfig, directory: Path) -> Checkpoint | None:
+    recover_checkpoints(directory)
+    existing = list_checkpoints(directory)
+    if existing and config.train.resume == "never":
         raise ConfigurationError(
             f"{config.train.output_dir} holds a run already ({existing[-1].name}) and train.resume is never; "
             "choose another train.output_dir, or train.resume auto to go on with it"
         )
-    checkpoint = read_checkpoint(existing[-1])
-    logger.info("Going on from checkpoint %s", checkpoint.path)
+    checkpoint = newest_whole_checkpoint(directory)
+    if checkpoint is not None:
+        logger.info("Going on from checkpoint %s", checkpoint.path)
     return checkpoint
 
 

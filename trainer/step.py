@@ -25,6 +25,10 @@ from trainer.packing import MicroBatch, Packing, PassCost, pack
 from trainer.preparation import PreparedBatch
 
 
+class StepGivenUp(Exception):  # noqa: N818 - an event, not a fault
+    """A step was given up between two micro-batches; the weights are those before it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What came out of a step, over all processes."""
@@ -100,15 +104,23 @@ class StepRunner:
         self._cost = PassCost.of_config(unwrap(model).config.get_text_config())
 
     def __call__(
-        self, micro_batches: list[MicroBatch], *, accepts: Callable[[Mismatch | None], bool] = lambda _: True
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        accepts: Callable[[Mismatch | None], bool] = lambda _: True,
+        give_up: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """Train on a batch.
 
         Args:
             micro_batches: What `pack` made of the batch, at least one.
             accepts: Asked before the weights change, with equal numbers on every process.
+            give_up: Asked before each micro-batch; all processes have to answer the same.
+
+        Raises:
+            StepGivenUp: `give_up` said so.
         """
-        sums = self.accumulate(micro_batches)
+        sums = self.accumulate(micro_batches, give_up=give_up)
         totals = self._over_processes(sums)
         mismatch = take_mismatch(totals)
         loss = totals.pop("loss")
@@ -147,11 +159,16 @@ class StepRunner:
             cost=self._cost,
         )
 
-    def accumulate(self, micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
+    def accumulate(
+        self, micro_batches: list[MicroBatch], *, give_up: Callable[[], bool] = lambda: False
+    ) -> dict[str, Tensor]:
         """Compute the gradients of a step, replacing those that were there.
 
         Returns:
             This process's sums of loss, token count and metrics, 0-dim.
+
+        Raises:
+            StepGivenUp: `give_up` said so; there are no gradients then.
         """
         share = self._share(micro_batches)
         self._model.train()
@@ -161,6 +178,9 @@ class StepRunner:
             # Micro-batches without them do not report it, and all processes must add up the same names.
             sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
         for index, micro_batch in enumerate(share):
+            if give_up():
+                self._optimizer.zero_grad(set_to_none=True)
+                raise StepGivenUp
             last = index == len(share) - 1
             # Gradients are exchanged between processes once a step, with the last micro-batch.
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):

@@ -14,9 +14,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.batches import make_bodies
-from tests.trainer.runs import rows, run
-from trainer.checkpoint import list_checkpoints, read_checkpoint
-from trainer.errors import CheckpointError
+from tests.trainer.runs import assert_equal_tensors, rows, run, weights
+from trainer.checkpoint import read_checkpoint
+from trainer.checkpoint_store import list_checkpoints
+from trainer.config import load_config
+from trainer.errors import CheckpointError, ConfigurationError
 
 
 def test_the_model_part_is_an_ordinary_directory(tiny_model_directory: Path, tmp_path: Path) -> None:
@@ -25,7 +27,8 @@ def test_the_model_part_is_an_ordinary_directory(tiny_model_directory: Path, tmp
     AutoModelForCausalLM.from_pretrained(checkpoint.model_path)
     AutoTokenizer.from_pretrained(checkpoint.model_path)
     assert checkpoint.state.policy_version == 2
-    assert checkpoint.state.configuration["train"]["steps"] == 2
+    assert checkpoint.manifest is not None
+    assert checkpoint.manifest.configuration["train"]["steps"] == 2
 
 
 def test_only_the_newest_are_kept(tiny_model_directory: Path, tmp_path: Path) -> None:
@@ -37,27 +40,34 @@ def test_only_the_newest_are_kept(tiny_model_directory: Path, tmp_path: Path) ->
     ]
 
 
-def test_damage_is_named(tiny_model_directory: Path, tmp_path: Path) -> None:
-    run(tiny_model_directory, tmp_path, make_bodies(1), steps=1)
-    path = tmp_path / "checkpoints/step-000001"
-    whole = (path / "state.json").read_text()
-    (path / "state.json").write_text(whole[:50])
-    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
-        read_checkpoint(path)
-    (path / "state.json").write_text(json.dumps(json.loads(whole) | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99"):
-        read_checkpoint(path)
-    (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
-        read_checkpoint(path)
+def test_every_further_one_is_kept_as_well(tiny_model_directory: Path, tmp_path: Path) -> None:
+    keep = ("--checkpoint.every", "1", "--checkpoint.keep", "1", "--checkpoint.keep_every", "2")
+    run(tiny_model_directory, tmp_path, make_bodies(5), *keep, steps=5)
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-000002", "step-000004", "step-000005"]
 
 
-def test_a_cut_off_optimizer_file_is_named(tiny_model_directory: Path, tmp_path: Path) -> None:
-    run(tiny_model_directory, tmp_path, make_bodies(1), steps=1)
-    path = tmp_path / "checkpoints/step-000001/optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is damaged"):
-        run(tiny_model_directory, tmp_path, make_bodies(2), steps=2)
+def test_keeping_what_is_never_written_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="keep_every 75 is not a multiple of every"):
+        load_config(None, ["--model.path", "m", "--checkpoint.keep_every", "75"], environment={})
+
+
+def test_a_checkpoint_of_format_1_still_resumes(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path / "new", make_bodies(4))
+    run(tiny_model_directory, tmp_path / "old", make_bodies(2), steps=2)
+    path = tmp_path / "old/checkpoints/step-000002"
+    (path / "manifest.json").unlink()
+    state = json.loads((path / "state.json").read_text())
+    state |= {"format": 1, "configuration": {}, "versions": {}}
+    (path / "state.json").write_text(json.dumps(state))
+    run(tiny_model_directory, tmp_path / "old", make_bodies(2, first_seed=2))
+    assert_equal_tensors(weights(tmp_path / "old/final"), weights(tmp_path / "new/final"))
+
+
+def test_secrets_are_masked_in_the_manifest(tiny_model_directory: Path, tmp_path: Path) -> None:
+    run(tiny_model_directory, tmp_path, make_bodies(1), "--atropos.token", "hush-hush", steps=1)
+    for file in (tmp_path / "checkpoints/step-000001").rglob("*"):
+        assert file.is_dir() or b"hush-hush" not in file.read_bytes()
 
 
 def test_resuming_with_other_adapters_is_refused(tiny_model_directory: Path, tmp_path: Path) -> None:

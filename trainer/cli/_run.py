@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainer.cli._logging import configure_logging
 from trainer.cli._settings import add_settings, read_settings
+from trainer.cli._signals import ECHO_SECONDS, StopSignals, exit_code
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
     from trainer.loop import RunSummary
+    from trainer.sources import BatchSource
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +46,13 @@ class RunCommand:
         return report(summary)
 
 
-def train(config: TrainerConfig) -> RunSummary:
-    """Build a run from its configuration and run it, stopping cleanly at the first signal."""
+def train(config: TrainerConfig, *, source: BatchSource | None = None) -> RunSummary:
+    """Build a run from its configuration and run it, stopping cleanly at the first signal.
+
+    Args:
+        config: The configuration.
+        source: Where batches come from. None: the configured Atropos API.
+    """
     # torch and transformers take seconds to load.
     from transformers.utils import logging as transformers_logging
 
@@ -57,34 +60,9 @@ def train(config: TrainerConfig) -> RunSummary:
     from trainer.cli._progress import show_step
 
     transformers_logging.disable_progress_bar()
-    trainer = build_trainer(config, on_row=show_step if config.logging.progress else None)
-    with stop_on_signals(trainer.request_stop):
+    trainer = build_trainer(config, source=source, on_row=show_step if config.logging.progress else None)
+    with StopSignals(trainer.request_stop, echo=ECHO_SECONDS if trainer.processes > 1 else 0.0):
         return trainer.run()
-
-
-@contextmanager
-def stop_on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; a second one interrupts at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        del frame
-        name = signal.Signals(number).name
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, _interrupt)
-        logger.warning("%s: stopping after the current step with a checkpoint; again to stop at once", name)
-        request_stop(name)
-
-    before = {each: signal.signal(each, handle) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt
 
 
 def report(summary: RunSummary) -> int:
@@ -97,4 +75,4 @@ def report(summary: RunSummary) -> int:
         + (f"  final model  {summary.final_model}\n" if summary.final_model else "")
         + (f"  counted      {', '.join(f'{k} {v}' for k, v in set_aside.items())}\n" if set_aside else "")
     )
-    return 130 if summary.stopped_early and summary.stopped_early.startswith("SIG") else 0
+    return exit_code(summary.stopped_early) if summary.stopped_early in ("SIGINT", "SIGTERM") else 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.config._base import CommaList, Section
 
@@ -100,6 +100,21 @@ class CheckpointSettings(Section):
     """Optimizer steps between two checkpoints; one more is written at the end and on Ctrl-C."""
     keep: int = Field(default=2, gt=0)
     """Newest checkpoints kept; older ones are deleted."""
+    keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints of steps that are multiples of it are never deleted; a multiple of checkpoint.every.
+    None: only the newest stay."""
+    grace: float = Field(default=10.0, ge=0)
+    """Seconds that a step under way may still take after Ctrl-C or SIGTERM. Then it is given up between two
+    micro-batches, and its batch is not counted as trained. With several processes it is always finished."""
+
+    @model_validator(mode="after")
+    def _kept_ones_are_written(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is not a multiple of every ({self.every}), so few or none of "
+                f"its checkpoints would be written; set it to {self.every}, {2 * self.every}, ..."
+            )
+        return self
 
 
 class LoggingSettings(Section):

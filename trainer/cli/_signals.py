@@ -1,0 +1,100 @@
+"""SIGINT and SIGTERM: the first asks the run to end with a checkpoint, the second ends the process at once.
+
+A thread of its own hears of signals through a pipe that the system's signal handler writes to. So it does not
+matter what the main thread does: compute, write, or wait inside C code for something that never comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+ECHO_SECONDS: Final = 1.0
+"""With several processes, a signal so soon after the first is the same one once more: the terminal sends it
+to all, and then the launcher passes it on."""
+
+_LAST_WORDS_SECONDS: Final = 0.5
+"""For the last log line; whoever reads the log, or holds its lock, may be stuck as well."""
+
+
+class StopSignals:
+    """While it is entered, in the main thread, signals stop the run; see the module.
+
+    Args:
+        request_stop: Called with the first signal's name, in another thread.
+        echo: Seconds after the first signal during which further ones count as the first.
+    """
+
+    def __init__(self, request_stop: Callable[[str], None], *, echo: float = 0.0) -> None:
+        self._request_stop = request_stop
+        self._echo = echo
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._wakeup_before = -1
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        # Without a handler of Python's, nothing is written to the pipe.
+        self._handlers = {each: signal.signal(each, _leave_it_to_the_thread) for each in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._writer.close()  # the thread reads the end
+        self._thread.join()
+        self._reader.close()
+
+    def _watch(self) -> None:
+        first: float | None = None
+        while received := self._reader.recv(1):
+            number = received[0]
+            if number not in _SIGNALS:
+                continue
+            if first is None:
+                first = time.monotonic()
+                name = signal.Signals(number).name
+                logger.warning("%s: stopping with a checkpoint; again to stop at once, without one", name)
+                self._request_stop(name)
+            elif time.monotonic() - first >= self._echo:
+                _end_at_once(number)
+
+
+def exit_code(signal_name: str) -> int:
+    """What a shell reports for a program that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + signal.Signals[signal_name].value
+
+
+def _end_at_once(number: int) -> None:
+    name = signal.Signals(number).name
+    last_words = threading.Thread(
+        target=logger.warning,
+        args=("%s again: stopped at once; what is on the disk is whole", name),
+        daemon=True,
+    )
+    with contextlib.suppress(RuntimeError):  # no thread can be started while the interpreter ends
+        last_words.start()
+        last_words.join(_LAST_WORDS_SECONDS)
+    os._exit(exit_code(name))
+
+
+def _leave_it_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """Nothing: system calls of the main thread go on where they were interrupted."""
