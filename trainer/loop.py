@@ -115,6 +115,8 @@ class Trainer:
         self._skips_in_a_row = 0
         self._stop_reason: str | None = None
         self._stop_asked_at = 0.0
+        self.starting = False
+        """Whether the run still waits for servers and the API: its checkpoint stands, no step has begun."""
         self._weights_whole = True
         self._normalizer_state = prepared.normalizer.state_dict()
         self._idle_since: float | None = None
@@ -197,6 +199,7 @@ class Trainer:
         try:
             if self._checkpointed_step != self.step:
                 self.write_checkpoint()
+            self.starting = True
             if self._publisher is not None:
                 self._publisher.start(self.step)
                 self._published_step = self.step
@@ -244,6 +247,7 @@ class Trainer:
         )
         if self._accelerator.is_main_process:
             self._source.start()
+        self.starting = False
         while self.step < self._config.train.steps:
             started = time.monotonic()
             try:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from trainer.checkpoint import (
     Checkpoint,
@@ -104,8 +105,8 @@ def number_in(checkpoint: Checkpoint) -> int:
     return int(found.pop())
 
 
-def kill_at(moment: int) -> None:
-    """Have this process kill itself at its n-th file system call; a flush to the disk is one as well."""
+def kill_at(moment: int, directory: Path) -> None:
+    """Have this process kill itself at its n-th file system call below a directory, or flush to the disk."""
     seen = 0
 
     def count(*_: Any) -> None:
@@ -114,7 +115,12 @@ def kill_at(moment: int) -> None:
         if seen == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(lambda event, _: count() if event in EVENTS else None)
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        # Files of a tree that is deleted are named relative to a descriptor.
+        if event in ("os.remove", "os.rmdir") or (event in EVENTS and str(directory) in str(arguments)):
+            count()
+
+    sys.addaudithook(hook)
     flush = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -150,12 +156,12 @@ def look(directory: Path) -> int:
 
 def killed_at_every_call(writer: Writer, scenario: str, before: Path) -> None:
     """One child a moment, until one lives to its end."""
-    for moment in range(1, 1000):
+    for moment in range(1, 1000, 1 if scenario == "next" else 2):
         shutil.rmtree(writer.directory, ignore_errors=True)
         shutil.copytree(before, writer.directory)
         child = os.fork()
         if child == 0:
-            kill_at(moment)
+            kill_at(moment, writer.directory)
             act(writer, scenario)
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -186,6 +192,7 @@ def killed_at_random(writer: Writer, children: int) -> None:
 def main(model: Path, root: Path, scenario: str) -> None:
     """Run a scenario."""
     torch.set_num_threads(1)
+    disable_progress_bar()
     writer = Writer(model, root / "checkpoints")
     writer.write(1, 1)
     if scenario == "random":

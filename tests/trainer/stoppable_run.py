@@ -70,14 +70,25 @@ class NothingComes(RecordedSource):
             return None
 
 
+class NotReady(RecordedSource):
+    """Its API does not answer."""
+
+    def start(self) -> None:
+        """Wait, for longer than any test."""
+        say("now")
+        time.sleep(600)
+
+
+SOURCES = {"wait": NothingComes, "no api": NotReady}
+
+
 def main(model: str, output: str, kind: str, *others: str) -> int:
     """Run until a signal."""
     torch.set_num_threads(1)
     configure_logging("INFO")
     say(f"rank {os.environ.get('RANK', 0)} pid {os.getpid()}")
-    kind_of_source = NothingComes if kind == "wait" else RecordedSource
     config = settings(model, output, "--train.steps", "100000", *others)
-    return report(train(config, source=kind_of_source(bodies_of(kind))))
+    return report(train(config, source=SOURCES.get(kind, RecordedSource)(bodies_of(kind))))
 
 
 if __name__ == "__main__":

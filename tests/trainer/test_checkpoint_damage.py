@@ -18,7 +18,25 @@ from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, run, weights
 from trainer.checkpoint import verify_checkpoint
 from trainer.checkpoint_store import list_checkpoints, newest_whole_checkpoint, prune_checkpoints
+from trainer.cli import main
 from trainer.errors import CheckpointError, DamagedCheckpoint
+
+
+def test_the_command_lists_and_verifies(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "verify", str(checkpoints.parent)]) == 0
+    assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()] == [
+        ["step", "2"],
+        ["step", "4"],
+    ]
+    flip(checkpoints / "step-000004/model/model.safetensors", 0.5, 0)
+    assert main(["checkpoint", "list", str(checkpoints)]) == 0  # it does not read the weights
+    assert main(["checkpoint", "verify", str(checkpoints / "step-000002")]) == 0
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", str(checkpoints)]) == 1
+    whole, damaged = capsys.readouterr().out.splitlines()
+    assert whole.endswith("whole")
+    assert damaged.endswith("model/model.safetensors is not what was written: its checksum differs")
+    assert main(["checkpoint", "list", str(checkpoints / "step-000002/model")]) == 1
 
 
 @pytest.fixture(scope="module")

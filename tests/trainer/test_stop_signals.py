@@ -37,7 +37,7 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
             )
 
     def wait_for(self, start: str) -> str:
@@ -54,8 +54,9 @@ class Run:
             return self.process.wait(ENDED_WITHIN)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
             raise
+        finally:
+            self.process.communicate()  # closes the pipe
 
 
 def newest(output: Path) -> Checkpoint:
@@ -76,6 +77,17 @@ def test_the_first_signal_ends_a_wait_for_a_batch_with_a_checkpoint(
     assert f"{number.name}: stopping with a checkpoint; again to stop at once" in run.log.read_text()
     assert "Stopped after 2 optimizer steps" in run.log.read_text()
     assert newest(tmp_path / "run").state.step == 2
+
+
+def test_a_run_that_still_waits_for_the_api_ends_after_its_grace(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_model_directory, tmp_path / "run", "no api", "--checkpoint.grace", "0.5")
+    run.wait_for("now")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends_with() == 143
+    assert "still waits for others, and there is nothing to save" in run.log.read_text()
+    assert newest(tmp_path / "run").state.step == 0
 
 
 def test_a_step_that_outlasts_its_grace_is_given_up_and_its_batch_is_as_good_as_new(
@@ -118,7 +130,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_inside_a_call_into_c(
     assert run.process.poll() is None, "the first signal waits for the call to end"
     run.process.send_signal(signal.SIGINT)
     assert run.ends_with() == 130
-    assert "SIGINT again: stopped at once" in run.log.read_text()
+    assert "SIGINT: it came again. Stopped at once" in run.log.read_text()
     assert newest(tmp_path / "run").state.step == 0  # the one from its start
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Protocol
 
 from trainer.cli._check import CheckCommand
+from trainer.cli._checkpoint import CheckpointCommand
 from trainer.cli._journal import JournalCommand
 from trainer.cli._replay import ReplayCommand
 from trainer.cli._run import RunCommand
@@ -75,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _commands() -> dict[str, Command]:
     """Our own commands and those that installed packages add."""
-    commands: list[Command] = [RunCommand(), CheckCommand(), JournalCommand(), ReplayCommand()]
+    commands: list[Command] = [
+        RunCommand(),
+        CheckCommand(),
+        CheckpointCommand(),
+        JournalCommand(),
+        ReplayCommand(),
+    ]
     commands += [entry_point.load() for entry_point in sorted(entry_points(group=COMMAND_GROUP))]
     return {command.name: command for command in commands}

@@ -61,7 +61,13 @@ def train(config: TrainerConfig, *, source: BatchSource | None = None) -> RunSum
 
     transformers_logging.disable_progress_bar()
     trainer = build_trainer(config, source=source, on_row=show_step if config.logging.progress else None)
-    with StopSignals(trainer.request_stop, echo=ECHO_SECONDS if trainer.processes > 1 else 0.0):
+    signals = StopSignals(
+        trainer.request_stop,
+        nothing_to_save=lambda: trainer.starting,
+        grace=config.checkpoint.grace,
+        echo=ECHO_SECONDS if trainer.processes > 1 else 0.0,
+    )
+    with signals:
         return trainer.run()
 
 

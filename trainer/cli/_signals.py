@@ -34,11 +34,23 @@ class StopSignals:
 
     Args:
         request_stop: Called with the first signal's name, in another thread.
+        nothing_to_save: Asked once, `grace` seconds after it: whether the run, if it has not ended, may be
+            ended from here.
+        grace: Seconds.
         echo: Seconds after the first signal during which further ones count as the first.
     """
 
-    def __init__(self, request_stop: Callable[[str], None], *, echo: float = 0.0) -> None:
+    def __init__(
+        self,
+        request_stop: Callable[[str], None],
+        *,
+        nothing_to_save: Callable[[], bool],
+        grace: float,
+        echo: float = 0.0,
+    ) -> None:
         self._request_stop = request_stop
+        self._nothing_to_save = nothing_to_save
+        self._grace = grace
         self._echo = echo
         self._handlers: dict[signal.Signals, Any] = {}
         self._wakeup_before = -1
@@ -64,18 +76,28 @@ class StopSignals:
         self._reader.close()
 
     def _watch(self) -> None:
-        first: float | None = None
-        while received := self._reader.recv(1):
+        first, asked_at = 0, 0.0
+        while True:
+            try:
+                received = self._reader.recv(1)
+            except TimeoutError:
+                self._reader.settimeout(None)
+                if self._nothing_to_save():
+                    _end_at_once(first, "it still waits for others, and there is nothing to save")
+                continue
+            if not received:
+                return
             number = received[0]
             if number not in _SIGNALS:
                 continue
-            if first is None:
-                first = time.monotonic()
+            if not first:
+                first, asked_at = number, time.monotonic()
                 name = signal.Signals(number).name
                 logger.warning("%s: stopping with a checkpoint; again to stop at once, without one", name)
                 self._request_stop(name)
-            elif time.monotonic() - first >= self._echo:
-                _end_at_once(number)
+                self._reader.settimeout(max(self._grace, 0.1))
+            elif time.monotonic() - asked_at >= self._echo:
+                _end_at_once(number, "it came again")
 
 
 def exit_code(signal_name: str) -> int:
@@ -83,11 +105,11 @@ def exit_code(signal_name: str) -> int:
     return 128 + signal.Signals[signal_name].value
 
 
-def _end_at_once(number: int) -> None:
+def _end_at_once(number: int, reason: str) -> None:
     name = signal.Signals(number).name
     last_words = threading.Thread(
         target=logger.warning,
-        args=("%s again: stopped at once; what is on the disk is whole", name),
+        args=("%s: %s. Stopped at once; what is on the disk is whole", name, reason),
         daemon=True,
     )
     with contextlib.suppress(RuntimeError):  # no thread can be started while the interpreter ends
