@@ -173,6 +173,9 @@ def killed_at_every_call(writer: Writer, scenario: str, before: Path) -> None:
 def killed_at_random(writer: Writer, children: int) -> None:
     """Children write and prune in a loop; each goes on from what the one before left."""
     generator = random.Random(0)
+    started = time.monotonic()
+    writer.write(1, 1)
+    usual = time.monotonic() - started
     for moment in range(children):
         first = look(writer.directory)
         child = os.fork()
@@ -181,7 +184,7 @@ def killed_at_random(writer: Writer, children: int) -> None:
                 writer.write(number // 2, number)  # every second one replaces the one before
                 prune_checkpoints(writer.directory, keep=1)
             os._exit(1)
-        time.sleep(generator.uniform(0.001, 0.25))
+        time.sleep(generator.uniform(0.001, 4 * usual))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         found = look(writer.directory)

@@ -40,7 +40,7 @@ class RunCommand:
             summary = train(config)
         except ConfigurationError:
             raise
-        except (TrainerError, AtroposClientError) as error:
+        except (TrainerError, AtroposClientError, OSError) as error:  # OSError: a disk that is full, say
             logger.error("The run failed: %s: %s", type(error).__name__, error)  # noqa: TRY400 - expected
             return 1
         return report(summary)
