@@ -107,13 +107,12 @@ def replay(
         AtroposClientError: A journal cannot be read.
     """
     # torch and transformers take seconds to load.
-    from trainer.assembly import build_trainer
-    from trainer.cli._progress import show_step
-    from trainer.cli._run import stop_on_signals
+    from trainer.checkpoint_store import newest_whole_checkpoint
+    from trainer.cli._run import train
     from trainer.replay import ReplaySource
-    from trainer.setup import find_checkpoint
+    from trainer.setup import checkpoint_directory
 
-    checkpoint = find_checkpoint(config)
+    checkpoint = newest_whole_checkpoint(checkpoint_directory(config))
     source = ReplaySource(
         paths,
         batch_size=config.atropos.batch_size,
@@ -122,10 +121,7 @@ def replay(
         train_partial=train_partial,
         skip=checkpoint.state.batches if checkpoint is not None else 0,
     )
-    config = adapt(config, steps=source.count, publish=publish)
-    trainer = build_trainer(config, source=source, on_row=show_step if config.logging.progress else None)
-    with stop_on_signals(trainer.request_stop):
-        return trainer.run()
+    return train(adapt(config, steps=source.count, publish=publish), source=source)
 
 
 def adapt(config: TrainerConfig, *, steps: Any, publish: bool) -> TrainerConfig:
