@@ -215,7 +215,8 @@ class Trainer:
             if self._publisher is not None:
                 self._publisher.close()
         final = self._write_final_model() if stopped_early is None else None
-        # Nobody leaves the process group while another still writes: its abrupt end can abort a process.
+        # Nobody leaves the process group while another still writes. And while all wait here, gloo's threads
+        # let go of the last tensors that they moved: one that does so while Python shuts down aborts it.
         self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
         return RunSummary(
