@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -379,6 +380,18 @@ def test_a_server_that_starts_late_is_waited_for(policy: Policy, server: StandIn
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
     assert server.paths().count("/health") == 3
+
+
+def test_an_engine_that_is_late_with_its_first_answer_is_waited_for(
+    policy: Policy, server: StandIn, tmp_path: Path
+) -> None:
+    def late() -> None:
+        server.faults.pop("/is_paused")
+        time.sleep(1.0)
+
+    server.faults["/is_paused"] = late
+    with publishing(policy, tmp_path, server, pause_timeout=0.5) as publisher:
+        assert publisher.start(0).verified
 
 
 def test_a_server_that_never_comes_up_is_named(policy: Policy, tmp_path: Path) -> None:

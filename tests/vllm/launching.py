@@ -115,13 +115,15 @@ class VllmServer:
         return self
 
     def wait_until_ready(self, timeout: float = START_TIMEOUT) -> None:
-        """Wait for `/health`, then for a first token: vLLM compiles its kernels for that.
+        """Wait for `/health`, then for a first token and log-probs: vLLM compiles its kernels for that.
 
         Raises:
             AssertionError: It ended or took too long; the message has the end of its log.
         """
         self._wait_until(self._is_healthy, timeout, "was healthy")
-        reply = self.post("/v1/completions", {"model": SERVED_NAME, "prompt": [1], "max_tokens": 1})
+        first = {"model": SERVED_NAME, "prompt": [1, 2], "max_tokens": 1, "prompt_logprobs": 0}
+        with self.client(timeout=timeout) as client:
+            reply = client.post("/v1/completions", json=first)
         assert reply.status_code == 200, f"the first completion failed: {reply.text}\n{self.log_end()}"
 
     def kill(self) -> None:
@@ -187,6 +189,7 @@ class VllmServer:
             "DO_NOT_TRACK": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from others
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_API_KEY": self.api_key,

@@ -64,7 +64,11 @@ class VllmRoutes(VllmAdapters):
         self._connection.close()
 
     def wait_until_ready(self) -> None:
-        """Wait for `/health`, then find the model's name in `/v1/models`."""
+        """Wait for `/health`, find the model's name in `/v1/models`, and wait until the engine answers.
+
+        `/health` does not ask the engine: one that prepares its kernels for its first request, a minute on a
+        busy CPU, answers `/is_paused` after that.
+        """
         deadline = Deadline(self._settings.ready_timeout)
         self._connection.call(
             "GET",
@@ -84,10 +88,13 @@ class VllmRoutes(VllmAdapters):
                 server=self.url,
                 phase=Phase.READY,
             )
+        self._ask_whether_paused(deadline)
 
     def is_paused(self) -> bool:
         """Ask `/is_paused`; a server without that route counts as running."""
-        deadline = Deadline(self._settings.pause_timeout)
+        return self._ask_whether_paused(Deadline(self._settings.pause_timeout))
+
+    def _ask_whether_paused(self, deadline: Deadline) -> bool:
         try:
             state = self._get("/is_paused", PauseState, phase=Phase.READY, version=None, deadline=deadline)
         except ServerNotReady as error:
