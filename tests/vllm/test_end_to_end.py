@@ -103,6 +103,11 @@ class Run:
         for child in self._children:
             child.require_healthy()
 
+    def is_settled(self) -> bool:
+        """Whether the newest step's version has been published."""
+        steps, publishes = self.rows("step"), self.rows("publish")
+        return bool(steps and publishes) and steps[-1]["step"] == publishes[-1]["version"]
+
     def log(self) -> str:
         """What the trainer has logged, on one line: its lines are wrapped for a terminal."""
         return " ".join(self.trainer.log_path.read_text(errors="replace").split())
@@ -257,7 +262,7 @@ def test_five_steps_of_adapters(
 def test_vllm_killed_in_the_middle_of_a_publish(server: VllmServer, start_run: Callable[..., Run]) -> None:
     run = start_run()
     run.wait(lambda: len(run.rows("step")) >= 2, "train two steps")
-    with server.client(timeout=5.0) as client:
+    with server.client(timeout=60.0) as client:
         run.wait(lambda: bool(client.get("/is_paused").json()["is_paused"]), "pause the server", every=0.0)
     killed_after = len(run.rows("step"))
     server.kill()
@@ -277,8 +282,9 @@ def test_vllm_killed_in_the_middle_of_a_publish(server: VllmServer, start_run: C
 def test_vllm_killed_in_the_middle_of_a_rollout(server: VllmServer, start_run: Callable[..., Run]) -> None:
     run = start_run()
     run.wait(lambda: len(run.rows("step")) >= 2, "train two steps")
-    with server.client(timeout=5.0) as client:
-        run.wait(lambda: is_generating(client), "sample", every=0.0)
+    with server.client(timeout=60.0) as client:
+        # Not while a publish is under way, which a slow machine may take long for: that is the test above.
+        run.wait(lambda: run.is_settled() and is_generating(client), "sample", every=0.0)
     server.kill()
     steps_before = len(run.rows("step"))
     server.start()
@@ -286,7 +292,9 @@ def test_vllm_killed_in_the_middle_of_a_rollout(server: VllmServer, start_run: C
     assert_every_step_was_trained_once(run)
     assert_every_version_was_proven(run)
     assert steps_before < STEPS, "the server was killed too late to matter"
-    assert re.search(r"serves version \d+ again", run.log())
+    # By the look between publishes, or by the next publish where a step was just being trained.
+    retried = any(row["publish_attempts"] > 1 for row in run.rows("publish"))
+    assert retried or re.search(r"serves version \d+ again", run.log())
     version, logprobs = read_served(server)
     assert version == str(STEPS)
     assert largest_difference(logprobs, own_logprobs(run.directory / "final")) < 1e-3
