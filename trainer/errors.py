@@ -10,6 +10,7 @@
     ├── CheckpointError (OSError)           a checkpoint that cannot be written or read
     │   └── DamagedCheckpoint               it is not what was written; the one before it may be whole
     ├── TooManySkippedBatches               too many batches in a row that could not be trained
+    ├── TooManySetAside                     too large a share of the groups could not be trained
     ├── MismatchTooLarge                    sampler and trainer disagree about what was sampled
     ├── DeadlineExceeded (TimeoutError)     a party we waited for did not answer in time
     └── PublishError                        see trainer.publish
@@ -48,6 +49,10 @@ class DamagedCheckpoint(CheckpointError):  # noqa: N818 - reads as what was foun
 
 class TooManySkippedBatches(TrainerError):  # noqa: N818 - reads as the event that it is
     """Too many batches in a row could not be trained: nothing usable, no signal, or a loss not finite."""
+
+
+class TooManySetAside(TrainerError):  # noqa: N818
+    """Too large a share of the groups of the last batches was set aside; the message names the reasons."""
 
 
 class MismatchTooLarge(TrainerError):  # noqa: N818

@@ -23,7 +23,7 @@ from trainer.checkpoint import (
 )
 from trainer.checkpoint_store import checkpoint_path, prune_checkpoints
 from trainer.config import TrainerConfig
-from trainer.errors import CheckpointError, MismatchTooLarge, TooManySkippedBatches
+from trainer.errors import CheckpointError, MismatchTooLarge, TooManySetAside, TooManySkippedBatches
 from trainer.exchange import BatchExchange, Stopped
 from trainer.metrics import MetricsFile, Row, batch_metrics, step_metrics
 from trainer.mismatch import Mismatch, alarm_text
@@ -32,6 +32,7 @@ from trainer.preparation import PreparedBatch, PreparedStep, prepare_batch
 from trainer.publish import PublishReport
 from trainer.schedule import learning_rate
 from trainer.set_aside import SetAsideStore
+from trainer.set_aside_share import SetAsideShare
 from trainer.setup import Prepared, checkpoint_directory, library_versions, make_step_runner
 from trainer.sources import BatchSource, EndOfBatches, IncomingBatch
 from trainer.step import StepGivenUp
@@ -121,6 +122,7 @@ class Trainer:
         self._normalizer_state = prepared.normalizer.state_dict()
         self._idle_since: float | None = None
         self._set_aside = SetAsideStore(config.train.output_dir / "set_aside")
+        self._set_aside_share = SetAsideShare(config.train)
         self._run_step = make_step_runner(config, prepared)
         if self._accelerator.is_main_process:
             self._metrics = MetricsFile(config.train.output_dir / "metrics.jsonl", resumed_step=self.step)
@@ -292,9 +294,11 @@ class Trainer:
         prepared = self._prepared_step(incoming)
         batch = prepared.batch
         self._count(batch)
-        if not batch.samples:
-            reason = "no group has a usable sequence" if not batch.scores else "no advantage differs from 0"
-            self._skip(incoming, reason, counter="batches_without_signal", normalizer=batch.normalizer)
+        self._watch_set_aside(incoming, batch)
+        if batch.why_empty is not None:
+            self._skip(
+                incoming, batch.why_empty, counter="batches_without_signal", normalizer=batch.normalizer
+            )
             return
         rate = learning_rate(self._config.optimizer, self.step, self._config.train.steps)
         for group in self._prepared.optimizer.param_groups:
@@ -335,6 +339,7 @@ class Trainer:
                 "staleness": staleness,
                 "learning_rate": rate,
                 **batch_metrics(batch),
+                "set_aside_share": self._set_aside_share.share,
                 **step_metrics(result),
                 "waiting_seconds": waited,
                 "idle_seconds": idle,
@@ -443,6 +448,16 @@ class Trainer:
         self._counters["groups_with_binary_masks_total"] += batch.groups_with_binary_masks
         if self._accelerator.is_main_process:
             self._set_aside.keep_groups(batch.set_aside, batch=self._batches)
+
+    def _watch_set_aside(self, incoming: IncomingBatch, batch: PreparedBatch) -> None:
+        reasons = [group.reason for group in batch.set_aside]
+        try:
+            alarm = self._set_aside_share.add(groups=batch.groups + len(reasons), reasons=reasons)
+        except TooManySetAside as error:
+            if self._accelerator.is_main_process:
+                self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=str(error))
+            raise
+        self._counters["set_aside_alarms_total"] += alarm
 
     def _skip(
         self, incoming: IncomingBatch, reason: str, *, counter: str, normalizer: dict[str, float]

@@ -12,6 +12,7 @@ from schemas import BatchReply
 from trainer.advantages import AdvantageNormalizer, clip_advantages, has_signal, token_advantages
 from trainer.config import DataSettings, LossSettings
 from trainer.packing import MicroBatch
+from trainer.plausibility import implausible_reason
 from trainer.samples import (
     ModelLimits,
     Sample,
@@ -47,6 +48,15 @@ class PreparedBatch:
     """State of the advantage normalizer after this batch: what a checkpoint of its step has to hold, while
     the normalizer itself may be batches ahead."""
 
+    @property
+    def why_empty(self) -> str | None:
+        """Why there is nothing to compute; None if there is."""
+        if self.samples:
+            return None
+        if not self.scores:
+            return "no group has a usable sequence"
+        return "no advantage differs from 0" if self.trained_tokens else "no token is trained on"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedStep:
@@ -79,6 +89,12 @@ def prepare_batch(
         limits,
         needs_inference_logprobs=loss.needs_inference_logprobs,
         needs_ref_logprobs=loss.kl_coefficient > 0,
+        implausible=lambda group: implausible_reason(
+            group,
+            estimator=data.advantage_estimator,
+            uses_temperature=loss.uses_temperature,
+            advantage_limit=data.advantage_limit,
+        ),
     )
     columns = token_columns(groups)
     advantages = token_advantages(groups, estimator=data.advantage_estimator)

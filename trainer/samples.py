@@ -7,7 +7,7 @@ sequences beyond its context) or the loss cannot use (no sampler log-probs) is s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +99,21 @@ def set_aside_reason(
 
 
 def split_batch(
-    reply: BatchReply, limits: ModelLimits, *, needs_inference_logprobs: bool, needs_ref_logprobs: bool
+    reply: BatchReply,
+    limits: ModelLimits,
+    *,
+    needs_inference_logprobs: bool,
+    needs_ref_logprobs: bool,
+    implausible: Callable[[ScoredGroup], str | None] = lambda group: None,
 ) -> tuple[list[ScoredGroup], list[SetAside]]:
     """Separate the groups of a batch that can be trained on from those that cannot.
+
+    Args:
+        reply: The batch.
+        limits: What the model can take.
+        needs_inference_logprobs: Whether the loss compares log-probs with the sampler's.
+        needs_ref_logprobs: Whether it has a KL term.
+        implausible: A further reason against a group; see `trainer.plausibility`.
 
     Raises:
         MissingLogProbsError: No group of the batch carries the log-probs that the loss needs; that is a
@@ -112,13 +124,15 @@ def split_batch(
         SetAside(group_index=bad.index, env_id=bad.env_id, reason=bad.reason, group=bad.raw)
         for bad in reply.rejected
     ]
-    for index, group in enumerate(reply.groups):
+    rejected = {bad.index for bad in reply.rejected}
+    places = (place for place in range(len(reply.batch or [])) if place not in rejected)
+    for index, group in zip(places, reply.groups, strict=True):
         reason = set_aside_reason(
             group,
             limits,
             needs_inference_logprobs=needs_inference_logprobs,
             needs_ref_logprobs=needs_ref_logprobs,
-        )
+        ) or implausible(group)
         if reason is None:
             usable.append(group)
         else:

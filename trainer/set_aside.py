@@ -10,6 +10,8 @@ from trainer.samples import SetAside
 
 logger = logging.getLogger(__name__)
 
+_REASONS_LOGGED = 5  # groups of one batch that get a line of their own in the log
+
 
 class SetAsideStore:
     """Keeps groups and whole batches that were not trained on, for inspection.
@@ -22,14 +24,21 @@ class SetAsideStore:
         self._directory = directory
 
     def keep_groups(self, groups: list[SetAside], *, batch: int) -> None:
-        """Append groups to groups.jsonl and log each reason."""
-        for group in groups:
+        """Append groups to groups.jsonl and log the first reasons: a batch may hold thousands of them."""
+        for group in groups[:_REASONS_LOGGED]:
             logger.warning(
                 "Set aside group %d of batch %d from environment %s: %s",
                 group.group_index,
                 batch,
                 group.env_id,
                 group.reason,
+            )
+        if len(groups) > _REASONS_LOGGED:
+            logger.warning(
+                "Set aside %d more groups of batch %d: see %s",
+                len(groups) - _REASONS_LOGGED,
+                batch,
+                self._directory / "groups.jsonl",
             )
         if groups:
             self._directory.mkdir(parents=True, exist_ok=True)

@@ -204,6 +204,7 @@ def test_a_batch_that_makes_the_loss_infinite_is_skipped_kept_and_counted(
     bodies = make_bodies(3)
     bodies[1] = make_body(9, advantages=None, scores=[1e38, -1e38, 1e38, 3e37])
     options = ("--data.advantage_estimator", "raw", "--loss.name", "weighted_sft")
+    options += ("--data.advantage_limit", "1e39")
     summary = run(tiny_model_directory, tmp_path, bodies, *options, steps=2)
     assert summary.step == 2
     (skipped,) = rows(tmp_path, "skipped")

@@ -64,6 +64,9 @@ class DataSettings(Section):
     (global). Never shifts: a zero stays zero."""
     advantage_clip: tuple[float, float] | None = None
     """Lowest and highest advantage after normalization. None: no clipping."""
+    advantage_limit: float | None = Field(default=1e6, gt=0)
+    """Groups with an advantage of a larger magnitude at a trained token, before normalization, are set aside:
+    one of them would decide the whole step, and under global normalization every later one. None: any."""
     packing: Literal["auto", "prefix_tree", "plain", "padded"] = "auto"
     """How sequences share a micro-batch. prefix_tree: no padding, tokens that sequences of a group share
     at their start are computed once. plain: no padding, sequences one after another. padded: one row a

@@ -92,6 +92,14 @@ class TrainSettings(Section):
     max_consecutive_skips: int = Field(default=10, gt=0)
     """Stop after so many batches in a row that could not be trained (nothing usable, not finite)."""
 
+    set_aside_alarm: float | None = Field(default=0.1, gt=0, le=1)
+    """Share of the groups of the last set_aside_window batches past which the groups set aside are a warning,
+    with the most frequent reasons, and count in set_aside_alarms_total. None: never."""
+    set_aside_limit: float | None = Field(default=0.5, gt=0, le=1)
+    """The same share, past which the run stops with a checkpoint. None: never."""
+    set_aside_window: int = Field(default=20, gt=0)
+    """Batches over which these shares are taken; nothing is judged before so many have come."""
+
 
 class CheckpointSettings(Section):
     """What a run can go on from."""

@@ -1,0 +1,88 @@
+"""A rising share of groups set aside: heard past one share, the end of the run past another."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.batches import make_group
+from tests.trainer.runs import rows, run
+from trainer.config import TrainSettings
+from trainer.errors import TooManySetAside
+from trainer.set_aside_share import SetAsideShare, kind_of_reason
+
+
+def share_of(**settings: Any) -> SetAsideShare:
+    return SetAsideShare(TrainSettings(**{"set_aside_window": 2, **settings}))
+
+
+def test_nothing_is_judged_before_the_window_is_full() -> None:
+    share = share_of()
+    assert not share.add(groups=2, reasons=["bad", "bad"])
+    assert share.share == 1.0
+
+
+def test_the_alarm_names_the_share_and_the_most_frequent_reasons(caplog: pytest.LogCaptureFixture) -> None:
+    share = share_of()
+    share.add(groups=10, reasons=["scores[0]: found nan", "scores[17]: found nan"])
+    with caplog.at_level(logging.WARNING):
+        assert share.add(groups=10, reasons=["token id 5000 is unknown"])
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "3 of the 20 groups (15%) of the last 2 batches were set aside" in message
+    assert "2 x scores[N]: found nan; 1 x token id N is unknown" in message
+    assert "train.set_aside_alarm 0.1" in message
+
+
+def test_the_alarm_repeats_once_a_window_and_again_after_the_share_has_fallen() -> None:
+    share = share_of(set_aside_limit=None)
+    bad, good = ["bad"], list[str]()
+    raised = [share.add(groups=4, reasons=reasons) for reasons in [bad] * 5 + [good] * 2 + [bad] * 1]
+    assert raised == [False, True, False, True, False, True, False, True]
+
+
+def test_past_the_limit_the_run_ends_and_the_message_says_what_to_do() -> None:
+    share = share_of()
+    share.add(groups=2, reasons=["bad"])
+    with pytest.raises(TooManySetAside, match=r"3 of the 4 groups \(75%\).*3 x bad.*mend the environment"):
+        share.add(groups=2, reasons=["bad", "bad"])
+
+
+def test_old_batches_leave_the_window() -> None:
+    share = share_of()
+    share.add(groups=2, reasons=["bad"])
+    share.add(groups=2, reasons=[])
+    share.add(groups=2, reasons=[])
+    assert share.share == 0.0
+
+
+def test_both_can_be_switched_off() -> None:
+    share = share_of(set_aside_alarm=None, set_aside_limit=None)
+    assert not any(share.add(groups=1, reasons=["bad"]) for _ in range(5))
+
+
+def test_reasons_that_differ_in_numbers_only_are_one_kind() -> None:
+    assert kind_of_reason("masks[3][17] is -5; 1.5e+30") == "masks[N][N] is N; N"
+
+
+def mixed_body(seed: int, *, bad: int, good: int) -> bytes:
+    generator = random.Random(seed)
+    ragged = [make_group(generator, scores=[1.0]) for _ in range(bad)]
+    return json.dumps({"batch": [*ragged, *(make_group(generator) for _ in range(good))]}).encode()
+
+
+def test_a_run_counts_alarms_in_its_rows_and_ends_past_the_limit_with_everything_kept(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    bodies = [mixed_body(1, bad=0, good=4), mixed_body(2, bad=1, good=3), mixed_body(3, bad=4, good=1)]
+    with pytest.raises(TooManySetAside, match=r"5 of the 9 groups .* scores has N entries"):
+        run(tiny_model_directory, tmp_path, bodies, "--train.set_aside_window", "2")
+    first, second = rows(tmp_path)
+    assert (first["set_aside_share"], first["set_aside_alarms_total"]) == (0.0, 0)
+    assert (second["set_aside_share"], second["set_aside_alarms_total"]) == (1 / 8, 1)
+    assert (tmp_path / "set_aside/batch-000003.json").read_bytes() == bodies[2]
+    assert (tmp_path / "checkpoints/step-000002/state.json").is_file()
