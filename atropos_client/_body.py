@@ -30,8 +30,8 @@ class BodyReader:
         self._limit = limit
         self._give_up_at = time.monotonic() + patience
         self._inflater: zlib._Decompress | None = None
-        self._pieces: list[bytes] = []
-        self._size = 0
+        # One growing buffer: as a list of pieces, a body in chunks of two bytes takes thirty times its size.
+        self._body = bytearray()
         self._wire_size = 0
 
     def begin(self, headers: httpx.Headers) -> None:
@@ -80,7 +80,7 @@ class BodyReader:
         """
         if whole and self._inflater is not None and self._wire_size and not self._inflater.eof:
             raise InvalidReply(f"the gzip data is cut off after {self._wire_size} bytes")
-        return b"".join(self._pieces)
+        return bytes(self._body)
 
     def _inflate(self, inflater: zlib._Decompress, data: bytes) -> None:
         while data:
@@ -88,14 +88,13 @@ class BodyReader:
                 inflater = self._inflater = zlib.decompressobj(_GZIP_WINDOW)
             try:
                 # One byte beyond the room that is left is enough to know that it is too much.
-                piece = inflater.decompress(data, self._limit - self._size + 1)
+                piece = inflater.decompress(data, self._limit - len(self._body) + 1)
             except zlib.error as error:
                 raise InvalidReply(f"the gzip data is broken: {error}") from error
             self._keep(piece)
             data = inflater.unused_data
 
     def _keep(self, piece: bytes) -> None:
-        self._size += len(piece)
-        if self._size > self._limit:
+        if len(self._body) + len(piece) > self._limit:
             raise ReplyTooLarge(f"the reply has more bytes than the maximum of {self._limit}")
-        self._pieces.append(piece)
+        self._body += piece
