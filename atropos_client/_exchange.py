@@ -192,7 +192,15 @@ def _status_error(reply: Reply, settings: ConnectionSettings) -> ErrorStatus:
             status_code=code,
         )
     kind = ServerError if code >= 500 else ErrorStatus
-    return kind(f"status {code}. The server said {said}", status_code=code)
+    return kind(
+        f"status {code}. The server said {said}", status_code=code, retry_after=_retry_after(reply.headers)
+    )
+
+
+def _retry_after(headers: httpx.Headers) -> float:
+    """Seconds of a Retry-After header; 0.0 for none, and for a date, which would ask for the wall clock."""
+    value = headers.get("retry-after", "").strip()
+    return float(value) if value.isascii() and value.isdecimal() else 0.0
 
 
 def _excerpt(reply: Reply, settings: ConnectionSettings) -> str:

@@ -32,6 +32,7 @@ from atropos_client.errors import (
     BatchNotRecorded,
     BatchPossiblyLost,
     BatchTimeout,
+    ErrorStatus,
     InvalidReply,
     JournalError,
     PollerStopped,
@@ -89,7 +90,8 @@ class BatchPoller:
                 work on an earlier one; its result travels with the batch. So does what it raises.
             first_pause: Seconds between polls when the API has no data; doubles.
             longest_pause: Seconds that this pause never exceeds.
-            longest_failure_pause: Seconds that the pause after failures never exceeds.
+            longest_failure_pause: Seconds that the pause after failures never exceeds, whatever Retry-After a
+                server sends.
             heartbeat: Seconds between two log lines that say who is late.
             patience: Seconds without any proper answer of the API after which the poller gives up.
 
@@ -108,7 +110,8 @@ class BatchPoller:
         self._prepare = prepare
         self._patience = patience
         self._idle = Backoff(first=first_pause, longest=longest_pause)
-        self._failing = Backoff(first=first_pause, longest=max(first_pause, longest_failure_pause))
+        self._longest_failure_pause = max(first_pause, longest_failure_pause)
+        self._failing = Backoff(first=first_pause, longest=self._longest_failure_pause)
         self._shelf: Shelf[PolledBatch] = Shelf(depth)
         self._thread = threading.Thread(target=self._run, name="atropos-poller", daemon=True)
         self._heartbeat = Heartbeat(heartbeat, self._late_line)
@@ -239,7 +242,9 @@ class BatchPoller:
             raise
         except AtroposClientError as error:
             self._tolerate(error)
-            return self._failing.next()
+            pause = self._failing.next()
+            asked_for = error.retry_after if isinstance(error, ErrorStatus) else 0.0
+            return max(pause, min(asked_for, self._longest_failure_pause))
         self._has_worked = True
         self._failing_since = None
         self._failing.reset()

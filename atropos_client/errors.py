@@ -75,11 +75,19 @@ class ErrorStatus(BadReply):
     """The server answered with an HTTP status other than 2xx; redirects are not followed and end here."""
 
     def __init__(
-        self, message: str, *, status_code: int = 0, method: str | None = None, url: str | None = None
+        self,
+        message: str,
+        *,
+        status_code: int = 0,
+        retry_after: float = 0.0,
+        method: str | None = None,
+        url: str | None = None,
     ) -> None:
         super().__init__(message, method=method, url=url)
         self.status_code = status_code
         """The HTTP status."""
+        self.retry_after = retry_after
+        """Seconds that the server asks us to wait (Retry-After); 0.0 where it asks for none. Not bounded."""
 
 
 class AccessDenied(ErrorStatus, PermissionError):

@@ -391,3 +391,13 @@ def test_what_preparing_raises_travels_with_its_batch_and_polling_goes_on(server
     assert isinstance(bad.failure, LookupError)
     assert (bad.body, bad.prepared) == (batch(1.0).body, None)
     assert (good.failure, good.prepared) == (None, "fine")
+
+
+def test_a_server_may_ask_for_a_longer_pause_but_not_for_one_without_end(server: MisbehavingServer) -> None:
+    busy = Answer(status=429, headers={"Retry-After": "1" + "0" * 400}, body=b"slow down")
+    server.script("/batch", busy, batch(1.0), NULL)
+    started = time.monotonic()
+    with polling(server.url, longest_failure_pause=0.4) as poller:
+        assert first_scores(poller, 1) == [1.0]
+        assert poller.counters.possibly_lost == 0
+    assert time.monotonic() - started >= 0.4
