@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import socket
+import struct
 import threading
 import time
 from collections import defaultdict
@@ -29,7 +30,13 @@ class Answer:
     hang_up: bool = False
     """Close without any reply."""
     announce_length: bool = True
-    """False: a chunked body."""
+    """False: a body that ends with the connection."""
+    repeat: int = 1
+    """How often the body is sent, without holding it in memory so often; the length is not announced."""
+    raw: bytes | None = None
+    """Exactly these bytes in place of an HTTP reply, then close."""
+    reset: bool = False
+    """Close with a TCP reset instead of in order."""
 
 
 def zipped(body: bytes, **more: Any) -> Answer:
@@ -122,12 +129,19 @@ def _handler(server: MisbehavingServer) -> type[BaseHTTPRequestHandler]:
             if answer.hang_up:
                 self.close_connection = True
                 return
+            if answer.raw is not None or answer.reset:
+                self.wfile.write(answer.raw or b"")
+                self.close_connection = True
+                if answer.reset:
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
+                return
             self.send_response(answer.status)
             if answer.content_type is not None:
                 self.send_header("Content-Type", answer.content_type)
             for name, value in answer.headers.items():
                 self.send_header(name, value)
-            if answer.announce_length:
+            if answer.announce_length and answer.repeat == 1:
                 self.send_header("Content-Length", str(len(answer.body)))
             else:
                 self.send_header("Connection", "close")
@@ -138,8 +152,11 @@ def _handler(server: MisbehavingServer) -> type[BaseHTTPRequestHandler]:
                     self.wfile.write(bytes([byte]))
                     server.wait(answer.drip)
             else:
-                self.wfile.write(body)
-            self.close_connection = answer.cut_at is not None or not answer.announce_length
+                for _ in range(answer.repeat):
+                    self.wfile.write(body)
+            self.close_connection = (
+                answer.cut_at is not None or not answer.announce_length or answer.repeat > 1
+            )
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
             pass

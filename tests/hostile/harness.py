@@ -1,0 +1,158 @@
+"""Real runs over HTTP: real client, real poller, real training loop, a tiny model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from atropos_client import AtroposClient, BatchPoller, RetryPolicy, Timeouts
+from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
+from trainer import RunSummary, TrainerConfig, load_config
+from trainer.assembly import build_trainer
+from trainer.sources import AtroposSource, make_registration
+
+PATIENCE = 60.0
+"""Seconds; only ends a hang."""
+
+MAX_BODY_BYTES = 16 << 20
+"""Largest reply that these runs accept."""
+
+NO_DATA = Answer(body=b'{"batch":null}')
+
+
+class ImpatientSource(AtroposSource):
+    """The trainer's own source with the pauses and patience of a test."""
+
+    def __init__(self, config: TrainerConfig) -> None:
+        atropos = config.atropos
+        self._client = AtroposClient(
+            atropos.url,
+            token=atropos.token,
+            timeouts=Timeouts(batch_read=atropos.read_timeout, total=1.0),
+            retries=RetryPolicy(attempts=2, first_pause=0.01, longest_pause=0.01),
+            max_body_bytes=atropos.max_body_bytes,
+        )
+        self._ready_timeout = atropos.ready_timeout
+        self._poller = BatchPoller(
+            self._client,
+            lambda: make_registration(config, 0),
+            depth=atropos.prefetch,
+            tag=lambda: 0,
+            first_pause=0.01,
+            longest_pause=0.05,
+            longest_failure_pause=0.05,
+            heartbeat=atropos.heartbeat_every,
+            patience=atropos.batch_timeout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train: what a run over HTTP and the run it is compared with share."""
+
+    steps: int
+    batch_size: int = 4
+    options: Sequence[str] = field(default_factory=tuple)
+    """Settings, as on the command line; later ones win."""
+
+
+def configure(model: Path, output: Path, url: str, training: Training) -> TrainerConfig:
+    settings: dict[str, Any] = {
+        "atropos.url": url,
+        "atropos.batch_size": training.batch_size,
+        "atropos.max_body_bytes": MAX_BODY_BYTES,
+        "atropos.read_timeout": 1.0,
+        "atropos.ready_timeout": PATIENCE,
+        "atropos.batch_timeout": PATIENCE,
+        "model.path": model,
+        "train.output_dir": output,
+        "train.steps": training.steps,
+        "train.device": "cpu",
+        "train.mixed_precision": "no",
+        "optimizer.learning_rate": 1e-3,
+        "loss.name": "policy_gradient",
+        "checkpoint.every": 100,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return load_config(None, [*words, *training.options], environment={})
+
+
+def train_over_http(
+    model: Path,
+    output: Path,
+    url: str,
+    training: Training,
+    *,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> RunSummary:
+    """Run the real loop against an API; `on_step` hears of every optimizer step."""
+    config = configure(model, output, url, training)
+
+    def on_row(row: dict[str, Any]) -> None:
+        if row["kind"] == "step":
+            on_step(row["step"])
+
+    return build_trainer(config, source=ImpatientSource(config), on_row=on_row).run()
+
+
+def script_api(server: MisbehavingServer, answers: Sequence[Answer], **others: Answer) -> None:
+    """Let a server answer polls with `answers`, then "no data", and every other route as the API does."""
+    server.script("/", Answer(body=b'{"message":"AtroposLib API"}'))
+    server.script("/register", Answer(body=b'{"uuid":1}'))
+    server.script("/info", Answer(body=b'{"batch_size":4,"max_token_len":2048}'))
+    server.script("/status", Answer(body=b'{"current_step":0,"queue_size":0}'))
+    server.script("/batch", *answers, NO_DATA)
+    for path, answer in others.items():
+        server.script(f"/{path}", answer)
+
+
+def push(url: str, groups: Sequence[str]) -> httpx.Response:
+    """Send groups, as JSON text, as an environment does; whatever the API says comes back."""
+    body = f"[{','.join(groups)}]".encode()
+    return httpx.post(
+        f"{url}/scored_data_list",
+        content=body,
+        headers={"Content-Type": "application/json"},
+        timeout=PATIENCE,
+    )
+
+
+@contextmanager
+def beside(work: Callable[[], None]) -> Iterator[None]:
+    """Do something in a thread while the block runs; its failure is the block's."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - raised below, in the test's own thread
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(PATIENCE)
+        if failures:
+            raise failures[0]
+
+
+__all__ = [
+    "MAX_BODY_BYTES",
+    "NO_DATA",
+    "PATIENCE",
+    "ImpatientSource",
+    "Training",
+    "beside",
+    "eventually",
+    "push",
+    "script_api",
+    "train_over_http",
+]
