@@ -52,6 +52,8 @@ class Case:
     """Settings of the run, as on the command line."""
     batch_size: int = 4
     """Sequences in a batch."""
+    patience: float = 60.0
+    """Seconds that a reply may take; short only where a reply that takes too long is the point."""
     good_part: Sequence[Group] | None = None
     """What of the bad batch must be trained on; None: nothing."""
     after: Sequence[Group] = field(default_factory=lambda: AFTER)

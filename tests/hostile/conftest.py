@@ -85,7 +85,12 @@ def check(
 
 
 def training_of(case: Case) -> Training:
-    return Training(steps=len(case.good_bodies()), batch_size=case.batch_size, options=case.options)
+    return Training(
+        steps=len(case.good_bodies()),
+        batch_size=case.batch_size,
+        patience=case.patience,
+        options=case.options,
+    )
 
 
 def check_refusal(error: BaseException, model: Path, output: Path) -> None:

@@ -34,7 +34,7 @@ class ImpatientSource(AtroposSource):
         self._client = AtroposClient(
             atropos.url,
             token=atropos.token,
-            timeouts=Timeouts(batch_read=atropos.read_timeout, total=1.0),
+            timeouts=Timeouts(batch_read=atropos.read_timeout, total=atropos.read_timeout),
             retries=RetryPolicy(attempts=2, first_pause=0.01, longest_pause=0.01),
             max_body_bytes=atropos.max_body_bytes,
         )
@@ -58,6 +58,8 @@ class Training:
 
     steps: int
     batch_size: int = 4
+    patience: float = PATIENCE
+    """Seconds that a reply to a poll may take, in all and without a byte."""
     options: Sequence[str] = field(default_factory=tuple)
     """Settings, as on the command line; later ones win."""
 
@@ -67,7 +69,7 @@ def configure(model: Path, output: Path, url: str, training: Training) -> Traine
         "atropos.url": url,
         "atropos.batch_size": training.batch_size,
         "atropos.max_body_bytes": MAX_BODY_BYTES,
-        "atropos.read_timeout": 1.0,
+        "atropos.read_timeout": training.patience,
         "atropos.ready_timeout": PATIENCE,
         "atropos.batch_timeout": PATIENCE,
         "model.path": model,

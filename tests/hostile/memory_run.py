@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
-from tests.hostile.harness import Training, script_api, train_over_http
+from tests.hostile.harness import PATIENCE, Training, script_api, train_over_http
 from tests.hostile.table import REPLY_CASES
 
 
@@ -28,18 +28,21 @@ def main(model: str, directory: str) -> None:
     growth: dict[str, float] = {}
     with MisbehavingServer() as server:
 
-        def run(name: str, answers: Sequence[Answer], good: bytes) -> None:
+        def run(name: str, answers: Sequence[Answer], good: bytes, patience: float) -> None:
             script_api(server, [*answers, Answer(body=good)])
             train_over_http(
-                Path(model), Path(directory) / name.replace(" ", "-"), server.url, Training(steps=1)
+                Path(model),
+                Path(directory) / name.replace(" ", "-"),
+                server.url,
+                Training(steps=1, patience=patience),
             )
 
         measured = [case for case in REPLY_CASES if case.measured]
         for number in range(2):
-            run(f"warm {number}", [], measured[0].good_bodies()[-1])
+            run(f"warm {number}", [], measured[0].good_bodies()[-1], PATIENCE)
         for case in measured:
             before = peak_mebibytes()
-            run(case.name, case.answers, case.good_bodies()[-1])
+            run(case.name, case.answers, case.good_bodies()[-1], case.patience)
             growth[case.name] = peak_mebibytes() - before
     sys.stdout.write(json.dumps(growth) + "\n")
 

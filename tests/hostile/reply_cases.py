@@ -191,6 +191,7 @@ TRANSFER = [
         "empty gzip members, over and over",
         Answer(body=gzip.compress(b"") * 3200, headers={"Content-Encoding": "gzip"}, repeat=2000),
         "more bytes on the wire|did not finish in time",
+        patience=2.0,
         measured=True,
     ),
     lost(
@@ -219,13 +220,18 @@ TRANSFER = [
         "ended before the reply",
     ),
     lost(
-        "an endless slow body", "one byte every 50 ms", Answer(body=GOOD, drip=0.05), "did not finish in time"
+        "an endless slow body",
+        "one byte every 50 ms",
+        Answer(body=GOOD, drip=0.05),
+        "did not finish in time",
+        patience=2.0,
     ),
     lost(
         "silence",
         "no byte for longer than atropos.read_timeout",
-        Answer(body=GOOD, delay=1.5),
+        Answer(body=GOOD, delay=4.0),
         "no reply in time",
+        patience=2.0,
     ),
     lost(
         "a connection closed without a reply",
