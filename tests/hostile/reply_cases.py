@@ -87,8 +87,8 @@ BODIES = [
     lost("a number in place of a batch", "7", b"7", "is no BatchReply"),
     lost("a list in place of a batch", "[]", b"[]", "is no BatchReply"),
     lost("an object without a batch", "{}", b"{}", "batch: Field required"),
-    lost("text as a batch", '{"batch": "x"}', b'{"batch": "x"}', "batch: Input should be a valid list"),
-    lost("an object as a batch", '{"batch": {}}', b'{"batch": {}}', "batch: Input should be a valid list"),
+    lost("text as a batch", '{"batch": "x"}', b'{"batch": "x"}', "batch: Input should be a valid array"),
+    lost("an object as a batch", '{"batch": {}}', b'{"batch": {}}', "batch: Input should be a valid array"),
     lost("two replies in one body", "a batch, then another", GOOD + GOOD, "trailing characters"),
     lost(
         "invalid UTF-8",
