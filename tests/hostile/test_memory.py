@@ -27,7 +27,8 @@ def test_bombs_giants_and_nesting_take_a_few_times_the_largest_reply(
     assert len(growth) >= 5
     # 4 GiB are sent by the largest of them. The buffer, its copy, and what the allocator keeps of both.
     allowed = 4 * MAX_BODY_BYTES / (1 << 20)
-    assert {name: grown for name, grown in growth.items() if grown > allowed} == {}
+    # Together, because a peak hides smaller ones after it.
+    assert sum(growth.values()) < allowed, growth
 
 
 def test_a_body_in_tiny_chunks_takes_no_more_memory_than_its_bytes() -> None:
