@@ -1,4 +1,16 @@
-"""Attention over tiles: each tile of queries against the keys that it can see, by torch's own kernel."""
+"""Attention over tiles: each tile of queries against the keys that it can see, and no other pair.
+
+For a tile's queries Q, its keys K and values V, with S = scaling Q K^T where a query sees a key and -infinity
+elsewhere, and `normalizer` = logsumexp of S over the keys (FlashAttention-2, https://arxiv.org/abs/2307.08691)::
+
+    P = exp(S - normalizer)      O = P V
+    dV = P^T dO                  dS = P * (dO V^T - rowsum(dO * O))
+    dQ = scaling dS K            dK = scaling dS^T Q
+
+Only the inputs, O and the normalizers are kept; the backward pass computes S again. Why not torch's own
+kernel, tile by tile: on a CPU its backward pass takes longer at these sizes, and its forward pass would
+have to run again before it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.attention._tiles import Range, Tile, TiledStructure
 
@@ -15,6 +26,9 @@ def tiled_attention(
     query: Tensor, key: Tensor, value: Tensor, structure: TiledStructure, scaling: float | None
 ) -> Tensor:
     """Attend along a tree.
+
+    Products take the inputs' type, but scores are made, and everything is added up, in float32 (float64 for
+    float64).
 
     Args:
         query: [1, H, T, D].
@@ -26,75 +40,89 @@ def tiled_attention(
     Returns:
         [1, T, H, E].
     """
-    attended: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, structure, scaling
-    )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        attended: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
+            query, key, value, structure, scaling
+        )
     return attended
 
 
 class _TiledAttention(torch.autograd.Function):
     """All tiles as one operation, so that the backward pass adds to three gradients that exist once.
 
-    Slices under autograd would each bring a gradient of the whole row. Tiles are computed again in the
-    backward pass, so that nothing but the inputs is kept.
+    Slices under autograd would each bring a gradient of the whole row.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        structure: TiledStructure,
-        scaling: float | None,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, structure: TiledStructure, scaling: float
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.structure, ctx.scaling = structure, scaling
-        attended = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        _, heads, length, _ = query.shape
+        groups = key.shape[1]
+        attended = query.new_empty(1, length, heads, value.shape[3])
+        normalizers = query.new_empty(groups, heads // groups, length, dtype=_accumulation_dtype(query.dtype))
         for tile in structure.tiles:
-            keys, values = _columns(key, tile.keys), _columns(value, tile.keys)
-            queries = query[:, :, tile.start : tile.stop]
-            result = _attend(queries, keys, values, structure, tile, scaling)
-            attended[:, tile.start : tile.stop] = result.transpose(1, 2)
+            queries, keys = _queries(query, tile, groups), _columns(key, tile.keys)
+            scores = _scores(queries, keys, structure, tile, scaling)
+            normalizer = scores.logsumexp(dim=2, keepdim=True)  # [K, G * L, 1]
+            _of_tile(normalizers, tile).copy_(normalizer.view(groups, heads // groups, -1))
+            weights = scores.sub_(normalizer).exp_().to(value.dtype)
+            result = torch.bmm(weights, _columns(value, tile.keys))  # [K, G * L, E]
+            attended[0, tile.start : tile.stop] = _as_heads(result, heads).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, attended, normalizers)
+        ctx.structure, ctx.scaling = structure, scaling
         return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        (gradient,) = gradients  # [1, T, H, E]
-        query, key, value = ctx.saved_tensors
+        query, key, value, attended, normalizers = ctx.saved_tensors
+        heads, groups = query.shape[1], key.shape[1]
+        outer = gradients[0].transpose(1, 2)  # [1, H, T, E]
+        precision = normalizers.dtype
+        # [1, H, T]: rowsum(dO * O)
+        offsets = (outer.to(precision) * attended.transpose(1, 2).to(precision)).sum(dim=3)
         query_gradient = torch.empty_like(query)
         # A shared prefix gathers from many tiles: not in half precision, as one kernel would not either.
-        key_gradient = torch.zeros_like(key, dtype=_accumulation_dtype(key.dtype))
-        value_gradient = torch.zeros_like(value, dtype=_accumulation_dtype(value.dtype))
+        key_gradient = torch.zeros_like(key, dtype=precision)
+        value_gradient = torch.zeros_like(value, dtype=precision)
         for tile in ctx.structure.tiles:
-            queries = _leaf(query[:, :, tile.start : tile.stop])
-            keys, values = _leaf(_columns(key, tile.keys)), _leaf(_columns(value, tile.keys))
-            with torch.enable_grad():
-                result = _attend(queries, keys, values, ctx.structure, tile, ctx.scaling)
-            outer = gradient[:, tile.start : tile.stop].transpose(1, 2)
-            of_queries, of_keys, of_values = torch.autograd.grad(result, (queries, keys, values), outer)
-            query_gradient[:, :, tile.start : tile.stop] = of_queries
-            _add_columns(key_gradient, tile.keys, of_keys)
-            _add_columns(value_gradient, tile.keys, of_values)
+            queries, keys = _queries(query, tile, groups), _columns(key, tile.keys)
+            values, of_result = _columns(value, tile.keys), _queries(outer, tile, groups)
+            scores = _scores(queries, keys, ctx.structure, tile, ctx.scaling)
+            weights = scores.sub_(_of_tile(normalizers, tile).reshape(groups, -1, 1)).exp_()
+            _add_columns(
+                value_gradient, tile.keys, torch.bmm(weights.to(value.dtype).transpose(1, 2), of_result)
+            )
+            slope = torch.bmm(of_result, values.transpose(1, 2)).to(precision)
+            slope.sub_(offsets[0, :, tile.start : tile.stop].reshape(groups, -1, 1)).mul_(weights)
+            of_scores = slope.mul_(ctx.scaling).to(query.dtype)
+            query_gradient[0, :, tile.start : tile.stop] = _as_heads(torch.bmm(of_scores, keys), heads)
+            _add_columns(key_gradient, tile.keys, torch.bmm(of_scores.transpose(1, 2), queries))
         return query_gradient, key_gradient.to(key.dtype), value_gradient.to(value.dtype), None, None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, structure: TiledStructure, tile: Tile, scaling: float | None
-) -> Tensor:
-    return scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=structure.mask(tile),
-        is_causal=tile.causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+def _scores(queries: Tensor, keys: Tensor, structure: TiledStructure, tile: Tile, scaling: float) -> Tensor:
+    """[K, G * L, S], -infinity where a query does not see a key."""
+    precision = _accumulation_dtype(queries.dtype)
+    scores = torch.bmm(queries.to(precision), keys.to(precision).transpose(1, 2)).mul_(scaling)
+    hidden = structure.hidden(tile)  # [L, S]
+    scores.view(len(keys), -1, *hidden.shape).masked_fill_(hidden, -torch.inf)
+    return scores
 
 
-def _leaf(values: Tensor) -> Tensor:
-    return values.detach().requires_grad_()
+def _queries(values: Tensor, tile: Tile, groups: int) -> Tensor:
+    """[1, H, T, D] -> [K, G * L, D]: the rows that share a key head below one another."""
+    return values[0, :, tile.start : tile.stop].reshape(groups, -1, values.shape[3])
+
+
+def _as_heads(rows: Tensor, heads: int) -> Tensor:
+    """[K, G * L, D] -> [H, L, D]."""
+    return rows.reshape(heads, -1, rows.shape[2])
+
+
+def _of_tile(normalizers: Tensor, tile: Tile) -> Tensor:
+    return normalizers[:, :, tile.start : tile.stop]
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -102,14 +130,14 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _columns(values: Tensor, ranges: tuple[Range, ...]) -> Tensor:
-    """[1, K, T, D] -> the columns in `ranges`; a view where they are contiguous."""
+    """[1, K, T, D] -> the columns in `ranges`, [K, S, D]; a view where they are contiguous."""
     if len(ranges) == 1:
-        return values[:, :, ranges[0][0] : ranges[0][1]]
-    return torch.cat([values[:, :, start:stop] for start, stop in ranges], dim=2)
+        return values[0, :, ranges[0][0] : ranges[0][1]]
+    return torch.cat([values[0, :, start:stop] for start, stop in ranges], dim=1)
 
 
 def _add_columns(values: Tensor, ranges: tuple[Range, ...], added: Tensor) -> None:
     first = 0
     for start, stop in ranges:
-        values[:, :, start:stop] += added[:, :, first : first + stop - start]
+        values[0, :, start:stop] += added[:, first : first + stop - start]
         first += stop - start

@@ -35,8 +35,6 @@ class Tile:
     stop: int
     keys: tuple[Range, ...]
     """In rising order; the last ends at `stop`."""
-    causal: bool
-    """The keys are the queries themselves, in one unbranched run."""
 
 
 class TiledStructure:
@@ -55,10 +53,8 @@ class TiledStructure:
         pairs = sum((tile.stop - tile.start) * _length(tile.keys) for tile in self.tiles)
         self._masks: dict[int, Tensor] | None = {} if pairs <= _MOST_STORED_PAIRS else None
 
-    def mask(self, tile: Tile) -> Tensor | None:
-        """[queries, keys] bool, True where a query sees a key; None for a causal tile."""
-        if tile.causal:
-            return None
+    def hidden(self, tile: Tile) -> Tensor:
+        """[queries, keys] bool, True where a query does not see a key."""
         if self._masks is None:
             return self._make_mask(tile)
         if tile.start not in self._masks:
@@ -69,7 +65,7 @@ class TiledStructure:
         device = self._subtree_end.device
         keys = torch.cat([torch.arange(start, stop, device=device) for start, stop in tile.keys])
         queries = torch.arange(tile.start, tile.stop, device=device)[:, None]
-        return (keys <= queries) & (queries < self._subtree_end[keys])
+        return (keys > queries) | (queries >= self._subtree_end[keys])
 
 
 def plan_tiles(subtree_end: NDArray[np.int64], size: int = _TILE) -> Iterator[Tile]:
@@ -79,32 +75,31 @@ def plan_tiles(subtree_end: NDArray[np.int64], size: int = _TILE) -> Iterator[Ti
         subtree_end: [T] int64.
         size: Wanted columns of a tile; none has more.
     """
-    first = together = 0  # of a tile that is being put together: its first column, its runs
+    first = 0  # column of a tile that is being put together
     above: tuple[Range, ...] = ()  # ancestors of `first`
     for start, stop, ancestors in _runs(subtree_end):
         if stop - first > size and first < start:
-            yield _tile(first, start, above, lone=together == 1)
+            yield _tile(first, start, above)
             first = start
         if first == start:
-            above, together = ancestors, 0
-        together += 1
+            above = ancestors
         if stop - start > size:
             bounds = np.linspace(start, stop, -(-(stop - start) // size) + 1).astype(int).tolist()
             for left, right in pairwise(bounds):
-                yield _tile(left, right, (*ancestors, (start, left)), lone=True)
+                yield _tile(left, right, (*ancestors, (start, left)))
             first = stop
     if first < len(subtree_end):
-        yield _tile(first, len(subtree_end), above, lone=together == 1)
+        yield _tile(first, len(subtree_end), above)
 
 
-def _tile(start: int, stop: int, ancestors: tuple[Range, ...], *, lone: bool) -> Tile:
+def _tile(start: int, stop: int, ancestors: tuple[Range, ...]) -> Tile:
     merged: list[Range] = []
     for left, right in (*ancestors, (start, stop)):
         if merged and merged[-1][1] == left:
             merged[-1] = (merged[-1][0], right)
         elif left < right:
             merged.append((left, right))
-    return Tile(start=start, stop=stop, keys=tuple(merged), causal=lone and merged == [(start, stop)])
+    return Tile(start=start, stop=stop, keys=tuple(merged))
 
 
 def _runs(subtree_end: NDArray[np.int64]) -> Iterator[tuple[int, int, tuple[Range, ...]]]:
