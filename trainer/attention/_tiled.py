@@ -1,15 +1,14 @@
 """Attention over tiles: each tile of queries against the keys that it can see, and no other pair.
 
 For a tile's queries Q, its keys K and values V, with S = scaling Q K^T where a query sees a key and -infinity
-elsewhere, and `normalizer` = logsumexp of S over the keys (FlashAttention-2, https://arxiv.org/abs/2307.08691)::
+elsewhere (FlashAttention-2, https://arxiv.org/abs/2307.08691)::
 
-    P = exp(S - normalizer)      O = P V
-    dV = P^T dO                  dS = P * (dO V^T - rowsum(dO * O))
-    dQ = scaling dS K            dK = scaling dS^T Q
+    P = softmax(S)        O = P V
+    dV = P^T dO           dS = P * (dO V^T - rowsum(dO * O))
+    dQ = scaling dS K     dK = scaling dS^T Q
 
-Only the inputs, O and the normalizers are kept; the backward pass computes S again. Why not torch's own
-kernel, tile by tile: on a CPU its backward pass takes longer at these sizes, and its forward pass would
-have to run again before it.
+The forward pass is torch's own kernel, tile by tile. The backward pass computes P again and writes the rest
+out: torch's would need its forward pass once more before it, and on a CPU takes twice as long in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.attention._tiles import Range, Tile, TiledStructure
 
@@ -27,8 +27,8 @@ def tiled_attention(
 ) -> Tensor:
     """Attend along a tree.
 
-    Products take the inputs' type, but scores are made, and everything is added up, in float32 (float64 for
-    float64).
+    Products take the autocast type where autocast is on, as torch's own attention does, else the inputs';
+    scores are made, and everything is added up, in float32 (float64 for float64).
 
     Args:
         query: [1, H, T, D].
@@ -41,7 +41,11 @@ def tiled_attention(
         [1, T, H, E].
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        # Rotary positions leave queries and keys in float32.
+        query, key, value = (each.to(torch.get_autocast_dtype(device)) for each in (query, key, value))
+    with torch.autocast(device, enabled=False):
         attended: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
             query, key, value, structure, scaling
         )
@@ -58,28 +62,27 @@ class _TiledAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, structure: TiledStructure, scaling: float
     ) -> Tensor:
-        _, heads, length, _ = query.shape
-        groups = key.shape[1]
-        attended = query.new_empty(1, length, heads, value.shape[3])
-        normalizers = query.new_empty(groups, heads // groups, length, dtype=_accumulation_dtype(query.dtype))
+        attended = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         for tile in structure.tiles:
-            queries, keys = _queries(query, tile, groups), _columns(key, tile.keys)
-            scores = _scores(queries, keys, structure, tile, scaling)
-            normalizer = scores.logsumexp(dim=2, keepdim=True)  # [K, G * L, 1]
-            _of_tile(normalizers, tile).copy_(normalizer.view(groups, heads // groups, -1))
-            weights = scores.sub_(normalizer).exp_().to(value.dtype)
-            result = torch.bmm(weights, _columns(value, tile.keys))  # [K, G * L, E]
-            attended[0, tile.start : tile.stop] = _as_heads(result, heads).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, attended, normalizers)
+            result = scaled_dot_product_attention(
+                query[:, :, tile.start : tile.stop],
+                _columns(key, tile.keys)[None],
+                _columns(value, tile.keys)[None],
+                attn_mask=structure.visible(tile),
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+            attended[:, tile.start : tile.stop] = result.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, attended)
         ctx.structure, ctx.scaling = structure, scaling
         return attended
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, attended, normalizers = ctx.saved_tensors
+        query, key, value, attended = ctx.saved_tensors
         heads, groups = query.shape[1], key.shape[1]
         outer = gradients[0].transpose(1, 2)  # [1, H, T, E]
-        precision = normalizers.dtype
+        precision = _accumulation_dtype(query.dtype)
         # [1, H, T]: rowsum(dO * O)
         offsets = (outer.to(precision) * attended.transpose(1, 2).to(precision)).sum(dim=3)
         query_gradient = torch.empty_like(query)
@@ -89,8 +92,7 @@ class _TiledAttention(torch.autograd.Function):
         for tile in ctx.structure.tiles:
             queries, keys = _queries(query, tile, groups), _columns(key, tile.keys)
             values, of_result = _columns(value, tile.keys), _queries(outer, tile, groups)
-            scores = _scores(queries, keys, ctx.structure, tile, ctx.scaling)
-            weights = scores.sub_(_of_tile(normalizers, tile).reshape(groups, -1, 1)).exp_()
+            weights = _scores(queries, keys, ctx.structure, tile, ctx.scaling).softmax(dim=2)
             _add_columns(
                 value_gradient, tile.keys, torch.bmm(weights.to(value.dtype).transpose(1, 2), of_result)
             )
@@ -106,7 +108,7 @@ def _scores(queries: Tensor, keys: Tensor, structure: TiledStructure, tile: Tile
     """[K, G * L, S], -infinity where a query does not see a key."""
     precision = _accumulation_dtype(queries.dtype)
     scores = torch.bmm(queries.to(precision), keys.to(precision).transpose(1, 2)).mul_(scaling)
-    hidden = structure.hidden(tile)  # [L, S]
+    hidden = ~structure.visible(tile)  # [L, S]
     scores.view(len(keys), -1, *hidden.shape).masked_fill_(hidden, -torch.inf)
     return scores
 
@@ -119,10 +121,6 @@ def _queries(values: Tensor, tile: Tile, groups: int) -> Tensor:
 def _as_heads(rows: Tensor, heads: int) -> Tensor:
     """[K, G * L, D] -> [H, L, D]."""
     return rows.reshape(heads, -1, rows.shape[2])
-
-
-def _of_tile(normalizers: Tensor, tile: Tile) -> Tensor:
-    return normalizers[:, :, tile.start : tile.stop]
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -53,8 +53,8 @@ class TiledStructure:
         pairs = sum((tile.stop - tile.start) * _length(tile.keys) for tile in self.tiles)
         self._masks: dict[int, Tensor] | None = {} if pairs <= _MOST_STORED_PAIRS else None
 
-    def hidden(self, tile: Tile) -> Tensor:
-        """[queries, keys] bool, True where a query does not see a key."""
+    def visible(self, tile: Tile) -> Tensor:
+        """[queries, keys] bool, True where a query sees a key."""
         if self._masks is None:
             return self._make_mask(tile)
         if tile.start not in self._masks:
@@ -65,7 +65,7 @@ class TiledStructure:
         device = self._subtree_end.device
         keys = torch.cat([torch.arange(start, stop, device=device) for start, stop in tile.keys])
         queries = torch.arange(tile.start, tile.stop, device=device)[:, None]
-        return (keys > queries) | (queries >= self._subtree_end[keys])
+        return (keys <= queries) & (queries < self._subtree_end[keys])
 
 
 def plan_tiles(subtree_end: NDArray[np.int64], size: int = _TILE) -> Iterator[Tile]:
