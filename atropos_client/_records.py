@@ -12,7 +12,7 @@ class PolledBatch:
     """One batch as it arrived."""
 
     number: int
-    """Position among the batches of this poller, from 1."""
+    """Position among the batches of this poller, from 1; from a journal, its number there."""
 
     reply: BatchReply
     """The parsed reply; its state is ``"ready"``. All of its groups may have been rejected."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
+from atropos_client.journal import Journal
 from schemas import BatchReply
 from trainer.adapter_directory import capture_adapter
+from trainer.checkpoint_store import list_checkpoints
 from trainer.config import PublishSettings, TrainerConfig
 from trainer.errors import CheckpointError, ConfigurationError
+from trainer.journaled_source import JournaledSource, open_journal
 from trainer.loop import Trainer
 from trainer.metrics import Row
 from trainer.model_directory import capture_model
@@ -31,8 +35,8 @@ from trainer.publish import (
     make_probes,
     score_probes,
 )
-from trainer.setup import Prepared, prepare_run
-from trainer.sources import AtroposSource, BatchSource
+from trainer.setup import Prepared, checkpoint_directory, prepare_run
+from trainer.sources import AtroposSource, BatchSource, RecordedSource
 
 
 def build_trainer(
@@ -45,18 +49,18 @@ def build_trainer(
 
     Args:
         config: The configuration.
-        source: Where batches come from. None: the configured Atropos API.
+        source: Where batches come from. None: the configured Atropos API, through the journal in the output
+            directory unless `journal.enabled` is off.
         on_row: Called with every metrics row.
 
     Raises:
         ConfigurationError: The model cannot be loaded, or another setting does not fit it.
-        CheckpointError: The newest checkpoint cannot be read.
+        CheckpointError: The newest checkpoint cannot be read, or another run wrote one meanwhile.
+        JournalError: Another run writes to the journal, or it cannot be read or written.
     """
     prepared = prepare_run(config)
+    is_main_process = prepared.accelerator.is_main_process
     trainer: Trainer
-    publisher = None
-    if prepared.accelerator.is_main_process:
-        publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
 
     def served_version() -> int:
         """What environments sampled from when a batch arrived, as far as it is known."""
@@ -73,14 +77,38 @@ def build_trainer(
     def prepare(reply: BatchReply) -> PreparedStep:
         return trainer.prepare(reply)
 
-    trainer = Trainer(
-        config,
-        prepared,
-        source=source or AtroposSource(config, served_version=served_version, step=step, prepare=prepare),
-        publisher=publisher,
-        on_row=on_row,
-    )
+    with ExitStack() as closed_on_failure:
+        journal = None
+        if source is None and not is_main_process:
+            source = RecordedSource(())  # process 0 is asked
+        elif source is None and config.journal.enabled:
+            journal = closed_on_failure.enter_context(_open_journal(config, prepared))
+            counted = prepared.checkpoint.state.batches if prepared.checkpoint is not None else 0
+            source = JournaledSource(
+                config, journal, after=counted, served_version=served_version, step=step, prepare=prepare
+            )
+        elif source is None:
+            source = AtroposSource(config, served_version=served_version, step=step, prepare=prepare)
+        publisher = None
+        if is_main_process:
+            publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
+        trainer = Trainer(config, prepared, source=source, ledger=journal, publisher=publisher, on_row=on_row)
+        closed_on_failure.pop_all()
     return trainer
+
+
+def _open_journal(config: TrainerConfig, prepared: Prepared) -> Journal:
+    """Open the journal, which takes as long as another process still writes to it."""
+    journal = open_journal(config)
+    newest = list_checkpoints(checkpoint_directory(config))[-1:]
+    ours = [prepared.checkpoint.path] if prepared.checkpoint is not None else []
+    if newest != ours:
+        journal.close()
+        raise CheckpointError(
+            f"another run in {config.train.output_dir} changed its checkpoints while this one started; start "
+            "again to go on from the newest one"
+        )
+    return journal
 
 
 def build_publisher(

@@ -111,10 +111,12 @@ class BatchExchange:
 
     def _share(self, outcome: int, batch: IncomingBatch | None) -> tuple[int, IncomingBatch | None]:
         """Broadcast process 0's outcome, and the batch if there is one."""
-        size, version = (len(batch.body), batch.served_version) if batch is not None else (0, 0)
+        size, version, number = 0, 0, 0
+        if batch is not None:
+            size, version, number = len(batch.body), batch.served_version, batch.number or 0
         device = self._accelerator.device
-        header = broadcast(torch.tensor([outcome, size, version], dtype=torch.int64, device=device))
-        outcome, size, version = header.tolist()
+        header = broadcast(torch.tensor([outcome, size, version, number], dtype=torch.int64, device=device))
+        outcome, size, version, number = header.tolist()
         if outcome != _BATCH:
             return outcome, None
         payload = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -124,6 +126,9 @@ class BatchExchange:
         if batch is None:
             body = payload.cpu().numpy().tobytes()
             batch = IncomingBatch(
-                reply=BatchReply.model_validate_json(body), body=body, served_version=version
+                reply=BatchReply.model_validate_json(body),
+                body=body,
+                served_version=version,
+                number=number or None,
             )
         return outcome, batch

@@ -12,16 +12,18 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from atropos_client.journal import Outcome
 from schemas import BatchReply
 from trainer.checkpoint import (
     RunState,
     collect_random_states,
     numpy_random_state,
     python_random_state,
+    read_checkpoint,
     trained_parameter_names,
     write_checkpoint,
 )
-from trainer.checkpoint_store import checkpoint_path, prune_checkpoints
+from trainer.checkpoint_store import checkpoint_path, list_checkpoints, prune_checkpoints
 from trainer.config import TrainerConfig
 from trainer.errors import CheckpointError, MismatchTooLarge, TooManySetAside, TooManySkippedBatches
 from trainer.exchange import BatchExchange, Stopped
@@ -34,7 +36,7 @@ from trainer.schedule import learning_rate
 from trainer.set_aside import SetAsideStore
 from trainer.set_aside_share import SetAsideShare
 from trainer.setup import Prepared, checkpoint_directory, library_versions, make_step_runner
-from trainer.sources import BatchSource, EndOfBatches, IncomingBatch
+from trainer.sources import BatchLedger, BatchSource, EndOfBatches, IncomingBatch
 from trainer.step import StepGivenUp
 from trainer.undo import BeforeBatch
 from trainer.weighted_sft import Alignment, compute_advantage_weighted_sft_loss
@@ -87,6 +89,8 @@ class Trainer:
         config: The run's configuration.
         prepared: See `trainer.setup.prepare_run`.
         source: Where batches come from; asked on process 0 only.
+        ledger: Where the outcome of each batch is noted, for a source whose batches are numbered; closed when
+            the run ends. None: nowhere.
         publisher: How weights reach the inference servers; None trains only.
         on_row: Called with every metrics row on process 0, e.g. to show progress.
     """
@@ -97,6 +101,7 @@ class Trainer:
         prepared: Prepared,
         *,
         source: BatchSource,
+        ledger: BatchLedger | None = None,
         publisher: WeightPublisher | None = None,
         on_row: Callable[[Row], None] | None = None,
     ) -> None:
@@ -104,14 +109,17 @@ class Trainer:
         self._prepared = prepared
         self._accelerator = prepared.accelerator
         self._source = source
+        self._ledger = ledger
         self._publisher = publisher if prepared.accelerator.is_main_process else None
         self._on_row = on_row
         state = prepared.checkpoint.state if prepared.checkpoint is not None else None
         self.step = state.step if state else 0
         """Optimizer steps done; also the policy version: every step makes new weights."""
         self._batches = state.batches if state else 0
+        self._settled_batches = self._batches  # those whose outcome is known: what a checkpoint counts
         self._counters = Counter(state.counters if state else {})
         self._checkpointed_step = state.step if state else -1
+        self._checkpointed_batches = self._batches
         self._published_step = -1
         self._skips_in_a_row = 0
         self._stop_reason: str | None = None
@@ -125,7 +133,12 @@ class Trainer:
         self._set_aside_share = SetAsideShare(config.train)
         self._run_step = make_step_runner(config, prepared)
         if self._accelerator.is_main_process:
-            self._metrics = MetricsFile(config.train.output_dir / "metrics.jsonl", resumed_step=self.step)
+            self._metrics = MetricsFile(
+                config.train.output_dir / "metrics.jsonl",
+                resumed_step=self.step,
+                resumed_batch=self._batches,
+            )
+            self._set_aside.forget_after(self._batches)
 
     @property
     def stop_requested(self) -> bool:
@@ -194,8 +207,15 @@ class Trainer:
 
         Raises:
             TrainerError: See `trainer.errors`.
-            AtroposClientError: The API refuses us for good.
+            AtroposClientError: The API refuses us for good, or the journal cannot be written.
         """
+        try:
+            return self._run()
+        finally:
+            if self._ledger is not None:
+                self._ledger.close()
+
+    def _run(self) -> RunSummary:
         stopped_early: str | None = None
         self._start_trackers()
         try:
@@ -261,7 +281,8 @@ class Trainer:
             except EndOfBatches:
                 return "there are no more batches"
             before = BeforeBatch.of(self._batches, self._counters)
-            self._batches += 1
+            # A journal has numbers that never reach us: of bodies that could not be read.
+            self._batches = incoming.number or self._batches + 1
             try:
                 self._train_on(incoming, waited=time.monotonic() - started)
             except StepGivenUp:
@@ -279,11 +300,13 @@ class Trainer:
         )
 
     def _forget_step(self, before: BeforeBatch, incoming: IncomingBatch) -> None:
-        """Be as before the batch, which is kept."""
+        """Be as before the batch, which is kept: it waits in the journal, or is set aside where there is none."""
         self._weights_whole = True
         self._batches = before.batches
         self._counters = Counter(before.counters)
         before.restore()
+        if self._ledger is not None:
+            return
         reason = f"the run was to end and its step took longer than {self._config.checkpoint.grace:g} s more"
         self._counters["batches_unused"] += 1
         self._set_aside.keep_batch(incoming.body, batch=self._batches + 1, reason=reason)
@@ -322,6 +345,7 @@ class Trainer:
         self._skips_in_a_row = 0
         self._normalizer_state = batch.normalizer
         self.step += 1
+        self._settle("trained")
         training_seconds = time.monotonic() - started
         if self.step % self._config.checkpoint.every == 0:
             self.write_checkpoint()
@@ -364,7 +388,15 @@ class Trainer:
                 failure = error
         if self._accelerator.is_main_process:
             self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=str(failure))
+        self._settle("set_aside", reason=str(failure))
         raise failure
+
+    def _settle(self, outcome: Outcome, *, reason: str | None = None) -> None:
+        """What becomes of the batch is decided: from now on a checkpoint counts it."""
+        self._settled_batches = self._batches
+        if self._ledger is not None:
+            step = self.step if outcome == "trained" else None
+            self._ledger.settle(self._batches, outcome, step=step, reason=reason)
 
     def _accept(self, mismatch: Mismatch | None, staleness: int | None) -> bool:
         """Whether to train on a batch whose log-probs differ like this; raises the alarm if there is one."""
@@ -384,6 +416,7 @@ class Trainer:
         reason = alarm_text(mismatch, staleness, self._config.train) or "its mismatch was not accepted"
         if self._accelerator.is_main_process:
             self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
+        self._settle("set_aside", reason=reason)
         raise MismatchTooLarge(
             f"batch {self._batches}: {reason}. The batch is kept in "
             f"{self._config.train.output_dir / 'set_aside'} and was not trained on; to go on all the same, "
@@ -426,7 +459,8 @@ class Trainer:
 
     def _save_what_there_is(self) -> None:
         """After a failure: a checkpoint of the last whole step, if this process can write one alone."""
-        if self._checkpointed_step == self.step:
+        counted = (self.step, self._settled_batches)
+        if counted == (self._checkpointed_step, self._checkpointed_batches):
             return
         if not self._weights_whole or self._accelerator.num_processes > 1:
             logger.warning("No checkpoint of step %d: it cannot be written now", self.step)
@@ -456,6 +490,7 @@ class Trainer:
         except TooManySetAside as error:
             if self._accelerator.is_main_process:
                 self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=str(error))
+            self._settle("set_aside", reason=str(error))
             raise
         self._counters["set_aside_alarms_total"] += alarm
 
@@ -477,6 +512,7 @@ class Trainer:
                     **self._all_counters(),
                 }
             )
+        self._settle("skipped", reason=reason)
         if self._skips_in_a_row >= self._config.train.max_consecutive_skips:
             raise TooManySkippedBatches(
                 f"{self._skips_in_a_row} batches in a row could not be trained "
@@ -513,14 +549,27 @@ class Trainer:
             )
             settings = self._config.checkpoint
             prune_checkpoints(directory, keep=settings.keep, keep_every=settings.keep_every)
+            self._prune_ledger(directory)
         self._checkpointed_step = self.step
+        self._checkpointed_batches = self._settled_batches
         self._accelerator.wait_for_everyone()
+
+    def _prune_ledger(self, directory: Path) -> None:
+        """Let go of the bodies that no checkpoint needs any more."""
+        if self._ledger is None or not self._config.journal.prune:
+            return
+        try:
+            oldest = read_checkpoint(list_checkpoints(directory)[0])
+        except CheckpointError as error:  # half deleted when an earlier process died; gone after the next one
+            logger.warning("No body is deleted from the journal: %s", error)
+            return
+        self._ledger.prune(oldest.state.batches)
 
     def _state(self) -> RunState:
         return RunState(
             step=self.step,
             policy_version=self.step,
-            batches=self._batches,
+            batches=self._settled_batches,
             counters=dict(self._counters),
             normalizer=self._normalizer_state,
             stored_dtype=str(self._prepared.policy.stored_dtype).removeprefix("torch."),

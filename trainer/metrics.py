@@ -24,13 +24,14 @@ class MetricsFile:
     Args:
         path: Created if missing.
         resumed_step: Rows of later steps, which a resumed run computes again, are dropped.
+        resumed_batch: Likewise rows of later batches, such as those that were skipped.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int) -> None:
+    def __init__(self, path: Path, *, resumed_step: int, resumed_batch: int) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            self._drop_rows_after(resumed_step)
+            self._drop_rows_after(resumed_step, resumed_batch)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row. Numbers that are not finite become null, which JSON can carry."""
@@ -41,11 +42,12 @@ class MetricsFile:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
-    def _drop_rows_after(self, step: int) -> None:
+    def _drop_rows_after(self, step: int, batch: int) -> None:
         kept, dropped = [], 0
         for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
-                later = json.loads(line).get("step", 0) > step
+                row = json.loads(line)
+                later = row.get("step", 0) > step or row.get("batch", 0) > batch
             except (ValueError, AttributeError):
                 later = True  # a line cut off when the process died
             dropped += later

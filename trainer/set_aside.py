@@ -23,6 +23,18 @@ class SetAsideStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
+    def forget_after(self, batch: int) -> None:
+        """Drop the groups of later batches: a resumed run gets these batches again."""
+        path = self._directory / "groups.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _is_of_batch_up_to(line, batch)]
+        if len(kept) < len(lines):
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
+
     def keep_groups(self, groups: list[SetAside], *, batch: int) -> None:
         """Append groups to groups.jsonl and log the first reasons: a batch may hold thousands of them."""
         for group in groups[:_REASONS_LOGGED]:
@@ -52,3 +64,10 @@ class SetAsideStore:
         path = self._directory / f"batch-{batch:06d}.json"
         path.write_bytes(body)
         logger.warning("Set aside batch %d, kept as %s: %s", batch, path, reason)
+
+
+def _is_of_batch_up_to(line: str, batch: int) -> bool:
+    try:
+        return bool(json.loads(line)["batch"] <= batch)
+    except ValueError:  # cut off when the process died
+        return False

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from atropos_client import AtroposClient, BatchPoller, BatchTimeout, Timeouts
+from atropos_client import AtroposClient, BatchPoller, BatchTimeout, PolledBatch, PollerCounters, Timeouts
+from atropos_client.journal import Outcome
 from schemas import BatchReply, Registration
 from trainer.config import AtroposSettings, TrainerConfig
 from trainer.preparation import PreparedStep
@@ -20,6 +21,8 @@ class IncomingBatch:
     reply: BatchReply
     body: bytes
     """The reply's bytes, as received."""
+    number: int | None = None
+    """Its number in the journal; None: it is in none, batches are counted as they come."""
     served_version: int
     """Policy version that all inference servers had been proven to serve when it arrived; -1 if unknown."""
     prepared: PreparedStep | None = None
@@ -53,6 +56,21 @@ class BatchSource(Protocol):
 
     def stop(self) -> list[bytes]:
         """Stop providing batches; safe to call twice. Returns bodies that were fetched and never taken."""
+
+
+class BatchLedger(Protocol):
+    """Where the loop notes what became of each batch; see `atropos_client.journal.Journal`."""
+
+    def settle(
+        self, number: int, outcome: Outcome, *, step: int | None = None, reason: str | None = None
+    ) -> None:
+        """Note what became of a batch; it counts when a checkpoint counts it."""
+
+    def prune(self, up_to: int) -> int:
+        """Delete the bodies of batches that no checkpoint needs any more."""
+
+    def close(self) -> None:
+        """Close it; nothing is noted afterwards."""
 
 
 class RecordedSource:
@@ -89,7 +107,7 @@ class RecordedSource:
 
 
 class AtroposSource:
-    """Batches of a running Atropos API, fetched in the background.
+    """Batches of a running Atropos API, fetched in the background and kept in memory only.
 
     Args:
         config: The run's configuration.
@@ -134,14 +152,7 @@ class AtroposSource:
             polled = self._poller.get(timeout)
         except BatchTimeout:
             return None
-        served_version = polled.tag if isinstance(polled.tag, int) else -1
-        return IncomingBatch(
-            reply=polled.reply,
-            body=polled.body,
-            served_version=served_version,
-            prepared=polled.prepared if isinstance(polled.prepared, PreparedStep) else None,
-            failure=polled.failure,
-        )
+        return from_polled(polled)
 
     def describe_wait(self) -> str:
         """Say who is late."""
@@ -149,14 +160,30 @@ class AtroposSource:
 
     def counters(self) -> dict[str, int]:
         """The poller's counters, their names prefixed `intake_`."""
-        counters = dataclasses.asdict(self._poller.counters)
-        return {f"intake_{name}": value for name, value in counters.items() if isinstance(value, int)}
+        return intake_counters(self._poller.counters)
 
     def stop(self) -> list[bytes]:
         """Stop polling."""
         left = [polled.body for polled in self._poller.stop()]
         self._client.close()
         return left
+
+
+def from_polled(polled: PolledBatch, *, number: int | None = None) -> IncomingBatch:
+    """A batch that a poller of either kind has handed out; `number`: see `IncomingBatch`."""
+    return IncomingBatch(
+        reply=polled.reply,
+        body=polled.body,
+        number=number,
+        served_version=polled.tag if isinstance(polled.tag, int) else -1,
+        prepared=polled.prepared if isinstance(polled.prepared, PreparedStep) else None,
+        failure=polled.failure,
+    )
+
+
+def intake_counters(counters: PollerCounters) -> dict[str, int]:
+    """A poller's counters, their names prefixed `intake_`."""
+    return {f"intake_{name}": value for name, value in dataclasses.asdict(counters).items()}
 
 
 def make_client(settings: AtroposSettings) -> AtroposClient:
@@ -166,9 +193,14 @@ def make_client(settings: AtroposSettings) -> AtroposClient:
         token=settings.token,
         headers=settings.headers,
         verify=settings.ca_file or True,
-        timeouts=Timeouts(connect=settings.connect_timeout, batch_read=settings.read_timeout),
+        timeouts=make_timeouts(settings),
         max_body_bytes=settings.max_body_bytes,
     )
+
+
+def make_timeouts(settings: AtroposSettings) -> Timeouts:
+    """The configured patience with the API."""
+    return Timeouts(connect=settings.connect_timeout, batch_read=settings.read_timeout)
 
 
 def make_registration(config: TrainerConfig, step: int) -> Registration:

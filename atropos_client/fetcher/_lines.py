@@ -19,6 +19,7 @@ from atropos_client.errors import AtroposClientError, BatchNotRecorded, ErrorSta
 Message = dict[str, Any]
 
 _CHUNK = 1 << 16
+_LARGEST_ORPHAN_LOG = 1 << 20  # bytes; the one before it is kept too
 
 
 class LineWriter:
@@ -113,6 +114,9 @@ class LogSender(logging.Handler):
             return
         try:
             self._orphan_log.touch(mode=0o600)
+            if self._orphan_log.stat().st_size > _LARGEST_ORPHAN_LOG:
+                self._orphan_log.replace(self._orphan_log.with_name(self._orphan_log.name + ".1"))
+                self._orphan_log.touch(mode=0o600)
             with self._orphan_log.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now(tz=UTC).isoformat()} {record.levelname} {text}\n")
         except OSError:

@@ -24,6 +24,7 @@ from atropos_client.errors import BatchTimeout, FetcherDied, InvalidReply, Polle
 from atropos_client.fetcher._lines import LineReader, LineWriter, error_from_message, log_received
 from atropos_client.fetcher._settings import FetcherSettings, Order
 from atropos_client.journal import Journal
+from schemas import BatchReply
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class FetchingProcess:
         depth: int = 1,
         served_version: Callable[[], int] = lambda: -1,
         step: Callable[[], int] | None = None,
+        prepare: Callable[[BatchReply], object] | None = None,
         max_restarts: int = 3,
     ) -> None:
         """Prepare; nothing is started before `start`.
@@ -67,8 +69,11 @@ class FetchingProcess:
             after: Number of the last batch that the checkpoint counts; the journal is rewound to it.
             depth: Batches recorded beyond the one that the caller works on. 0: fetch only while somebody
                 waits in `get`.
-            served_version: Asked ten times a second; what it last returned is recorded with each arrival.
+            served_version: Asked ten times a second and before each request for a batch; what it last
+                returned is recorded with each arrival.
             step: Likewise, for registrations. None: the registration's `starting_step` stays.
+            prepare: Called with every batch, in order, in another thread, while the caller may still work on
+                an earlier one; its result travels with the batch. So does what it raises.
             max_restarts: How often in a row, without a batch between, the process may end by itself.
 
         Raises:
@@ -85,6 +90,7 @@ class FetchingProcess:
         self._depth = depth
         self._served_version = served_version
         self._step = step
+        self._prepare = prepare
         self._max_restarts = max_restarts
         self._shelf: Shelf[PolledBatch] = Shelf(depth)
         self._listener = threading.Thread(target=self._run, name="atropos-fetcher", daemon=True)
@@ -94,7 +100,6 @@ class FetchingProcess:
         self._restarts = 0
         self._pauses = Backoff(first=0.2, longest=_LONGEST_RESTART_PAUSE)
         self._past_counters = PollerCounters()
-        self._told: dict[str, int] = {}
         self._polling = False  # whether the present process began to poll
         self._log_tail: deque[str] = deque(maxlen=_KEPT_LOG_LINES)
 
@@ -102,6 +107,7 @@ class FetchingProcess:
         self._changed = threading.Condition()
         self._child: subprocess.Popen[bytes] | None = None
         self._writer: LineWriter | None = None
+        self._told: dict[str, int] = {}
         self._counters = PollerCounters()
         self._numbers: deque[int] = deque()  # recorded, not read yet
         self._last_number = 0
@@ -235,6 +241,7 @@ class FetchingProcess:
         """Let the process fetch as many batches as there is room for. The caller holds the condition."""
         room = max(self._depth, 1 if self._waiting else 0)
         while self._writer is not None and self._ahead + self._asked < room:
+            self._tell_news()  # what comes is recorded with the version that is served now
             if not self._send({"do": "take"}):
                 return
             self._asked += 1
@@ -284,6 +291,7 @@ class FetchingProcess:
             self._one_less()
             return
         entry = batch.entry
+        prepared, failure = self._try_to_prepare(reply)
         self._shelf.put(
             PolledBatch(
                 number=number,
@@ -291,8 +299,18 @@ class FetchingProcess:
                 body=batch.body,
                 tag=entry.served_version,
                 received_at=entry.received_at,
+                prepared=prepared,
+                failure=failure,
             )
         )
+
+    def _try_to_prepare(self, reply: BatchReply) -> tuple[object, Exception | None]:
+        if self._prepare is None:
+            return None, None
+        try:
+            return self._prepare(reply), None
+        except Exception as error:  # noqa: BLE001 - travels with its batch, for its turn
+            return None, error
 
     # The listening thread: one process after the other.
 
@@ -400,10 +418,10 @@ class FetchingProcess:
 
     def _tell_news(self) -> None:
         """Pass on a changed version or step."""
-        news = {"version": self._served_version()}
-        if self._step is not None:
-            news["step"] = self._step()
-        with self._changed:
+        with self._changed:  # asked under the condition: no older answer may overtake a newer one
+            news = {"version": self._served_version()}
+            if self._step is not None:
+                news["step"] = self._step()
             for name, value in news.items():
                 if self._told.get(name) != value and self._send({"do": name, "value": value}):
                     self._told[name] = value

@@ -31,7 +31,7 @@ from atropos_client import (
     Timeouts,
 )
 from atropos_client.fetcher import FetcherSettings, FetchingProcess
-from atropos_client.fetcher._lines import error_from_message, error_to_message
+from atropos_client.fetcher._lines import LineWriter, LogSender, error_from_message, error_to_message
 from atropos_client.journal import Journal, JournalLimits
 from schemas import BatchReply, Registration
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
@@ -127,6 +127,54 @@ def test_a_body_that_cannot_be_read_is_kept_set_aside_and_passed_over(
     assert journal.read(1).body == b'{"batch": ['
     assert journal.entry(1).outcome == "set_aside"
     assert "unreadable" in (journal.entry(1).reason or "")
+
+
+def test_batches_are_prepared_in_order_while_nobody_waits_and_a_failure_travels_with_its_batch(
+    server: MisbehavingServer, journal: Journal
+) -> None:
+    server.script("/batch", batch(1.0), batch(2.0), batch(3.0), NULL)
+    seen: list[float] = []
+
+    def prepare(reply: BatchReply) -> float:
+        seen.append(reply.groups[0].scores[0])
+        if seen[-1] == 2.0:
+            raise ValueError("cannot be prepared")
+        return seen[-1]
+
+    with fetching(journal, server.url, depth=3, prepare=prepare) as fetcher:
+        eventually(lambda: len(seen) == 3)
+        one, two, three = (fetcher.get(PATIENCE) for _ in range(3))
+    assert seen == [1.0, 2.0, 3.0]
+    assert (one.prepared, two.prepared, three.prepared) == (1.0, None, 3.0)
+    assert str(two.failure) == "cannot be prepared"
+
+
+def test_with_depth_0_a_batch_is_prepared_only_when_somebody_waits(
+    server: MisbehavingServer, journal: Journal
+) -> None:
+    journal.append(batch(1.0).body)
+    server.script("/batch", NULL)
+    prepared: list[BatchReply] = []
+    with fetching(journal, server.url, depth=0, prepare=prepared.append) as fetcher:
+        eventually(lambda: len(server.paths("/batch")) > 0)
+        assert prepared == []
+        fetcher.get(PATIENCE)
+        assert len(prepared) == 1
+
+
+def test_the_log_of_a_process_without_a_trainer_does_not_grow_without_bound(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    sender = LogSender(LineWriter(writing), tmp_path / "fetcher.log")
+    try:
+        for number in range(400):
+            sender.emit(logging.makeLogRecord({"msg": f"{number} " + "x" * 10_000}))
+    finally:
+        os.close(writing)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"fetcher.log", "fetcher.log.1"}
+    assert max(sizes.values()) < (1 << 20) + 20_000
+    assert "399 xxx" in (tmp_path / "fetcher.log").read_text()
 
 
 @pytest.mark.parametrize("depth", [1, 2])

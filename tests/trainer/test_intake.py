@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from atropos_client.errors import JournalLocked
+from atropos_client.journal import Journal
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
 from tests.trainer.batches import make_bodies, make_body
 from tests.trainer.runs import assert_equal_tensors, rows, run, weights
-from trainer import RunSummary, load_config
+from trainer import RunSummary, Trainer, load_config
 from trainer.assembly import build_trainer
 from trainer.checkpoint import read_checkpoint
 from trainer.errors import MissingLogProbsError
 
+IN_MEMORY = ("--journal.enabled", "false")
 GLOBAL = ("--data.advantage_normalization", "global")
 EMPTY = Answer(body=b'{"batch":null}')
 
@@ -63,18 +68,33 @@ def run_from(
 
     def wait_for_all(row: dict[str, Any]) -> None:
         if ahead and row["kind"] == "step":
-            # An empty reply comes only after the last batch has been prepared and handed over.
-            eventually(lambda: len(server.paths("/batch")) > len(bodies))
+            eventually(lambda: prepared.count == len(bodies))
 
-    return build_trainer(config, on_row=wait_for_all).run()
+    trainer = build_trainer(config, on_row=wait_for_all)
+    prepared = CountedPreparation(trainer)
+    return trainer.run()
 
 
+class CountedPreparation:
+    """Counts the batches that a trainer's normalizer, which sees each of them once, has seen."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.count = 0
+        self._whole = trainer._prepared.normalizer.state_dict
+        trainer._prepared.normalizer.state_dict = self._counted
+
+    def _counted(self) -> dict[str, float]:
+        self.count += 1
+        return self._whole()
+
+
+@pytest.mark.parametrize("options", [(), IN_MEMORY], ids=["journaled", "in memory"])
 def test_batches_prepared_ahead_train_as_if_prepared_one_by_one(
-    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
+    options: tuple[str, ...], server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     bodies = make_bodies(4)
     run(tiny_model_directory, tmp_path / "one", bodies, *GLOBAL)
-    run_from(server, tiny_model_directory, tmp_path / "ahead", bodies, *GLOBAL, steps=4)
+    run_from(server, tiny_model_directory, tmp_path / "ahead", bodies, *GLOBAL, *options, steps=4)
     assert_equal_tensors(weights(tmp_path / "ahead/final"), weights(tmp_path / "one/final"))
     ahead, one = rows(tmp_path / "ahead"), rows(tmp_path / "one")
     assert [row["loss"] for row in ahead] == [row["loss"] for row in one]
@@ -85,38 +105,107 @@ def test_batches_prepared_ahead_train_as_if_prepared_one_by_one(
     assert all(row["idle_seconds"] > 0 for row in ahead[1:])
 
 
+@pytest.mark.parametrize("options", [(), IN_MEMORY], ids=["journaled", "in memory"])
 def test_a_checkpoint_knows_nothing_of_batches_that_were_only_prepared(
-    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
+    options: tuple[str, ...], server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     bodies = make_bodies(6)
     run(tiny_model_directory, tmp_path / "whole", bodies, *GLOBAL, steps=6)
     halves = tmp_path / "halves"
     # Six batches are prepared, three are trained.
-    summary = run_from(server, tiny_model_directory, halves, bodies, *GLOBAL, steps=3)
-    assert summary.counters["batches_unused"] == 3
+    summary = run_from(server, tiny_model_directory, halves, bodies, *GLOBAL, *options, steps=3)
     kept = sorted((halves / "set_aside").glob("batch-*.json"))
-    assert [path.read_bytes() for path in kept] == bodies[3:]
+    if options == IN_MEMORY:
+        assert summary.counters["batches_unused"] == 3
+        assert [path.read_bytes() for path in kept] == bodies[3:]
+        to_come = bodies[3:]
+    else:
+        assert kept == []
+        with Journal.read_only(halves / "journal") as journal:
+            assert [(e.outcome, e.step) for e in journal.ledger()] == [
+                *[("trained", 1), ("trained", 2), ("trained", 3)],
+                *[("received", None)] * 3,
+            ]
+        to_come = []  # the rest waits in the journal
     alone = tmp_path / "alone"
     run(tiny_model_directory, alone, bodies[:3], *GLOBAL, steps=3)
     states = [
         read_checkpoint(output / "checkpoints/step-000003").state.normalizer for output in (halves, alone)
     ]
     assert states[0] == states[1]
-    run_from(server, tiny_model_directory, halves, bodies[3:], *GLOBAL, steps=6)
+    run_from(server, tiny_model_directory, halves, to_come, *GLOBAL, *options, steps=6, ahead=False)
     newest = "checkpoints/step-000006"
     assert_equal_tensors(weights(halves / newest / "model"), weights(tmp_path / "whole" / newest / "model"))
     name = "optimizer.safetensors"
     assert_equal_tensors(load_file(halves / newest / name), load_file(tmp_path / "whole" / newest / name))
 
 
-def test_a_batch_that_cannot_be_prepared_ends_the_run_in_its_turn_and_is_kept(
+def test_a_batch_that_cannot_be_prepared_ends_the_run_in_its_turn_is_kept_and_does_not_come_again(
     server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     bare = make_body(9, env_id=4, inference_logprobs=None)
     first, last = make_bodies(2)
+    # The checkpoint of step 1 is there already when the batch fails.
+    every = ("--checkpoint.every", "1")
     with pytest.raises(MissingLogProbsError, match="environment 4"):
-        run_from(server, tiny_model_directory, tmp_path, [first, bare, last], steps=3)
+        run_from(server, tiny_model_directory, tmp_path, [first, bare, last], *every, steps=3, ahead=False)
     assert [row["step"] for row in rows(tmp_path)] == [1]
+    assert (tmp_path / "set_aside/batch-000002.json").read_bytes() == bare
+    assert read_checkpoint(tmp_path / "checkpoints/step-000001").state.batches == 2
+    run_from(server, tiny_model_directory, tmp_path, [], *every, steps=2, ahead=False)
+    with Journal.read_only(tmp_path / "journal") as journal:
+        assert [(e.outcome, e.step) for e in journal.ledger()] == [
+            ("trained", 1),
+            ("set_aside", None),
+            ("trained", 2),
+        ]
+
+
+def test_without_a_journal_what_was_fetched_ahead_is_kept_when_the_run_fails(
+    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    bare = make_body(9, env_id=4, inference_logprobs=None)
+    first, last = make_bodies(2)
+
+    with pytest.raises(MissingLogProbsError, match="environment 4"):
+        run_from(
+            server, tiny_model_directory, tmp_path, [first, bare, last], *IN_MEMORY, steps=3, ahead=False
+        )
     assert (tmp_path / "set_aside/batch-000002.json").read_bytes() == bare
     assert (tmp_path / "set_aside/batch-000003.json").read_bytes() == last
     assert (tmp_path / "checkpoints/step-000001/state.json").is_file()
+
+
+def test_what_a_resumed_run_does_again_is_written_down_once(
+    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    first, last = make_bodies(2)
+    flat = make_body(5, scores=[0.5] * 4)
+    mixed = json.loads(last)
+    mixed["batch"][0]["masks"][0] = [-100]  # ragged
+    output = tmp_path / "run"
+    bodies = [first, flat, json.dumps(mixed).encode()]
+    run_from(server, tiny_model_directory, output, bodies, steps=2, ahead=False)
+    # As after a kill that came before the last checkpoint.
+    shutil.rmtree(output / "checkpoints/step-000002")
+    run_from(server, tiny_model_directory, output, [], steps=2, ahead=False)
+    assert [row["batch"] for row in rows(output)] == [1, 3]
+    assert [row["batch"] for row in rows(output, "skipped")] == [2]
+    groups = [json.loads(line) for line in (output / "set_aside/groups.jsonl").read_text().splitlines()]
+    assert [group["batch"] for group in groups] == [3]
+    with Journal.read_only(output / "journal") as journal:
+        assert [entry.outcome for entry in journal.ledger()] == ["trained", "skipped", "trained"]
+
+
+def test_a_run_in_a_directory_that_another_run_writes_to_is_refused_before_it_does_anything(
+    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.journaled_source._LOCK_PATIENCE_SECONDS", 0.1)
+    brief = ("--journal.farewell", "0.1")
+    with (
+        Journal.open(tmp_path / "journal"),
+        pytest.raises(JournalLocked, match="two runs cannot share"),
+    ):
+        run_from(server, tiny_model_directory, tmp_path, [], *brief, steps=1, ahead=False)
+    assert server.seen == []
+    assert not (tmp_path / "checkpoints").exists()

@@ -1,6 +1,6 @@
 """Configuration of a run: one frozen tree, read once, refused at the start if anything in it is wrong."""
 
-from trainer.config._atropos import AtroposSettings, DataSettings, LossSettings
+from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
 from trainer.config._fields import ConfigField, config_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
 from trainer.config._publish import PublishSettings
@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointSettings",
     "ConfigField",
     "DataSettings",
+    "JournalSettings",
     "LoggingSettings",
     "LoraSettings",
     "LossSettings",

@@ -1,4 +1,4 @@
-"""Where the rollouts come from and what goes into the model: sections `atropos`, `data` and `loss`."""
+"""Where rollouts come from and what is made of them: sections `atropos`, `journal`, `data`, `loss`."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ class AtroposSettings(Section):
     """Seconds without a batch after which the run stops, with a checkpoint, naming who is late."""
 
     check_url = field_validator("url")(require_http_url)
+
+
+class JournalSettings(Section):
+    """Every batch on the disk, in <output_dir>/journal, before anything is done with it."""
+
+    enabled: bool = True
+    """Fetch in a process of its own and record. false: in memory only, a crash costs the batches there."""
+    max_bytes: int = Field(default=64 << 30, ge=64 << 20)
+    """Most bytes that it may take on the disk; the run stops before a batch that may not fit."""
+    min_free_bytes: int = Field(default=512 << 20, ge=0)
+    """Bytes that stay free on its file system, for checkpoints; the run stops before the next batch."""
+    prune: bool = True
+    """Delete bodies that no kept checkpoint needs. false: keep all, to replay the run from its beginning."""
+    farewell: PositiveSeconds = 60.0
+    """Seconds that a poll under way may still take when the trainer stops or was killed."""
 
 
 class DataSettings(Section):

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from trainer.config._atropos import AtroposSettings, DataSettings, LossSettings
+from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
 from trainer.config._base import Section
 from trainer.config._publish import PublishSettings
 from trainer.config._training import (
@@ -25,6 +25,8 @@ class TrainerConfig(Section):
     """The causal language model."""
     atropos: AtroposSettings = Field(default_factory=AtroposSettings)
     """The Atropos API server that scored rollouts are fetched from."""
+    journal: JournalSettings = Field(default_factory=JournalSettings)
+    """Every batch on the disk before anything is done with it."""
     data: DataSettings = Field(default_factory=DataSettings)
     """From scored groups to micro-batches."""
     loss: LossSettings = Field(default_factory=LossSettings)
