@@ -3,6 +3,7 @@
 #   make demo       train a real model on a real Atropos stack, on this machine (ENGINE=vllm: sampling from stock vLLM)
 #   make test       lint, types, all tests but those that start vLLM
 #   make test-vllm  the tests that start a stock vLLM on the CPU, from end to end
+#   make chaos      kill a run 50 times at random moments and compare it with an undisturbed one
 #   make vllm       install vLLM for the CPU beside it, in .venv-vllm
 #   make lint       format, lint and type check only
 #   make format     rewrite the files as `make lint` wants them
@@ -26,7 +27,7 @@ RUN_DIR ?=
 
 PACKAGES := schemas atropos_client trainer local_stack inference_plugins
 
-.PHONY: help demo vllm test test-vllm lint format compose-tool clean
+.PHONY: help demo vllm test test-vllm chaos lint format compose-tool clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +62,10 @@ test: lint compose-tool
 # REQUIRE_VLLM: a missing vLLM is a failure here, not a skip.
 test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 	REQUIRE_VLLM=1 $(BIN)/python -m pytest tests/vllm
+
+# CHAOS_SEED=1 make chaos: other moments.
+chaos: $(VENV)/.ready
+	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

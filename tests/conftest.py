@@ -64,8 +64,14 @@ def start_inference_server() -> Iterator[Callable[..., RunningInferenceServer]]:
     """Start servers for one test: call it with a model directory and fields of `EngineSettings`."""
     with contextlib.ExitStack() as stack:
 
-        def start(directory: Path, *, model_name: str = "tiny", **settings: Any) -> RunningInferenceServer:
-            return stack.enter_context(_running_server(directory, model_name, settings))
+        def start(
+            directory: Path,
+            *,
+            model_name: str = "tiny",
+            engine_class: type[Engine] = Engine,
+            **settings: Any,
+        ) -> RunningInferenceServer:
+            return stack.enter_context(_running_server(directory, model_name, settings, engine_class))
 
         yield start
 
@@ -87,9 +93,9 @@ def shared_inference_server(tiny_model_directory: Path) -> Iterator[RunningInfer
 
 @contextlib.contextmanager
 def _running_server(
-    directory: Path, model_name: str, settings: dict[str, Any]
+    directory: Path, model_name: str, settings: dict[str, Any], engine_class: type[Engine] = Engine
 ) -> Iterator[RunningInferenceServer]:
-    engine = Engine(EngineSettings(model=str(directory), **settings))
+    engine = engine_class(EngineSettings(model=str(directory), **settings))
     app = create_app(engine, model_name=model_name)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Training a language model on scored rollouts: batch -> samples -> loss -> step -> checkpoint -> publish.
+"""Training a language model on scored rollouts: batch -> samples -> loss -> step -> publish -> checkpoint.
 
 Names are loaded when they are first used: `atropos-train --help` and a wrong configuration key need no torch.
 """

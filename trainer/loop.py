@@ -1,4 +1,4 @@
-"""The run: batch -> samples -> step -> checkpoint -> publish -> next batch."""
+"""The run: batch -> samples -> step -> publish -> checkpoint -> next batch."""
 
 from __future__ import annotations
 
@@ -347,12 +347,9 @@ class Trainer:
         self.step += 1
         self._settle("trained")
         training_seconds = time.monotonic() - started
-        if self.step % self._config.checkpoint.every == 0:
-            self.write_checkpoint()
         publishing = time.monotonic()
         self._publish()
         publishing_seconds = time.monotonic() - publishing
-        self._idle_since = time.monotonic()  # checkpoint and publish are no idleness
         self._write_row(
             {
                 "kind": "step",
@@ -377,6 +374,10 @@ class Trainer:
             }
         )
         self._write_publish_rows()
+        # After the row: a resumed run drops the rows that its checkpoint does not count, and misses none.
+        if self.step % self._config.checkpoint.every == 0:
+            self.write_checkpoint()
+        self._idle_since = time.monotonic()  # publish and checkpoint are no idleness
 
     def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
         """Take what was prepared ahead, or prepare it now; a batch that cannot be prepared is kept."""
