@@ -300,7 +300,7 @@ class Trainer:
         )
 
     def _forget_step(self, before: BeforeBatch, incoming: IncomingBatch) -> None:
-        """Be as before the batch, which is kept: it waits in the journal, or is set aside where there is none."""
+        """Be as before the batch, which is kept: in the journal, or set aside where there is none."""
         self._weights_whole = True
         self._batches = before.batches
         self._counters = Counter(before.counters)
