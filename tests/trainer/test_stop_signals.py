@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, weights
@@ -90,6 +92,16 @@ def test_a_run_that_still_waits_for_the_api_ends_after_its_grace(
     assert newest(tmp_path / "run").state.step == 0
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the child process: sums that are made by another number of threads have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_step_that_outlasts_its_grace_is_given_up_and_its_batch_is_as_good_as_new(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
