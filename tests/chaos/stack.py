@@ -164,9 +164,8 @@ class Stack:
         return (self.output / "final/model.safetensors").read_bytes()
 
     def state(self) -> dict[str, Any]:
-        """The small part of the newest checkpoint, without the names of directories in it."""
+        """The small part of the newest checkpoint."""
         state: dict[str, Any] = json.loads((self._newest_checkpoint() / "state.json").read_text())
-        del state["configuration"]
         return state
 
     def ledger(self) -> list[tuple[Any, ...]]:
