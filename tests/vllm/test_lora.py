@@ -166,10 +166,16 @@ def test_a_rollout_in_flight_ends_with_the_adapter_that_it_began_with(
     def roll_out() -> None:
         answers.append(generate(server, max_tokens=1200, ignore_eos=True))
 
+    def keep_company() -> None:
+        generate(server, n=24, max_tokens=1200, ignore_eos=True)
+
     with publishing(model, tmp_path, server, keep=1) as publisher:
         publisher.start(0)
         step(model, 1)
         publisher.publish(1)
+        # Alone it might be over before the first publish: how fast the two are depends on the machine.
+        company = threading.Thread(target=keep_company)
+        company.start()
         rollout = threading.Thread(target=roll_out)
         rollout.start()
         overtaking = 0
@@ -181,6 +187,7 @@ def test_a_rollout_in_flight_ends_with_the_adapter_that_it_began_with(
                 assert any(path.name.endswith("-v000001") for path in tmp_path.iterdir())
                 assert not any(name.endswith("-v000001") for name in loaded(server))
         rollout.join()
+        company.join()
         publisher.publish(7)
         assert not any(path.name.endswith("-v000001") for path in tmp_path.iterdir())
     assert overtaking >= 2, "the rollout was over before the directory's turn came"
