@@ -9,6 +9,7 @@
     ├── ShapeMismatchError (ValueError)     tensors that must have one shape have several
     ├── CheckpointError (OSError)           a checkpoint that cannot be written or read
     │   └── DamagedCheckpoint               it is not what was written; the one before it may be whole
+    ├── MetricsError (OSError)              a row of metrics that cannot be written
     ├── TooManySkippedBatches               too many batches in a row that could not be trained
     ├── TooManySetAside                     too large a share of the groups could not be trained
     ├── MismatchTooLarge                    sampler and trainer disagree about what was sampled
@@ -45,6 +46,10 @@ class CheckpointError(TrainerError, OSError):
 
 class DamagedCheckpoint(CheckpointError):  # noqa: N818 - reads as what was found
     """What lies on the disk is not what was written; the message names the file and the reason."""
+
+
+class MetricsError(TrainerError, OSError):
+    """A row of metrics could not be written, because the disk is full, say."""
 
 
 class TooManySkippedBatches(TrainerError):  # noqa: N818 - reads as the event that it is

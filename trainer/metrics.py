@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from trainer.errors import MetricsError
 from trainer.preparation import PreparedBatch
 from trainer.step import StepResult
 
@@ -34,13 +35,23 @@ class MetricsFile:
             self._drop_rows_after(resumed_step, resumed_batch)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row. Numbers that are not finite become null, which JSON can carry."""
+        """Append a row. Numbers that are not finite become null, which JSON can carry.
+
+        Raises:
+            MetricsError: It cannot be written.
+        """
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise MetricsError(
+                f"cannot write the metrics of step {row.get('step')} to {self._path}: {error}; make room and "
+                "start again, the run goes on from its newest checkpoint"
+            ) from error
 
     def _drop_rows_after(self, step: int, batch: int) -> None:
         kept, dropped = [], 0

@@ -76,7 +76,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from tests.trainer.batches import make_bodies
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, MetricsError
 from tests.trainer.runs import run
 model, output, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 bodies = make_bodies(4)
@@ -86,7 +86,7 @@ def fill_the_disk():
     yield from bodies[2:]
 try:
     run(model, output, fill_the_disk())
-except CheckpointError as error:
+except (CheckpointError, MetricsError) as error:  # whichever file meets it first
     print(error)
 """
 
