@@ -32,7 +32,7 @@ from benchmarks._machine import describe, machine, package_version
 from benchmarks.step._cases import SHAPES, make_case
 from benchmarks.step._contender import Contender, Setting, UnavailableError, autocast
 from benchmarks.step._example_trainer import ExampleTrainer, load_example_model
-from benchmarks.step._measure import measure
+from benchmarks.step._measure import empty_row, measure
 from benchmarks.step._models import MODELS, resolve_model
 from benchmarks.step._ours import Floor, FloorWithoutHead, Ours
 from benchmarks.step._padding import PlainPadding
@@ -131,7 +131,7 @@ def make_contenders(
         try:
             ours.append(Ours(setting, packing))
         except UnavailableError as error:
-            absent.append(_absent_row(f"ours-{packing}", f"ours, packing {packing}", error))
+            absent.append(empty_row(f"ours-{packing}", f"ours, packing {packing}", str(error)))
     if not ours:
         raise SystemExit(f"ours is not available: {absent[0]['status']}")
     shared = ours[0].model
@@ -148,7 +148,7 @@ def make_contenders(
             contenders += load(setting, names)
         except UnavailableError as error:
             label = "TRL's GRPO loss" if load is _load_trl else "Atropos example trainer"
-            absent.append(_absent_row("trl" if load is _load_trl else "example-trainer", label, error))
+            absent.append(empty_row("trl" if load is _load_trl else "example-trainer", label, str(error)))
     return contenders, absent
 
 
@@ -166,22 +166,6 @@ def _load_example_trainer(setting: Setting, names: Sequence[str]) -> list[Conten
 
 def _load_trl(setting: Setting, names: Sequence[str]) -> list[Contender]:
     return [Trl(setting)] if "trl" in names else []
-
-
-def _absent_row(name: str, label: str, error: Exception) -> dict[str, Any]:
-    return {
-        "name": name,
-        "label": label,
-        "status": str(error),
-        "seconds": [],
-        "others_share": [],
-        "prepare_seconds": None,
-        "computed_tokens": None,
-        "loss": None,
-        "peak_bytes": [],
-        "peak_total_bytes": [],
-        "gradient_difference": None,
-    }
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def measure(
         peak_total_bytes (each repeat's; None where unknown), gradient_difference (to the reference; None
         where there is none to compare).
     """
-    rows = {contender.name: _empty_row(contender) for contender in contenders}
+    rows = {contender.name: empty_row(contender.name, contender.label, "ok") for contender in contenders}
     first = [contender for contender in contenders if contender.name == reference]
     rest = [contender for contender in contenders if contender.name != reference]
     expected: dict[str, Tensor] | None = None
@@ -85,11 +85,12 @@ def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -
     return float((difference / norm) ** 0.5)
 
 
-def _empty_row(contender: Contender) -> Row:
+def empty_row(name: str, label: str, status: str) -> Row:
+    """A contender of which nothing is measured yet, or never will be: `status` is "ok", or says why."""
     return {
-        "name": contender.name,
-        "label": contender.label,
-        "status": "ok",
+        "name": name,
+        "label": label,
+        "status": status,
         "seconds": [],
         "others_share": [],
         "prepare_seconds": None,
