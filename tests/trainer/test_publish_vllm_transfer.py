@@ -190,8 +190,8 @@ def test_workers_that_never_join_end_in_the_deadline_and_do_not_spoil_the_next_a
     model: Any, server: Receiver
 ) -> None:
     server.joins = False
-    with Side(model, server, load_timeout=0.5) as side:
-        with pytest.raises(PhaseDeadlineExceeded, match=r"did not come together within 0\.5 s") as caught:
+    with Side(model, server, load_timeout=2.0) as side:
+        with pytest.raises(PhaseDeadlineExceeded, match=r"did not come together within 2 s") as caught:
             side.connect()
         assert caught.value.phase is Phase.CONNECT
         server.joins = True
@@ -258,10 +258,10 @@ def server_error(server: Receiver) -> Any:
 def test_a_transfer_that_hangs_ends_in_the_deadline_and_its_group_is_never_used_again(
     model: Any, server: Receiver, senders: list[NCCLEngine]
 ) -> None:
-    with Side(model, server, load_timeout=0.5) as side:
+    with Side(model, server, load_timeout=2.0) as side:
         side.connect()
         senders[0].hang = threading.Event()
-        with pytest.raises(PhaseDeadlineExceeded, match=r"did not end within 0\.5 s") as caught:
+        with pytest.raises(PhaseDeadlineExceeded, match=r"did not end within 2 s") as caught:
             side.load(1)
         assert (caught.value.phase, caught.value.version) == (Phase.LOAD, 1)
         assert senders[0].left.is_set()
