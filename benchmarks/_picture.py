@@ -19,10 +19,11 @@ _FAINT = "#9aa7b2"
 _OURS = "#d1691c"
 _PEER = "#2a78b8"
 _FLOOR = "#b9c3cb"
-_ORDER = ("floor", "ours", "trl", "padding", "example-trainer-stored", "example-trainer")
+_ORDER = ("floor", "ours", "recomputing", "trl", "padding", "example-trainer-stored", "example-trainer")
 _LABELS = {
     "floor": "floor",
     "ours": "ours",
+    "recomputing": "ours,\nrecomputing",
     "trl": "TRL",
     "padding": "padding",
     "example-trainer-stored": "example trainer",
@@ -59,7 +60,9 @@ def _panel(axes: Axes, run: dict[str, Any]) -> None:
     summaries = {summary.name: summary for summary in summarize(run) if summary.seconds is not None}
     bars: list[Summary] = [summaries[name] for name in _ORDER if name in summaries]
     seconds = [summary.seconds or 0.0 for summary in bars]
-    colours = [{"floor": _FLOOR, "ours": _OURS}.get(summary.name, _PEER) for summary in bars]
+    colours = [
+        {"floor": _FLOOR, "ours": _OURS, "recomputing": _OURS}.get(summary.name, _PEER) for summary in bars
+    ]
     places = range(len(bars))
     axes.barh(places, seconds, color=colours, height=0.66)
     for place, summary in zip(places, bars, strict=True):

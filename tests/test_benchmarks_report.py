@@ -78,7 +78,7 @@ def test_tables_and_picture_are_written_between_the_markers(tmp_path: Path) -> N
     text = target.read_text()
     assert "old" not in text
     assert text.count("kept") == len(MARKERS)
-    assert "| a: 2 x 8, prompt 200 | float32 | **1.10** | 10.0x |  |  | 1.10 | 0.10 | 3 of 3 met |" in text
+    assert "| a: 2 x 8, prompt 200 | float32 | **1.10** | 10.0x |  |  |  | 1.10 | 0.10 | 3 of 3 met |" in text
     assert "| b | float32 | padded | 5.00 | 1,000 | 5.00 | 5.00 |" in text
     assert "5.0% MFU at 1 TFLOP a step; 2.0 GiB in all" in text
     assert "a CPU, 2 cores, 8.0 GiB, torch 2, 2026-01-01; medians of 3" in text

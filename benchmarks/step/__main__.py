@@ -34,7 +34,7 @@ from benchmarks.step._contender import Contender, Setting, UnavailableError, aut
 from benchmarks.step._example_trainer import ExampleTrainer, load_example_model
 from benchmarks.step._measure import empty_row, measure
 from benchmarks.step._models import MODELS, resolve_model
-from benchmarks.step._ours import Floor, FloorWithoutHead, Ours
+from benchmarks.step._ours import Floor, FloorWithoutHead, Ours, Recomputing
 from benchmarks.step._padding import PlainPadding
 from benchmarks.step._table import show
 from benchmarks.step._trl import Trl
@@ -42,7 +42,7 @@ from benchmarks.step._work import arithmetic_of, peak_flops_of
 
 REFERENCE = PlainPadding.name
 PEERS = ("padding", "example-trainer", "example-trainer-stored", "trl")
-CONTENDERS = ("floor", "floor-body", "ours", *PEERS)
+CONTENDERS = ("floor", "floor-body", "ours", "recomputing", *PEERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -141,6 +141,8 @@ def make_contenders(
     if "floor-body" in names:
         contenders.append(FloorWithoutHead(setting, shared))
     contenders += ours
+    if "recomputing" in names and not setting.activation_recomputation:
+        contenders.append(Recomputing(setting))
     if "padding" in names:
         contenders.append(PlainPadding(setting, shared))
     for load in (_load_example_trainer, _load_trl):

@@ -31,14 +31,14 @@ def measure(
 ) -> list[Row]:
     """Warm each contender up once, then let all take turns `repeats` times.
 
-    The warm-up is a whole step. The contender named `reference` warms up first, and the gradients of the
+    The warm-up is a whole step, and its peak memory counts. The contender named `reference` warms up first, and the gradients of the
     others' warm-ups are compared with its: a fast wrong step cannot win unnoticed.
 
     Returns:
         One row a contender, in their order: name, label, status (`ok` or what went wrong), seconds (each
         repeat's), others_share (each repeat's: what part of all cores other processes took meanwhile; above a
         few hundredths the seconds say little), prepare_seconds, computed_tokens, loss, peak_bytes and
-        peak_total_bytes (each repeat's; None where unknown), gradient_difference (to the reference; None
+        peak_total_bytes (the warm-up's, one value; None where unknown), gradient_difference (to the reference; None
         where there is none to compare).
     """
     rows = {contender.name: empty_row(contender.name, contender.label, "ok") for contender in contenders}
@@ -106,14 +106,19 @@ def _warm_up(contender: Contender, case: Case, row: Row) -> None:
     started = time.perf_counter()
     contender.prepare(case)
     row["prepare_seconds"] = time.perf_counter() - started
+    # Not around the timed steps: giving all free memory back before each would have every step fault in anew
+    # what a training loop keeps from step to step.
+    memory = PeakMemory(contender.setting.device)
+    memory.start()
     row["loss"] = contender.step()
+    peak = memory.stop()
+    row["peak_bytes"].append(peak.above_start)
+    row["peak_total_bytes"].append(peak.total)
     row["computed_tokens"] = contender.computed_tokens
 
 
 def _timed_step(contender: Contender, row: Row) -> None:
     device = contender.setting.device
-    memory = PeakMemory(device)
-    memory.start()
     _synchronize(device)
     busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
     contender.step()
@@ -122,9 +127,6 @@ def _timed_step(contender: Contender, row: Row) -> None:
     others = _busy_seconds() - busy - (time.process_time() - own)
     row["seconds"].append(seconds)
     row["others_share"].append(max(0.0, others) / (seconds * (psutil.cpu_count() or 1)))
-    peak = memory.stop()
-    row["peak_bytes"].append(peak.above_start)
-    row["peak_total_bytes"].append(peak.total)
     contender.forget()
     gc.collect()
 

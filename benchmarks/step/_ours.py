@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from trainer.packing import MicroBatch
 from trainer.preparation import PreparedBatch, prepare_batch
 from trainer.setup import Prepared, make_step_runner, prepare_run
 
-__all__ = ["Floor", "FloorWithoutHead", "Ours"]
+__all__ = ["Floor", "FloorWithoutHead", "Ours", "Recomputing"]
 
 
 class Ours(Contender):
@@ -96,6 +97,15 @@ def run_config(setting: Setting, packing: str) -> TrainerConfig:
         ],
         environment={},
     )
+
+
+class Recomputing(Ours):
+    """The same with activations recomputed in the backward pass, as the example trainer's loader has it."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(replace(setting, activation_recomputation=True))
+        self.name = "recomputing"
+        self.label = "ours, recomputing activations"
 
 
 class Floor(Contender):

@@ -54,7 +54,7 @@ class Summary:
     trained_tokens_per_second: float | None
     computed_tokens: int | None
     peak_gib: float | None
-    """Largest of its repeats, above what the process held before."""
+    """Of its first step, above what the process held before."""
     peak_total_gib: float | None
     times_ours: float | None
     """Its seconds over ours: above 1, ours is faster."""
@@ -106,33 +106,33 @@ class Bar:
 
 
 def bars_of(run: Run) -> list[Bar]:
-    """The bars of a run whose contenders were measured."""
-    found = {summary.name: summary for summary in summarize(run)}
+    """The bars of a run whose contenders were measured, against the example trainer as it ships.
+
+    It recomputes activations; so memory is compared with ours doing the same, where that was measured.
+    """
+    found = {summary.name: summary for summary in summarize(run) if summary.seconds is not None}
     ours = next((summary for summary in found.values() if summary.name.startswith("ours")), None)
-    if ours is None or ours.seconds is None:
+    if ours is None:
         return []
-    peers = [
-        summary
-        for summary in found.values()
-        if summary.name.startswith("example-trainer") and summary.seconds is not None
-    ]
     bars = []
+    peer = found.get("example-trainer")
     least = BARS.get((run["case"], run["dtype"]))
-    ratios = [peer.times_ours for peer in peers if peer.times_ours is not None]
-    if least is not None and ratios:
+    if least is not None and peer is not None and peer.times_ours is not None:
         bars.append(
             Bar(
                 text=f"the example trainer takes at least {least:g} times as long",
-                found=f"{min(ratios):.2f}",
-                met=min(ratios) >= least,
+                found=f"{peer.times_ours:.2f}",
+                met=peer.times_ours >= least,
             )
         )
-    peaks = [peer.peak_gib for peer in peers if peer.peak_gib]
-    if peaks and ours.peak_gib is not None:
-        share = ours.peak_gib / min(peaks)
+    recomputing = found.get("recomputing")
+    lean = recomputing or ours
+    if peer is not None and peer.peak_gib and lean.peak_gib is not None:
+        share = lean.peak_gib / peer.peak_gib
+        both = ", both recomputing activations" if recomputing else ""
         bars.append(
             Bar(
-                text=f"at most {MOST_MEMORY:g} of the example trainer's peak memory",
+                text=f"at most {MOST_MEMORY:g} of the example trainer's peak memory{both}",
                 found=f"{share:.2f}",
                 met=share <= MOST_MEMORY,
             )

@@ -107,9 +107,12 @@ cases = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@settings(max_examples=100, deadline=None)
 @given(**cases)
-def test_values_and_gradients_are_those_of_plain_log_softmax_in_float64(
+def test_values_and_gradients_are_those_of_plain_log_softmax(
+    dtype: torch.dtype,
+    tolerance: float,
     seed: int,
     rows: int,
     vocabulary: int,
@@ -127,7 +130,7 @@ def test_values_and_gradients_are_those_of_plain_log_softmax_in_float64(
         entries=entries,
         bias=bias,
         temperature=temperature,
-        dtype=torch.float64,
+        dtype=dtype,
     )
     scores = tiled_scores(
         *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
@@ -136,39 +139,7 @@ def test_values_and_gradients_are_those_of_plain_log_softmax_in_float64(
         top_k=top_k,
         tile=tile,
     )
-    assert_like_plain(problem, transform, scores, 1e-10)
-
-
-@settings(max_examples=50, deadline=None)
-@given(**cases)
-def test_values_and_gradients_are_those_of_plain_log_softmax_in_float32(
-    seed: int,
-    rows: int,
-    vocabulary: int,
-    entries: int,
-    bias: bool,
-    temperature: bool,
-    tile: Tile,
-    transform: LogitTransform,
-    top_k: int,
-) -> None:
-    problem = make_problem(
-        seed=seed,
-        rows=rows,
-        vocabulary=vocabulary,
-        entries=entries,
-        bias=bias,
-        temperature=temperature,
-        dtype=torch.float32,
-    )
-    scores = tiled_scores(
-        *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
-        temperature=problem.temperature,
-        transform=transform,
-        top_k=top_k,
-        tile=tile,
-    )
-    assert_like_plain(problem, transform, scores, 2e-5)
+    assert_like_plain(problem, transform, scores, tolerance)
 
 
 @settings(max_examples=40, deadline=None)
