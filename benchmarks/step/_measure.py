@@ -31,15 +31,15 @@ def measure(
 ) -> list[Row]:
     """Warm each contender up once, then let all take turns `repeats` times.
 
-    The warm-up is a whole step, and its peak memory counts. The contender named `reference` warms up first, and the gradients of the
-    others' warm-ups are compared with its: a fast wrong step cannot win unnoticed.
+    The warm-up is a whole step, and its peak memory counts. The contender named `reference` warms up first,
+    and the gradients of the others' warm-ups are compared with its: a fast wrong step cannot win unnoticed.
 
     Returns:
         One row a contender, in their order: name, label, status (`ok` or what went wrong), seconds (each
         repeat's), others_share (each repeat's: what part of all cores other processes took meanwhile; above a
         few hundredths the seconds say little), prepare_seconds, computed_tokens, loss, peak_bytes and
-        peak_total_bytes (the warm-up's, one value; None where unknown), gradient_difference (to the reference; None
-        where there is none to compare).
+        peak_total_bytes (the warm-up's, one value; None where unknown), gradient_difference (to the
+        reference; None where there is none to compare).
     """
     rows = {contender.name: empty_row(contender.name, contender.label, "ok") for contender in contenders}
     first = [contender for contender in contenders if contender.name == reference]
