@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -13,9 +14,18 @@ PositiveSeconds = Annotated[float, Field(gt=0)]
 
 
 def require_http_url(url: str) -> str:
-    """Return `url` without a trailing slash; refuse anything that is not http:// or https://."""
+    """Return `url` without a trailing slash; refuse what is not http:// or https://, and credentials.
+
+    The messages do not repeat it: it may hold a password.
+    """
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is not a URL; it must start with http:// or https://")
+        raise ValueError("it is not a URL; it must start with http:// or https://")
+    parts = urlsplit(url)
+    # A password in a URL ends in logs, checkpoints and experiment trackers.
+    if "@" in parts.netloc:
+        raise ValueError("a URL must not hold a user or a password; use the settings token or headers")
+    if parts.query or parts.fragment:
+        raise ValueError("a base URL must not have a query or a fragment")
     return url.rstrip("/")
 
 

@@ -26,6 +26,8 @@ class PublishSettings(Section):
     """Optimizer steps between two publishes."""
     directory: Path | None = None
     """Where versioned weight directories go. None: <train.output_dir>/published."""
+    readable_by: Literal["owner", "group", "everyone"] = "owner"
+    """Who may read published directories; the inference servers have to, and may be another user's."""
     keep: int = Field(default=2, gt=0)
     """Newest versions kept on disk."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -56,6 +58,8 @@ class PublishSettings(Section):
     """With `nccl`: first free TCP port for the rendezvous; server number k uses this one plus k."""
     token: SecretStr | None = None
     """Bearer token of the inference servers. Give it by environment variable, not in a file."""
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    """Further HTTP headers for every request to them."""
     verify: bool = True
     """After each publish compare the servers' log-probs of fixed texts with the trainer's own."""
     logprobs: Literal["any", "raw", "scaled"] = "any"
