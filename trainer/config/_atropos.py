@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
 from trainer.config._base import Section
 
@@ -29,6 +29,17 @@ def require_http_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _require_header_value(secret: SecretStr) -> SecretStr:
+    """Refuse what could end a header and begin another one; the message does not repeat the secret."""
+    value = secret.get_secret_value()
+    if not (value.isascii() and value.isprintable()):
+        raise ValueError("it holds a character that cannot stand in an HTTP header")
+    return secret
+
+
+HeaderSecret = Annotated[SecretStr, AfterValidator(_require_header_value)]
+
+
 class AtroposSettings(Section):
     """The Atropos API server that scored rollouts are fetched from."""
 
@@ -41,9 +52,9 @@ class AtroposSettings(Section):
     prefetch: int = Field(default=1, ge=0)
     """Batches held beyond the one in training. 0: fetch only when the trainer waits. More hides latency and
     costs staleness."""
-    token: SecretStr | None = None
+    token: HeaderSecret | None = None
     """Bearer token for an API behind a proxy. Give it by environment variable, not in a file."""
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    headers: dict[str, HeaderSecret] = Field(default_factory=dict)
     """Further HTTP headers for every request."""
     ca_file: Path | None = None
     """Certificate authorities (PEM) to trust. None: the system's."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from trainer.config._atropos import PositiveSeconds, require_http_url
+from trainer.config._atropos import HeaderSecret, PositiveSeconds, require_http_url
 from trainer.config._base import CommaList, Section
 
 
@@ -56,9 +56,9 @@ class PublishSettings(Section):
     """With `nccl`: the address of this trainer that the servers' workers can reach."""
     group_port: int = Field(default=29600, ge=1, le=65535)
     """With `nccl`: first free TCP port for the rendezvous; server number k uses this one plus k."""
-    token: SecretStr | None = None
+    token: HeaderSecret | None = None
     """Bearer token of the inference servers. Give it by environment variable, not in a file."""
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    headers: dict[str, HeaderSecret] = Field(default_factory=dict)
     """Further HTTP headers for every request to them."""
     verify: bool = True
     """After each publish compare the servers' log-probs of fixed texts with the trainer's own."""
