@@ -15,7 +15,7 @@ from trainer.publish._http import Deadline, ServerConnection
 from trainer.publish._retry import Repeatability
 from trainer.publish.errors import Phase, ServerFailure
 
-SECRET = "tell-no-one-ABC123"
+SECRET = "tell-no-one-ABC123"  # noqa: S105 - of no service
 PATIENCE = 30.0
 
 Party = Callable[[str], str]
