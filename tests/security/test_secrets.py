@@ -78,7 +78,7 @@ def test_a_run_against_servers_that_repeat_its_secrets_leaves_none_in_its_files_
     assert [done.returncode for done in (trained, unpublished, checked)] == [1, 1, 1], said
     assert "possibly lost" in said[0]
     assert "redirected with status 307" in said[0]
-    assert all("***" in each for each in said), "the servers did repeat them"
+    assert all("***" in each for each in said[:2]), "the servers did repeat them"
     assert all(SECRET not in each for each in said)
     assert list((tmp_path / "run/checkpoints").glob("step-000001"))
     assert (tmp_path / "run/journal/journal.sqlite3").is_file()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+from schemas import printable
 from trainer.check._result import CheckResult, failed, passed, warned
 from trainer.config import TrainerConfig
 from trainer.publish._http import client_options, read_whole
@@ -76,7 +77,7 @@ def _probes(
 ) -> Iterator[CheckResult]:
     client.get("/health").raise_for_status()
     served = client.get("/v1/models").raise_for_status().json()["data"][0]
-    yield passed(name, f"healthy, serves {served.get('id')}")
+    yield passed(name, f"healthy, serves {printable(str(served.get('id')))}")
     yield from _check_length(name, served, config)
     yield _check_routes(name, client)
     yield from _check_environment_route(name, client)
