@@ -41,7 +41,8 @@ reasons, and `set_aside_alarms_total` counts it; past `train.set_aside_limit` th
 
 Replies are read up to `atropos.max_body_bytes`, on the wire and decompressed, and never held beyond it. Sizes
 that try it (gzip bombs, endless bodies, deep nesting) also run in a process whose peak memory is measured.
-Generated input (mutated batches, damaged bytes) is tested beside the table.
+Generated input is tested beside the table: mutated batches, damaged bytes, and groups made from the OpenAPI
+schema of the real API, pushed to it and fetched from it.
 
 ## The table
 

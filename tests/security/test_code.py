@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from atropos_client import AtroposClientError
 from atropos_client.journal import Journal
 from local_stack.inference.errors import CheckpointMismatch
 from local_stack.inference.weights import read_checkpoint as read_served_weights
-from tests.test_architecture import ROOT, ROOMS
+from tests.test_architecture import ROOMS, ROOT
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import run
 from trainer.check import check_model
@@ -173,10 +173,16 @@ def test_code_that_a_model_brings_along_is_not_run_unless_asked_for(
     file: str, marker: Path, tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(tiny_model_directory, tmp_path / "model")
-    (model / "evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: pass\n")
+    (model / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass Evil: pass\n"
+    )
     classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
     content = json.loads((model / file).read_text())
-    content |= {"auto_map": dict.fromkeys(classes, "evil.Evil"), "model_type": "evil", "tokenizer_class": "Evil"}
+    content |= {
+        "auto_map": dict.fromkeys(classes, "evil.Evil"),
+        "model_type": "evil",
+        "tokenizer_class": "Evil",
+    }
     content["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
     (model / file).write_text(json.dumps(content))
     with suppress(TrainerError, ValueError, OSError, KeyError):
@@ -296,7 +302,10 @@ def test_a_template_of_a_model_cannot_reach_python(
         "{{ messages.__class__.__mro__[1].__subclasses__() }}"
         "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"
     )
-    line = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "score": 1.0}
+    line = {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+        "score": 1.0,
+    }
     (tmp_path / "texts.jsonl").write_text(json.dumps(line) + "\n")
     done = subprocess.run(
         [

@@ -50,7 +50,9 @@ def open_to_others(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): oct(mode) for path, mode in modes.items() if mode & 0o077}
 
 
-def train(server: MisbehavingServer, model: Path, output: Path, steps: int) -> subprocess.CompletedProcess[str]:
+def train(
+    server: MisbehavingServer, model: Path, output: Path, steps: int
+) -> subprocess.CompletedProcess[str]:
     """The command itself, under a umask that allows everything to everybody."""
     return subprocess.run(
         [

@@ -135,7 +135,7 @@ def test_a_name_that_a_server_gives_to_its_model_does_not_act_on_the_terminal(
 
 def test_a_traceback_does_not_act_either() -> None:
     try:
-        raise ValueError(EVIL)
+        float(f"x{EVIL}")
     except ValueError:
         record = logging.LogRecord("x", logging.ERROR, "", 0, "It %s", ("failed",), sys.exc_info())
     shown = PrintableFormatter("%(message)s").format(record)
