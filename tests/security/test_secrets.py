@@ -58,11 +58,14 @@ def test_a_run_against_servers_that_repeat_its_secrets_leaves_none_in_its_files_
         "ATROPOS_TRAINER_PUBLISH__TOKEN": f"{SECRET}-publish",
         "ATROPOS_TRAINER_PUBLISH__HEADERS": f'{{"X-Other": "{SECRET}-other"}}',
     }
-    echo = " ".join(secrets.values()).encode()
-    fail = Answer(status=500, body=b'{"error": "' + echo.replace(b'"', b"'") + b'"}')
+    # Each repeats what it was sent.
+    fail, unhealthy = (
+        Answer(status=500, body=f"{SECRET}-{token} Bearer {SECRET}-{token} {SECRET}-{header}".encode())
+        for token, header in (("token", "header"), ("publish", "other"))
+    )
     moved = Answer(status=307, headers={"Location": f"http://user:{SECRET}-token@host/?t={SECRET}-token"})
     script_api(server, [fail, Answer(body=make_body(1)), moved, Answer(status=401, body=fail.body)])
-    server.script("/health", fail)
+    server.script("/health", unhealthy)
     run = (
         *("--model.path", str(tiny_model_directory), "--train.output_dir", str(tmp_path / "run")),
         *("--train.steps", "2", "--train.device", "cpu", "--train.mixed_precision", "no"),
@@ -78,7 +81,7 @@ def test_a_run_against_servers_that_repeat_its_secrets_leaves_none_in_its_files_
     assert [done.returncode for done in (trained, unpublished, checked)] == [1, 1, 1], said
     assert "possibly lost" in said[0]
     assert "redirected with status 307" in said[0]
-    assert all("***" in each for each in said[:2]), "the servers did repeat them"
+    assert all("***" in each for each in said[:2]), said[:2]  # the servers did repeat them
     assert all(SECRET not in each for each in said)
     assert list((tmp_path / "run/checkpoints").glob("step-000001"))
     assert (tmp_path / "run/journal/journal.sqlite3").is_file()

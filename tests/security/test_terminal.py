@@ -36,6 +36,16 @@ def server() -> Iterator[MisbehavingServer]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def logging_of_the_tests() -> Iterator[None]:
+    """Commands set up logging for a whole process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 def assert_harmless(shown: str) -> None:
     assert not set(shown) & {"\x1b", "\x07", "\x9b", "\r", "\u202e"}, shown
     assert not any(line.startswith(FORGED[1:10]) and "/forged" in line for line in shown.splitlines()), shown
@@ -144,15 +154,8 @@ def test_a_traceback_does_not_act_either() -> None:
 
 
 def test_the_handler_of_every_command_uses_it_and_no_markup() -> None:
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    try:
-        configure_logging("INFO")
-        handlers = root.handlers[:]
-    finally:
-        root.handlers[:] = before
-        root.setLevel(level)
-    assert [type(handler.formatter) for handler in handlers] == [PrintableFormatter]
+    configure_logging("INFO")
+    assert [type(handler.formatter) for handler in logging.getLogger().handlers] == [PrintableFormatter]
 
 
 def test_a_line_of_progress_is_no_markup(capfd: pytest.CaptureFixture[str]) -> None:
