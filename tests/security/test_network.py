@@ -217,3 +217,26 @@ def test_a_header_cannot_be_smuggled_into_a_request(server: MisbehavingServer) -
         AtroposClient(server.url, headers={"X-Good": "1\r\nX-Evil: 1"})
     assert "Authorization" not in ask_api(server.url)
     assert all("x-evil" not in seen.headers for seen in server.seen)
+
+
+HEADERS = {
+    "a length of 5,000 digits": b"Content-Length: " + b"9" * 5000,
+    "a negative length": b"Content-Length: -1",
+    "two lengths": b"Content-Length: 2\r\nContent-Length: 200",
+    "a length and chunks": b"Content-Length: 2\r\nTransfer-Encoding: chunked",
+    "an escape sequence": b"X-Evil: \x1b[2J",
+    "a header without an end": b"X-Evil: " + b"x" * (1 << 20),
+}
+
+
+@PARTIES
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_make_no_sense_are_an_ordinary_failure(
+    party: Party, header: str, server: MisbehavingServer
+) -> None:
+    head = b"HTTP/1.1 500 No\r\nContent-Type: application/json\r\n"
+    answer_everything(server, Answer(raw=head + HEADERS[header] + b"\r\n\r\n{}"))
+    said = party(server.url)
+    assert "failed" in said
+    assert "\x1b" not in said
+    assert len(said) < 2000
