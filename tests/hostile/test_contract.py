@@ -62,7 +62,12 @@ def outcome_of(url: str, path: str, body: Any) -> str:
         client.reset_data()
         client.register(Registration(batch_size=sequences_of(body), max_token_len=64, num_steps=1))
         client.fetch_batch()  # starts the API
-        sent = httpx.post(f"{url}{path}", content=json.dumps(body).encode(), timeout=PATIENCE)
+        sent = httpx.post(
+            f"{url}{path}",
+            content=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+            timeout=PATIENCE,
+        )
         if sent.status_code >= 400:
             return "refused by the API"
         try:
