@@ -6,6 +6,7 @@ Imports `schemas`, httpx and the standard library; never torch.
 from __future__ import annotations
 
 from atropos_client._async_client import AsyncAtroposClient
+from atropos_client._body import BodyReader
 from atropos_client._calls import parse_batch
 from atropos_client._client import AtroposClient
 from atropos_client._poller import BatchPoller
@@ -36,6 +37,7 @@ from atropos_client.errors import (
     ReplyTooLarge,
     RequestFailed,
     ServerError,
+    UnreadableBatch,
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "BatchPoller",
     "BatchPossiblyLost",
     "BatchTimeout",
+    "BodyReader",
     "ConnectionLost",
     "ErrorStatus",
     "FetcherDied",
@@ -71,5 +74,6 @@ __all__ = [
     "RetryPolicy",
     "ServerError",
     "Timeouts",
+    "UnreadableBatch",
     "parse_batch",
 ]

@@ -29,6 +29,7 @@ from schemas import (
     StatusReply,
     WandbInfoReply,
     first_problem,
+    read_batch,
 )
 
 T = TypeVar("T")
@@ -64,12 +65,12 @@ class Call(Generic[T]):
 
 
 def parse_batch(body: bytes) -> BatchReply:
-    """Read the body of ``GET /batch``.
+    """Read the body of ``GET /batch``. Groups that are no JSON are set apart, as far as that is possible.
 
     Raises:
         InvalidReply: If it is not JSON or not a batch reply.
     """
-    return _reader(BatchReply)(body)
+    return _reading(read_batch, BatchReply)(body)
 
 
 def fetch_batch() -> Call[BatchReply]:
@@ -187,11 +188,15 @@ def _post(path: str, request: BaseModel, reply: type[M], resend: Resend) -> Call
 
 
 def _reader(model: type[M]) -> Callable[[bytes], M]:
+    return _reading(model.model_validate_json, model)
+
+
+def _reading(parse: Callable[[bytes], M], model: type[M]) -> Callable[[bytes], M]:
     """Return the one place where a validation error becomes an error of ours."""
 
     def read(body: bytes) -> M:
         try:
-            return model.model_validate_json(body)
+            return parse(body)
         except ValidationError as error:
             raise InvalidReply(
                 f"the reply is no {model.__name__}: {first_problem(error)} ({len(body)} bytes came)"

@@ -185,9 +185,8 @@ def _status_error(reply: Reply, settings: ConnectionSettings) -> ErrorStatus:
             status_code=code,
         )
     if 300 <= code < 400:
-        target = httpx.URL(reply.headers.get("location", "")).copy_with(query=None, userinfo=b"")
         return ErrorStatus(
-            f"redirected with status {code} to {settings.redact(str(target))!r}, and redirects are not "
+            f"redirected with status {code} to {_target(reply, settings)!r}, and redirects are not "
             "followed: configure the final address",
             status_code=code,
         )
@@ -195,6 +194,15 @@ def _status_error(reply: Reply, settings: ConnectionSettings) -> ErrorStatus:
     return kind(
         f"status {code}. The server said {said}", status_code=code, retry_after=_retry_after(reply.headers)
     )
+
+
+def _target(reply: Reply, settings: ConnectionSettings) -> str:
+    """Where a redirect leads, without what may be secret in it."""
+    try:
+        target = httpx.URL(reply.headers.get("location", "")).copy_with(query=None, userinfo=b"")
+    except httpx.InvalidURL:
+        return "an address that is none"
+    return settings.redact(str(target))[:_LONGEST_EXCERPT]
 
 
 def _retry_after(headers: httpx.Headers) -> float:

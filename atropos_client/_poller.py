@@ -36,6 +36,7 @@ from atropos_client.errors import (
     InvalidReply,
     JournalError,
     PollerStopped,
+    UnreadableBatch,
 )
 from schemas import BatchReply, Registration, StatusReply
 
@@ -307,6 +308,8 @@ class BatchPoller:
             )
 
     def _record_and_parse(self, body: bytes) -> BatchReply:
+        if not body:
+            raise possibly_lost(self._of_batch(InvalidReply("the reply is empty")))
         if self._on_body is not None and body != _EMPTY_REPLY:
             try:
                 self._on_body(body)
@@ -319,8 +322,27 @@ class BatchPoller:
         try:
             return parse_batch(body)
         except InvalidReply as error:
-            error.method, error.url = "GET", f"{self._client.base_url}/batch"
-            raise possibly_lost(error) from error
+            self._hand_over_unreadable(body, str(error))
+            raise self._of_batch(UnreadableBatch(f"set aside whole: {error}")) from error
+
+    def _of_batch(self, error: InvalidReply) -> InvalidReply:
+        """Tell an error which request it is about."""
+        error.method, error.url = "GET", f"{self._client.base_url}/batch"
+        return error
+
+    def _hand_over_unreadable(self, body: bytes, reason: str) -> None:
+        """Whole, and no batch: the batch that it may have been is in it, so nothing is lost."""
+        self._has_worked = True  # the API is there, and what was handed over needs room
+        self._shelf.put(
+            PolledBatch(
+                number=self.counters.batches,
+                reply=BatchReply(batch=None),
+                body=body,
+                tag=self._tag() if self._tag is not None else None,
+                received_at=time.time(),
+                unreadable=reason,
+            )
+        )
 
     def _hand_over(self, reply: BatchReply, body: bytes) -> None:
         received_at = time.time()
@@ -381,6 +403,10 @@ class BatchPoller:
             self._count(possibly_lost=1)
             self._in_doubt = True  # an API that was reset answers 500 until somebody registers
             logger.error("%s (%d so far)", error, self.counters.possibly_lost)
+        elif isinstance(error, UnreadableBatch):
+            self._count(unreadable=1)
+            self._in_doubt = True
+            logger.error("%s (%d so far)", error, self.counters.unreadable)
         else:
             self._count(failed_requests=1)
             # What never worked is a wrong address or token; what once worked may be a restart behind a proxy.

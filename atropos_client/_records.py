@@ -15,7 +15,8 @@ class PolledBatch:
     """Position among the batches of this poller, from 1; from a journal, its number there."""
 
     reply: BatchReply
-    """The parsed reply; its state is ``"ready"``. All of its groups may have been rejected."""
+    """The parsed reply; its state is ``"ready"``. All of its groups may have been rejected. Where the body is
+    `unreadable` there is none, and its state is ``"waiting"``."""
 
     body: bytes
     """The JSON that was parsed, decompressed."""
@@ -31,6 +32,9 @@ class PolledBatch:
 
     failure: Exception | None = None
     """What `prepare` raised instead; for whoever takes the batch to raise when its turn has come."""
+
+    unreadable: str | None = None
+    """Why the body is no batch at all, to be set aside whole. None: it is one."""
 
     @property
     def sequence_count(self) -> int:
@@ -68,6 +72,9 @@ class PollerCounters:
 
     possibly_lost: int = 0
     """Polls that failed after the server may have removed a batch."""
+
+    unreadable: int = 0
+    """Replies that came whole and are no batch at all; each is handed on, to be set aside."""
 
     failed_requests: int = 0
     """Other requests that failed, for example while the API was down."""

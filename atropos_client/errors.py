@@ -12,7 +12,8 @@
     │   │   ├── AccessDenied (PermissionError)  401 or 403
     │   │   └── ServerError                     5xx
     │   └── InvalidReply (ValueError)           wrong content type, not JSON, wrong shape, broken gzip
-    │       └── ReplyTooLarge                   more bytes than the configured maximum
+    │       ├── ReplyTooLarge                   more bytes than the configured maximum
+    │       └── UnreadableBatch                 a whole reply to GET /batch that is no batch; it was handed on
     ├── BatchPossiblyLost                       GET /batch failed after it may have removed a batch
     ├── BatchNotRecorded (OSError)              the caller's journal refused a body; it is attached
     ├── BatchTimeout (TimeoutError)             BatchPoller.get: no batch within the caller's patience
@@ -104,6 +105,13 @@ class InvalidReply(BadReply, ValueError):
 
 class ReplyTooLarge(InvalidReply):
     """The reply has more bytes, before or after decompression, than the configured maximum."""
+
+
+class UnreadableBatch(InvalidReply):
+    """A whole reply to ``GET /batch`` came that is no batch at all. Nothing is lost: its body was handed on.
+
+    Raised only by a poller to which nothing else has come for as long as it is patient.
+    """
 
 
 class BatchPossiblyLost(AtroposClientError):

@@ -19,9 +19,11 @@ from schemas._api import (
     StatusReply,
     WandbInfoReply,
 )
-from schemas._batch import BatchReply, BatchState, RejectedGroup
+from schemas._batch import MAX_GROUPS, BatchReply, BatchState, RejectedGroup
 from schemas._flat import IGNORE_INDEX, FlatGroup
 from schemas._group import LOGPROB_SLACK, ScoredGroup
+from schemas._reading import MAX_CONTAINERS, read_batch
+from schemas._text import printable
 from schemas._wire import WireModel, first_problem
 from schemas.inference import (
     LOWEST_LOGPROB,
@@ -69,6 +71,8 @@ __all__ = [
     "IGNORE_INDEX",
     "LOGPROB_SLACK",
     "LOWEST_LOGPROB",
+    "MAX_CONTAINERS",
+    "MAX_GROUPS",
     "BatchReply",
     "BatchState",
     "CacheResetReply",
@@ -126,4 +130,6 @@ __all__ = [
     "WireModel",
     "WorldSize",
     "first_problem",
+    "printable",
+    "read_batch",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
@@ -18,6 +18,11 @@ from schemas._wire import WireModel, first_problem, quote
 
 BatchState = Literal["ready", "waiting", "unregistered"]
 """What the API says to a poll: here is a batch; not enough data yet; register first."""
+
+
+MAX_GROUPS: Final = 1 << 16
+"""Groups in one batch, of which each has at least one sequence. A bound, because `{},` over and over takes
+hundreds of times its size in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class RejectedGroup:
     """The parsed JSON value, as it came."""
 
 
-class _Unusable:
+class Unusable:
     """Second branch of the union below: takes any JSON value that is no valid group, with the reason.
 
     Only reached for bad groups. The reason is found by validating the parsed value once more, because a union
@@ -56,7 +61,7 @@ class _Unusable:
         )
 
     @classmethod
-    def explain(cls, raw: Any) -> _Unusable:
+    def explain(cls, raw: Any) -> Unusable:
         """Find out why `raw` is no valid group."""
         if isinstance(raw, cls):
             return raw
@@ -86,7 +91,13 @@ class BatchReply(WireModel):
             batch do not raise; they are in `rejected`.
     """
 
-    batch: list[Annotated[ScoredGroup | _Unusable, Field(union_mode="left_to_right")]] | None
+    batch: (
+        Annotated[
+            list[Annotated[ScoredGroup | Unusable, Field(union_mode="left_to_right")]],
+            Field(max_length=MAX_GROUPS),
+        ]
+        | None
+    )
     """The wire field: a list of groups, or null when the server has not enough data. Prefer `groups`."""
 
     status: str | None = None
@@ -111,4 +122,4 @@ class BatchReply(WireModel):
     @cached_property
     def rejected(self) -> list[RejectedGroup]:
         """The groups that cannot be trained on, each with its position and the reason."""
-        return [g.at(index) for index, g in enumerate(self.batch or []) if isinstance(g, _Unusable)]
+        return [g.at(index) for index, g in enumerate(self.batch or []) if isinstance(g, Unusable)]

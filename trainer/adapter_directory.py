@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trainer.atomic_directory import atomic_directory
 from trainer.errors import CheckpointError
 from trainer.model_directory import unwrap_training
+from trainer.private_files import PRIVATE_DIRECTORY
 
 PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """The ways to start an adapter, beside PEFT's default, that leave the base weights as they are."""
@@ -44,14 +45,14 @@ class CapturedAdapter:
         """Size of all tensors."""
         return sum(tensor.nbytes for tensor in self.weights.values())
 
-    def write(self, path: Path, *, durable: bool = True) -> None:
-        """Write the directory `path`, atomically.
+    def write(self, path: Path, *, durable: bool = True, mode: int = PRIVATE_DIRECTORY) -> None:
+        """Write the directory `path`, atomically; for the arguments see `atomic_directory`.
 
         Raises:
             CheckpointError: The file system refused.
         """
         try:
-            with atomic_directory(path, durable=durable) as directory:
+            with atomic_directory(path, durable=durable, mode=mode) as directory:
                 weights = dict(self.weights)
                 save_file(weights, directory / "adapter_model.safetensors", metadata={"format": "pt"})
                 self.configuration.save_pretrained(directory)

@@ -38,6 +38,9 @@ from trainer.publish import (
 from trainer.setup import Prepared, checkpoint_directory, prepare_run
 from trainer.sources import AtroposSource, BatchSource, RecordedSource
 
+PUBLISHED_MODES = {"owner": 0o700, "group": 0o750, "everyone": 0o755}
+"""Permissions of published directories by `publish.readable_by`."""
+
 
 def build_trainer(
     config: TrainerConfig,
@@ -165,11 +168,12 @@ def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTranspor
     policy = prepared.policy
     dtype = policy.stored_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     directory = settings.directory or config.train.output_dir / "published"
+    mode = PUBLISHED_MODES[settings.readable_by]
 
     def capture() -> Callable[[Path], None]:
         captured = capture_model(policy.model, tokenizer=policy.tokenizer, dtype=dtype)
         # Not flushed to the disk: after a crash the trainer publishes anew.
-        return lambda path: captured.write(path, durable=False)
+        return lambda path: captured.write(path, durable=False, mode=mode)
 
     if settings.transport in ("nccl", "ipc"):
         if settings.transport == "ipc" and prepared.accelerator.num_processes > 1:
@@ -183,7 +187,7 @@ def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTranspor
         if settings.engine == "sglang":
             return SglangGroupTransport(stream, settings)
         return VllmTransferTransport(settings.transport, stream, settings)
-    disk = DiskTransport(directory, capture, keep=settings.keep)
+    disk = DiskTransport(directory, capture, keep=settings.keep, mode=mode)
     if settings.transport == "disk":
         return disk
     return LoraTransport(
@@ -191,4 +195,5 @@ def build_transport(config: TrainerConfig, prepared: Prepared) -> WeightTranspor
         lambda: capture_adapter(policy.model, dtype=dtype),
         keep=settings.keep,
         merged=disk if settings.lora_fallback == "merged" else None,
+        mode=mode,
     )

@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from trainer.private_files import PRIVATE_DIRECTORY, set_modes
+
 _PARTIAL = ".partial-"
 _RETIRED = ".retired-"
 _DELETED = ".deleted-"
@@ -31,6 +33,7 @@ def atomic_directory(
     *,
     replace: bool = False,
     durable: bool = True,
+    mode: int = PRIVATE_DIRECTORY,
     verify: Callable[[Path], object] = lambda _: None,
 ) -> Iterator[Path]:
     """Yield an empty directory to fill; on leaving without an error it becomes `path`.
@@ -42,6 +45,8 @@ def atomic_directory(
             `restore_replaced` brings the old one back.
         durable: Flush everything to the disk first, so that a power cut cannot leave an empty file under
             the final name. Off for what is written anew after a crash anyway.
+        mode: Permissions of the directory and of those in it; files get the same without the right to enter.
+            Until all of it is written nobody else can look inside, whatever the mode.
         verify: Looks at the directory when it is on the disk, before it gets its name; what it raises
             keeps it from getting it.
 
@@ -50,7 +55,7 @@ def atomic_directory(
         OSError: The file system refused, for instance because it is full. `path` is then as it was.
     """
     path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
     if replace:
         restore_replaced(path)
     remove_leftovers(path)
@@ -58,8 +63,8 @@ def atomic_directory(
         raise FileExistsError(f"{path} exists already; remove it or choose another name")
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{_PARTIAL}", dir=path.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp makes it private, but a server under another user has to read it
-        yield partial
+        yield partial  # mkdtemp has made it private
+        set_modes(partial, mode)
         if durable:
             _flush_tree(partial)
         verify(partial)

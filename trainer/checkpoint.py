@@ -42,6 +42,8 @@ from trainer.manifest import (
     write_manifest,
 )
 from trainer.model_directory import write_model_directory
+from trainer.private_files import make_private_directory
+from trainer.set_aside_share import ShareState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +79,8 @@ class RunState(BaseModel):
     """State of Python's `random`."""
     numpy_random: list[Any]
     """State of NumPy's global generator."""
+    set_aside_window: ShareState = ShareState()
+    """What was set aside of the last batches; empty where an earlier version wrote the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,7 @@ def _read_state(path: Path) -> Any:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}; give this user access") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{STATE_NAME} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{STATE_NAME} is damaged: {error}") from error
 
 
@@ -190,7 +194,7 @@ def write_checkpoint(
         CheckpointError: It could not be written; `path` is then as it was before.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_directory(path.parent)
         with atomic_directory(path, replace=True, verify=_read_back) as directory:
             write_model_directory(directory / "model", model=model, tokenizer=tokenizer)
             if hasattr(model, "peft_config"):

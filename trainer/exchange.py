@@ -15,9 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, reduce
 
-from schemas import BatchReply
 from trainer.errors import DeadlineExceeded
-from trainer.sources import BatchSource, EndOfBatches, IncomingBatch
+from trainer.sources import BatchSource, EndOfBatches, IncomingBatch, read_incoming
 
 logger = logging.getLogger(__name__)
 
@@ -125,10 +124,5 @@ class BatchExchange:
         payload = broadcast(payload)
         if batch is None:
             body = payload.cpu().numpy().tobytes()
-            batch = IncomingBatch(
-                reply=BatchReply.model_validate_json(body),
-                body=body,
-                served_version=version,
-                number=number or None,
-            )
+            batch = read_incoming(body, served_version=version, number=number or None)
         return outcome, batch

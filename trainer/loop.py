@@ -129,8 +129,11 @@ class Trainer:
         self._weights_whole = True
         self._normalizer_state = prepared.normalizer.state_dict()
         self._idle_since: float | None = None
-        self._set_aside = SetAsideStore(config.train.output_dir / "set_aside")
-        self._set_aside_share = SetAsideShare(config.train)
+        self._set_aside = SetAsideStore(
+            config.train.output_dir / "set_aside", max_bytes=config.train.set_aside_max_bytes
+        )
+        self._set_aside_share = SetAsideShare(config.train, state.set_aside_window if state else None)
+        self._settled_share = self._set_aside_share.state
         self._run_step = make_step_runner(config, prepared)
         if self._accelerator.is_main_process:
             self._metrics = MetricsFile(
@@ -305,6 +308,7 @@ class Trainer:
         self._batches = before.batches
         self._counters = Counter(before.counters)
         before.restore()
+        self._set_aside_share = SetAsideShare(self._config.train, self._settled_share)
         if self._ledger is not None:
             return
         reason = f"the run was to end and its step took longer than {self._config.checkpoint.grace:g} s more"
@@ -314,6 +318,9 @@ class Trainer:
     def _train_on(self, incoming: IncomingBatch, *, waited: float) -> None:
         """Train on one batch, or set it aside with a reason."""
         started = time.monotonic()
+        if incoming.unreadable is not None:
+            self._set_aside_unreadable(incoming, incoming.unreadable)
+            return
         prepared = self._prepared_step(incoming)
         batch = prepared.batch
         self._count(batch)
@@ -395,6 +402,7 @@ class Trainer:
     def _settle(self, outcome: Outcome, *, reason: str | None = None) -> None:
         """What becomes of the batch is decided: from now on a checkpoint counts it."""
         self._settled_batches = self._batches
+        self._settled_share = self._set_aside_share.state
         if self._ledger is not None:
             step = self.step if outcome == "trained" else None
             self._ledger.settle(self._batches, outcome, step=step, reason=reason)
@@ -503,16 +511,7 @@ class Trainer:
         self._counters[counter] += 1
         self._skips_in_a_row += 1
         if self._accelerator.is_main_process:
-            self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
-            self._write_row(
-                {
-                    "kind": "skipped",
-                    "step": self.step,
-                    "batch": self._batches,
-                    "reason": reason,
-                    **self._all_counters(),
-                }
-            )
+            self._keep_whole(incoming, reason)
         self._settle("skipped", reason=reason)
         if self._skips_in_a_row >= self._config.train.max_consecutive_skips:
             raise TooManySkippedBatches(
@@ -520,6 +519,20 @@ class Trainer:
                 f"(train.max_consecutive_skips), the last because {reason}; they are kept in "
                 f"{self._config.train.output_dir / 'set_aside'}"
             )
+
+    def _set_aside_unreadable(self, incoming: IncomingBatch, why: str) -> None:
+        """Keep a body that is no batch at all. Not a skip: the poller's patience bounds a row of them."""
+        reason = f"unreadable: {why}"
+        self._counters["batches_unreadable"] += 1
+        if self._accelerator.is_main_process:
+            self._keep_whole(incoming, reason)
+        self._settle("set_aside", reason=reason)
+
+    def _keep_whole(self, incoming: IncomingBatch, reason: str) -> None:
+        """Write a batch that is not trained on to the disk, and a row that says so."""
+        self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
+        row: Row = {"kind": "skipped", "step": self.step, "batch": self._batches, "reason": reason}
+        self._write_row({**row, **self._all_counters()})
 
     def _write_row(self, row: Row) -> None:
         if not self._accelerator.is_main_process:
@@ -531,7 +544,8 @@ class Trainer:
             self._on_row(row)
 
     def _all_counters(self) -> dict[str, int]:
-        return {**self._counters, **self._source.counters()}
+        pruned = {"set_aside_pruned_total": self._set_aside.pruned}
+        return {**self._counters, **pruned, **self._source.counters()}
 
     def write_checkpoint(self) -> None:
         """Write a checkpoint of the current step, on process 0, and delete the oldest."""
@@ -577,6 +591,7 @@ class Trainer:
             parameter_names=trained_parameter_names(self._prepared.policy.model),
             python_random=python_random_state(),
             numpy_random=numpy_random_state(),
+            set_aside_window=self._settled_share,
         )
 
     def _write_final_model(self) -> Path:

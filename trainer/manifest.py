@@ -101,7 +101,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; give this user access") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{MANIFEST_NAME} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{MANIFEST_NAME} is no JSON: {error}") from error
     if not isinstance(content, dict) or content.get("checksum") != _checksum(content):
         raise DamagedCheckpoint(f"{MANIFEST_NAME} is not what was written: its own checksum differs")

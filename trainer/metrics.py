@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.errors import MetricsError
 from trainer.preparation import PreparedBatch
+from trainer.private_files import PRIVATE_DIRECTORY, open_private, write_private
 from trainer.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, resumed_step: int, resumed_batch: int) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
         if path.exists():
             self._drop_rows_after(resumed_step, resumed_batch)
 
@@ -45,7 +46,7 @@ class MetricsFile:
             for name, value in row.items()
         }
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open_private(self._path, "a") as file:
                 file.write(json.dumps(finite) + "\n")
         except OSError as error:
             raise MetricsError(
@@ -68,7 +69,7 @@ class MetricsFile:
                 "%s: dropped %d rows after step %d, they are computed again", self._path, dropped, step
             )
             partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_private(partial, "".join(f"{line}\n" for line in kept).encode())
             partial.replace(self._path)
 
 

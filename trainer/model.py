@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.attention import loaded_implementation
 from trainer.checkpoint import Checkpoint
 from trainer.config import DataSettings, LoraSettings, ModelSettings, TrainSettings
-from trainer.errors import CheckpointError, ConfigurationError
+from trainer.errors import CheckpointError, ConfigurationError, DamagedCheckpoint
 from trainer.samples import ModelLimits
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def load_policy(settings: ModelSettings, data: DataSettings, checkpoint: Checkpo
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer_path or settings.path, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigurationError(
             f"model.path {path!r} cannot be loaded: {error}. It must be a Hugging Face checkpoint "
             "directory with safetensors weights and a tokenizer, or a hub id."
@@ -107,6 +108,7 @@ def _with_adapters(model: nn.Module, settings: LoraSettings, checkpoint: Checkpo
     """Put fresh adapters, or those of a checkpoint, around the base weights."""
     try:
         from peft import LoraConfig, PeftModel, get_peft_model
+        from peft.utils import SAFETENSORS_WEIGHTS_NAME
     except ImportError as error:
         raise ConfigurationError(
             "model.lora needs the package peft: pip install 'atropos-trainer[lora]'"
@@ -118,7 +120,13 @@ def _with_adapters(model: nn.Module, settings: LoraSettings, checkpoint: Checkpo
                 f"{checkpoint.path} holds no adapters, but model.lora is set; "
                 "resume with the settings of the run"
             )
-        adapted = PeftModel.from_pretrained(model, checkpoint.adapter_path, is_trainable=True)
+        if not (checkpoint.adapter_path / SAFETENSORS_WEIGHTS_NAME).is_file():
+            # PEFT would take a file of another name then, which is a pickle.
+            raise DamagedCheckpoint(f"{checkpoint.adapter_path} has no {SAFETENSORS_WEIGHTS_NAME}")
+        try:
+            adapted = PeftModel.from_pretrained(model, checkpoint.adapter_path, is_trainable=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{checkpoint.adapter_path} cannot be read: {error}") from error
         return adapted
     adapted = get_peft_model(
         model,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from trainer.atomic_directory import atomic_directory
 from trainer.errors import CheckpointError
+from trainer.private_files import PRIVATE_DIRECTORY
 
 _SAVING = threading.Lock()
 _LORA_PARAMETERS = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
@@ -93,14 +94,16 @@ class CapturedModel:
         sizes = {_memory(tensor): tensor.nbytes for tensor in self.weights.values()}
         return sum(sizes.values())
 
-    def write(self, path: Path, *, replace: bool = False, durable: bool = True) -> None:
-        """Write the directory `path`, atomically.
+    def write(
+        self, path: Path, *, replace: bool = False, durable: bool = True, mode: int = PRIVATE_DIRECTORY
+    ) -> None:
+        """Write the directory `path`, atomically; for the arguments see `atomic_directory`.
 
         Raises:
             CheckpointError: The model cannot be written in this format, or the file system refused.
         """
         try:
-            with atomic_directory(path, replace=replace, durable=durable) as directory:
+            with atomic_directory(path, replace=replace, durable=durable, mode=mode) as directory:
                 _save(self.inner, self.weights, directory)
                 _finish_config(directory / "config.json", self.dtype)
                 if self.tokenizer is not None:

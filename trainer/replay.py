@@ -191,7 +191,7 @@ class ReplaySource:
             return None
         try:
             line = json.loads(raw)
-        except ValueError as error:  # the last line of an environment that was killed, say
+        except (ValueError, RecursionError) as error:  # the last line of an environment that was killed, say
             line = str(error)
         if isinstance(line, dict):
             return line

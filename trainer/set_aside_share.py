@@ -11,31 +11,65 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable
 
+from pydantic import BaseModel, ConfigDict
+
 from trainer.config import TrainSettings
 from trainer.errors import TooManySetAside
 
 logger = logging.getLogger(__name__)
 
 _REASONS_NAMED = 3
+_REASONS_KEPT = 8  # of one batch; the others count as one, so that a checkpoint's window stays small
+_OTHER_REASONS = "other reasons"
 _LONGEST_REASON = 160  # characters of a reason that a message quotes
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+class BatchShare(BaseModel):
+    """One batch of the window."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    groups: int
+    """All groups, those set aside included."""
+    reasons: dict[str, int]
+    """How many were set aside, by kind of reason."""
+
+
+class ShareState(BaseModel):
+    """The window, oldest batch first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batches: tuple[BatchShare, ...] = ()
+    quiet_batches: int = 0
+    """Batches left until the next warning while the share stays high."""
 
 
 class SetAsideShare:
     """Watches the share of groups set aside over the last `train.set_aside_window` batches.
 
-    It judges full windows only: in the first few batches one bad group would be a large share. A resumed run
-    starts with an empty window.
+    It judges full windows only: in the first few batches one bad group would be a large share.
 
     Args:
         settings: Section `train` of the configuration.
+        state: Of the run that is resumed. None: the window is empty.
     """
 
-    def __init__(self, settings: TrainSettings) -> None:
+    def __init__(self, settings: TrainSettings, state: ShareState | None = None) -> None:
         self._alarm = settings.set_aside_alarm
         self._limit = settings.set_aside_limit
         self._window: deque[tuple[int, Counter[str]]] = deque(maxlen=settings.set_aside_window)
         self._quiet_batches = 0  # left until the next warning while the share stays high
+        if state is not None:
+            self._window.extend((batch.groups, Counter(batch.reasons)) for batch in state.batches)
+            self._quiet_batches = state.quiet_batches
+
+    @property
+    def state(self) -> ShareState:
+        """What a checkpoint has to hold for a resumed run to judge as this one would."""
+        batches = tuple(BatchShare(groups=groups, reasons=dict(found)) for groups, found in self._window)
+        return ShareState(batches=batches, quiet_batches=self._quiet_batches)
 
     @property
     def share(self) -> float:
@@ -57,7 +91,7 @@ class SetAsideShare:
         Raises:
             TooManySetAside: The share is past `train.set_aside_limit`.
         """
-        self._window.append((groups, Counter(kind_of_reason(reason) for reason in reasons)))
+        self._window.append((groups, _most_frequent(Counter(map(kind_of_reason, reasons)))))
         self._quiet_batches = max(0, self._quiet_batches - 1)
         if len(self._window) < (self._window.maxlen or 1):
             return False
@@ -85,6 +119,14 @@ class SetAsideShare:
             f"{reasons.total()} of the {groups} groups ({self.share:.0%}) of the last {len(self._window)} "
             f"batches were set aside. The most frequent reasons: {named}"
         )
+
+
+def _most_frequent(reasons: Counter[str]) -> Counter[str]:
+    if len(reasons) <= _REASONS_KEPT:
+        return reasons
+    kept = Counter(dict(reasons.most_common(_REASONS_KEPT)))
+    kept[_OTHER_REASONS] = reasons.total() - kept.total()
+    return kept
 
 
 def kind_of_reason(reason: str) -> str:

@@ -34,6 +34,7 @@ from trainer.head_choice import choose_head
 from trainer.model import Policy, choose_mixed_precision, load_policy
 from trainer.packing import Packing
 from trainer.packing_choice import choose_packing
+from trainer.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.step import StepRunner
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,9 @@ def prepare_run(config: TrainerConfig) -> Prepared:
         CheckpointError: No checkpoint is whole, or the newest one may not be read or does not fit.
     """
     device = torch.device("cpu") if config.train.device == "cpu" else _default_device()
+    # Others may pass through it, but not look into it, where inference servers read what is published below.
+    shared = config.publish.readable_by != "owner" and config.publish.directory is None
+    make_run_directory(config.train.output_dir, mode=0o711 if shared else PRIVATE_DIRECTORY)
     accelerator = Accelerator(
         mixed_precision=choose_mixed_precision(config.train, device),
         cpu=config.train.device == "cpu",

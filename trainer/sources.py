@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from atropos_client import AtroposClient, BatchPoller, BatchTimeout, PolledBatch, PollerCounters, Timeouts
+from atropos_client import (
+    AtroposClient,
+    BatchPoller,
+    BatchTimeout,
+    InvalidReply,
+    PolledBatch,
+    PollerCounters,
+    Timeouts,
+    parse_batch,
+)
 from atropos_client.journal import Outcome
 from schemas import BatchReply, Registration
 from trainer.config import AtroposSettings, TrainerConfig
@@ -29,6 +38,8 @@ class IncomingBatch:
     """The step, prepared ahead; None: still to be prepared."""
     failure: Exception | None = None
     """Why it could not be prepared ahead."""
+    unreadable: str | None = None
+    """Why `body` is no batch at all; `reply` is empty then. None: it is one."""
 
 
 class EndOfBatches(Exception):  # noqa: N818 - an event, not a fault
@@ -89,9 +100,7 @@ class RecordedSource:
         body = next(self._bodies, None)
         if body is None:
             raise EndOfBatches
-        return IncomingBatch(
-            reply=BatchReply.model_validate_json(body), body=body, served_version=self._served_version
-        )
+        return read_incoming(body, served_version=self._served_version)
 
     def describe_wait(self) -> str:
         """Recorded batches are never late."""
@@ -169,6 +178,18 @@ class AtroposSource:
         return left
 
 
+def read_incoming(body: bytes, *, served_version: int, number: int | None = None) -> IncomingBatch:
+    """A batch of which only the bytes are here; every process that reads them finds the same."""
+    reply, unreadable = BatchReply(batch=None), None
+    try:
+        reply = parse_batch(body)
+    except InvalidReply as error:
+        unreadable = str(error)
+    return IncomingBatch(
+        reply=reply, body=body, number=number, served_version=served_version, unreadable=unreadable
+    )
+
+
 def from_polled(polled: PolledBatch, *, number: int | None = None) -> IncomingBatch:
     """A batch that a poller of either kind has handed out; `number`: see `IncomingBatch`."""
     return IncomingBatch(
@@ -178,6 +199,7 @@ def from_polled(polled: PolledBatch, *, number: int | None = None) -> IncomingBa
         served_version=polled.tag if isinstance(polled.tag, int) else -1,
         prepared=polled.prepared if isinstance(polled.prepared, PreparedStep) else None,
         failure=polled.failure,
+        unreadable=polled.unreadable,
     )
 
 

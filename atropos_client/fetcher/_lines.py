@@ -15,6 +15,7 @@ from typing import Any
 
 from atropos_client import errors
 from atropos_client.errors import AtroposClientError, BatchNotRecorded, ErrorStatus, FetcherDied
+from schemas import printable
 
 Message = dict[str, Any]
 
@@ -118,7 +119,8 @@ class LogSender(logging.Handler):
                 self._orphan_log.replace(self._orphan_log.with_name(self._orphan_log.name + ".1"))
                 self._orphan_log.touch(mode=0o600)
             with self._orphan_log.open("a", encoding="utf-8") as file:
-                file.write(f"{datetime.now(tz=UTC).isoformat()} {record.levelname} {text}\n")
+                line = printable(text, lines=True)
+                file.write(f"{datetime.now(tz=UTC).isoformat()} {record.levelname} {line}\n")
         except OSError:
             self.handleError(record)
 

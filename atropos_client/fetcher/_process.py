@@ -46,7 +46,7 @@ class FetchingProcess:
                 batch = fetcher.get(timeout=600)      # batch.number is the journal's, batch.tag the version
                 journal.settle(batch.number, "trained", step=1)
 
-    A body that is no batch reply at all is settled as set aside, with the reason, and passed over.
+    A body that is no batch at all is handed out as well, marked as `unreadable`: to be settled as set aside.
     """
 
     def __init__(
@@ -283,15 +283,13 @@ class FetchingProcess:
 
     def _load(self, number: int) -> None:
         batch = self._journal.read(number)
+        unreadable = None
         try:
             reply = parse_batch(batch.body)
         except InvalidReply as error:
-            logger.warning("Batch %d is set aside: %s", number, error)
-            self._journal.settle(number, "set_aside", reason=f"unreadable: {error}")
-            self._one_less()
-            return
+            reply, unreadable = BatchReply(batch=None), str(error)
         entry = batch.entry
-        prepared, failure = self._try_to_prepare(reply)
+        prepared, failure = self._try_to_prepare(reply) if unreadable is None else (None, None)
         self._shelf.put(
             PolledBatch(
                 number=number,
@@ -301,6 +299,7 @@ class FetchingProcess:
                 received_at=entry.received_at,
                 prepared=prepared,
                 failure=failure,
+                unreadable=unreadable,
             )
         )
 

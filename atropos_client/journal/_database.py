@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,10 +65,22 @@ def create_directory(directory: Path) -> None:
     try:
         missing = [path for path in (directory, *directory.parents) if not path.is_dir()]
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _close_to_others(directory)
         for path in missing:
             sync_directory(path.parent)
     except OSError as error:
         raise JournalNotWritten(f"cannot create the journal's directory {directory}: {error}") from error
+
+
+def _close_to_others(directory: Path) -> None:
+    """Take the rights of others from a directory that was there, for instance copied from elsewhere."""
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    if not mode & 0o077:
+        return
+    try:
+        directory.chmod(mode & ~0o077)
+    except OSError as error:
+        logger.warning("%s can be read by others and that cannot be changed: %s", directory, error.strerror)
 
 
 def open_database(path: Path, *, fresh_start: bool) -> sqlite3.Connection:
@@ -93,6 +106,7 @@ def open_database(path: Path, *, fresh_start: bool) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         with translated_errors(path):
+            connection.execute("PRAGMA trusted_schema=OFF")
             connection.execute(f"PRAGMA page_size={_PAGE_SIZE}")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=FULL")
@@ -122,6 +136,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
     try:
         with translated_errors(path):
+            connection.execute("PRAGMA trusted_schema=OFF")  # it may be somebody else's
             _check_format(connection, path, may_create=False)
     except BaseException:
         connection.close()

@@ -118,15 +118,18 @@ def test_a_reply_that_holds_no_batch_is_not_journaled(server: MisbehavingServer,
     assert journal.numbers_after(0) == [1]
 
 
-def test_a_body_that_cannot_be_read_is_kept_set_aside_and_passed_over(
+def test_a_body_that_cannot_be_read_is_recorded_and_handed_out_marked(
     server: MisbehavingServer, journal: Journal
 ) -> None:
     server.script("/batch", Answer(body=b'{"batch": ['), batch(1.0), NULL)
     with fetching(journal, server.url) as fetcher:
+        bad = fetcher.get(PATIENCE)
         assert fetcher.get(PATIENCE).number == 2
+        eventually(lambda: fetcher.counters.unreadable)
+        assert (fetcher.counters.unreadable, fetcher.counters.possibly_lost) == (1, 0)
+    assert (bad.number, bad.body, bad.reply.groups) == (1, b'{"batch": [', [])
+    assert "is no BatchReply: Invalid JSON" in (bad.unreadable or "")
     assert journal.read(1).body == b'{"batch": ['
-    assert journal.entry(1).outcome == "set_aside"
-    assert "unreadable" in (journal.entry(1).reason or "")
 
 
 def test_batches_are_prepared_in_order_while_nobody_waits_and_a_failure_travels_with_its_batch(

@@ -23,6 +23,7 @@ from atropos_client import (
     PollerStopped,
     RetryPolicy,
     Timeouts,
+    UnreadableBatch,
 )
 from schemas import BatchReply, Registration
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, closed_port, eventually
@@ -115,7 +116,7 @@ def test_depth_zero_fetches_only_while_somebody_waits(server: MisbehavingServer)
         LOST,
         Answer(hang_up=True),
         Answer(body=batch(9.0).body, cut_at=30),
-        Answer(body=b"not json"),
+        Answer(body=b""),
         Answer(body=b"{}", content_type="text/html"),
     ],
 )
@@ -201,8 +202,28 @@ def test_every_body_but_the_empty_one_is_recorded_before_it_is_parsed(server: Mi
     server.script("/batch", NULL, *[Answer(body=b) for b in bodies], NULL)
     recorded: list[bytes] = []
     with polling(server.url, on_body=recorded.append) as poller:
-        poller.get(PATIENCE)
+        assert poller.get(PATIENCE).unreadable is not None
+        assert poller.get(PATIENCE).unreadable is None
     assert recorded == bodies
+
+
+def test_a_whole_body_that_is_no_batch_is_handed_over_and_not_counted_as_lost(
+    server: MisbehavingServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.script("/batch", Answer(body=b"not json"), batch(2.0), NULL)
+    with polling(server.url) as poller:
+        bad = poller.get(PATIENCE)
+        assert (bad.body, bad.reply.groups) == (b"not json", [])
+        assert "Invalid JSON" in (bad.unreadable or "")
+        assert first_scores(poller, 1) == [2.0]
+        assert (poller.counters.unreadable, poller.counters.possibly_lost) == (1, 0)
+    assert "set aside whole" in caplog.text
+
+
+def test_an_api_that_only_ever_sends_what_is_no_batch_is_given_up(server: MisbehavingServer) -> None:
+    server.script("/batch", Answer(body=b"not json"))
+    with polling(server.url, depth=100, patience=0.2) as poller, pytest.raises(UnreadableBatch):
+        list(iter(lambda: poller.get(PATIENCE).unreadable, None))
 
 
 def test_a_journal_that_fails_ends_the_poller_and_hands_out_the_body(server: MisbehavingServer) -> None:

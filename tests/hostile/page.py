@@ -24,7 +24,7 @@ There are four outcomes:
 MEANINGS: dict[Outcome, str] = {
     "trained": "Used as it is, or as what it clearly means; or no batch of ours was touched.",
     "set aside": "Not trained on, kept under `<train.output_dir>/set_aside` with the reason; the rest of the "
-    "batch is trained.",
+    "batch is trained. A body that is no batch at all is kept whole (`batches_unreadable`).",
     "possibly lost": "The API removes a batch when it answers: whatever goes wrong then may have cost one. "
     "It is counted (`intake_possibly_lost`), and the run goes on.",
     "refused": "The run ends with an error that says what was found and what to do, and a checkpoint.",
@@ -36,9 +36,13 @@ A batch with nothing to train on is kept whole, as `batch-NNNNNN.json`; single g
 metrics row (`set_aside_share`). Past `train.set_aside_alarm` a warning names the share and the most frequent
 reasons, and `set_aside_alarms_total` counts it; past `train.set_aside_limit` the run stops with a checkpoint.
 
+`set_aside` itself takes at most `train.set_aside_max_bytes`; the oldest of it goes first, and
+`set_aside_pruned_total` counts the files. The window survives a restart: it is in the checkpoint.
+
 Replies are read up to `atropos.max_body_bytes`, on the wire and decompressed, and never held beyond it. Sizes
 that try it (gzip bombs, endless bodies, deep nesting) also run in a process whose peak memory is measured.
-Generated input (mutated batches, damaged bytes) is tested beside the table.
+Generated input is tested beside the table: mutated batches, damaged bytes, and groups made from the OpenAPI
+schema of the real API, pushed to it and fetched from it.
 
 ## The table
 

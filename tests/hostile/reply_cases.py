@@ -24,6 +24,28 @@ def lost(name: str, sent: str, answer: Answer | bytes, says: str, **more: Any) -
     return ReplyCase(name=name, sent=sent, outcome="possibly lost", says=says, answers=answers, **more)
 
 
+def unreadable(name: str, sent: str, body: bytes, says: str, **more: Any) -> ReplyCase:
+    """A whole body that is no batch at all: set aside as it came; the next one is trained."""
+    return ReplyCase(
+        name=name, sent=sent, outcome="set aside", says=says, answers=[Answer(body=body)], **more
+    )
+
+
+def aside(name: str, sent: str, images: str | bytes, says: str, **more: Any) -> ReplyCase:
+    """A group that no JSON reader takes, beside a good one, which is trained."""
+    text = images.encode() if isinstance(images, str) else images
+    body = b'{"batch": [' + changed()[:-1].encode() + b', "images": ' + text + b"}, " + GOOD[11:]
+    return ReplyCase(
+        name=name,
+        sent=sent,
+        outcome="set aside",
+        says=says,
+        answers=[Answer(body=body)],
+        good_part=[NEIGHBOUR],
+        **more,
+    )
+
+
 def harmless(name: str, sent: str, *answers: Answer, **more: Any) -> ReplyCase:
     """Replies that cost nothing; the batch that follows is trained and none is counted as lost."""
     return ReplyCase(name=name, sent=sent, outcome="trained", answers=answers, **more)
@@ -69,43 +91,51 @@ def bomb(mebibytes: int) -> bytes:
     return b"".join(squeeze.compress(bytes(1 << 20)) for _ in range(mebibytes)) + squeeze.flush()
 
 
-def with_images(images: str) -> bytes:
-    """A batch of one group whose images are this JSON text."""
-    return f'{{"batch": [{changed()[:-1]}, "images": {images}}}]}}'.encode()
-
-
 def gzipped(body: bytes) -> Answer:
     return Answer(body=body, headers={"Content-Encoding": "gzip"})
 
 
-DEEP = with_images("[" * 100_000 + "]" * 100_000)
+DEEP = "[" * 100_000 + "]" * 100_000
 
 BODIES = [
-    lost("an empty body", "200 without a byte", b"", "Invalid JSON: EOF"),
-    lost("half a body", "JSON that ends in the middle", GOOD[: len(GOOD) // 2], "Invalid JSON: EOF"),
-    lost("a page in place of JSON", "<html> labelled as JSON", b"<html>oops</html>", "Invalid JSON"),
-    lost("a number in place of a batch", "7", b"7", "is no BatchReply"),
-    lost("a list in place of a batch", "[]", b"[]", "is no BatchReply"),
-    lost("an object without a batch", "{}", b"{}", "batch: Field required"),
-    lost("text as a batch", '{"batch": "x"}', b'{"batch": "x"}', "batch: Input should be a valid array"),
-    lost("an object as a batch", '{"batch": {}}', b'{"batch": {}}', "batch: Input should be a valid array"),
-    lost("two replies in one body", "a batch, then another", GOOD + GOOD, "trailing characters"),
-    lost(
-        "invalid UTF-8",
-        "bytes FF FE inside a text",
-        with_images('"?"').replace(b"?", b"\xff\xfe"),
-        "invalid unicode",
+    lost("an empty body", "200 without a byte", b"", "the reply is empty"),
+    unreadable("half a body", "JSON that ends in the middle", GOOD[: len(GOOD) // 2], "Invalid JSON: EOF"),
+    unreadable("a page in place of JSON", "<html> labelled as JSON", b"<html>oops</html>", "Invalid JSON"),
+    unreadable("a number in place of a batch", "7", b"7", "is no BatchReply"),
+    unreadable("a list in place of a batch", "[]", b"[]", "is no BatchReply"),
+    unreadable("an object without a batch", "{}", b"{}", "batch: Field required"),
+    unreadable(
+        "text as a batch", '{"batch": "x"}', b'{"batch": "x"}', "batch: Input should be a valid array"
     ),
-    lost("UTF-16", "a batch in UTF-16", GOOD.decode().encode("utf-16"), "Invalid JSON"),
-    lost("a byte order mark", "a batch after EF BB BF", b"\xef\xbb\xbf" + GOOD, "Invalid JSON"),
-    lost("half of a surrogate pair", r'"\ud800" in a text', with_images(r'"\ud800"'), "Invalid JSON"),
-    lost("a number of 5,000 digits", "in images", with_images("9" * 5000), "number out of range"),
-    lost("nesting of 100,000 levels", "in images", DEEP, "recursion limit", measured=True),
-    lost(
+    unreadable(
+        "an object as a batch", '{"batch": {}}', b'{"batch": {}}', "batch: Input should be a valid array"
+    ),
+    unreadable("two replies in one body", "a batch, then another", GOOD + GOOD, "trailing characters"),
+    aside("invalid UTF-8", "bytes FF FE inside a text", b'"\xff\xfe"', "invalid unicode"),
+    unreadable("UTF-16", "a batch in UTF-16", GOOD.decode().encode("utf-16"), "Invalid JSON"),
+    unreadable("a byte order mark", "a batch after EF BB BF", b"\xef\xbb\xbf" + GOOD, "Invalid JSON"),
+    aside("half of a surrogate pair", r'"\ud800" in a text', r'"\ud800"', "cannot be read: Invalid JSON"),
+    aside("a number of 5,000 digits", "in images", "9" * 5000, "number out of range"),
+    aside("nesting of 100,000 levels", "in images", DEEP, "recursion limit", measured=True),
+    unreadable(
         "nesting outside of any group",
         "100,000 opening brackets",
         b"[" * 100_000,
         "recursion limit",
+        measured=True,
+    ),
+    unreadable(
+        "more groups than any batch has",
+        "{}, 100,000 times",
+        b'{"batch": [' + b"{}," * 99_999 + b"{}]}",
+        "List should have at most 65536 items",
+        measured=True,
+    ),
+    unreadable(
+        "lists without number",
+        "[, 16 million times, in 16 MiB",
+        b'{"batch": [{"images": ' + b"[" * 16_000_000,
+        "lists and objects, the maximum is",
         measured=True,
     ),
     lost(

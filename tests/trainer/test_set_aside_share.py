@@ -12,9 +12,10 @@ import pytest
 
 from tests.trainer.batches import make_group
 from tests.trainer.runs import rows, run
+from trainer.checkpoint import RunState
 from trainer.config import TrainSettings
 from trainer.errors import TooManySetAside
-from trainer.set_aside_share import SetAsideShare, kind_of_reason
+from trainer.set_aside_share import SetAsideShare, ShareState, kind_of_reason
 
 
 def share_of(**settings: Any) -> SetAsideShare:
@@ -86,3 +87,49 @@ def test_a_run_counts_alarms_in_its_rows_and_ends_past_the_limit_with_everything
     assert (second["set_aside_share"], second["set_aside_alarms_total"]) == (1 / 8, 1)
     assert (tmp_path / "set_aside/batch-000003.json").read_bytes() == bodies[2]
     assert (tmp_path / "checkpoints/step-000002/state.json").is_file()
+
+
+def test_a_share_that_is_restored_judges_as_the_one_that_was_saved() -> None:
+    whole, first = (share_of(set_aside_window=4, set_aside_limit=None) for _ in range(2))
+    batches = [["bad"] * (number % 4) for number in range(12)]
+    expected = [(whole.add(groups=4, reasons=reasons), whole.share) for reasons in batches]
+    found = [(first.add(groups=4, reasons=reasons), first.share) for reasons in batches[:6]]
+    state = ShareState.model_validate_json(first.state.model_dump_json())
+    resumed = SetAsideShare(TrainSettings(set_aside_window=4, set_aside_limit=None), state)
+    found += [(resumed.add(groups=4, reasons=reasons), resumed.share) for reasons in batches[6:]]
+    assert found == expected
+    assert any(raised for raised, _ in expected)
+
+
+def test_the_window_in_a_checkpoint_is_small_whatever_the_reasons() -> None:
+    share = share_of(set_aside_window=20, set_aside_limit=None)
+    for batch in range(40):
+        share.add(groups=2000, reasons=[f"{'x' * 500} {chr(97 + i % 26)} {batch}" for i in range(2000)])
+        share.add(groups=2000, reasons=[chr(0x4E00 + i) * 200 for i in range(2000)])
+    assert len(share.state.model_dump_json()) < 100_000
+    assert share.share == 1.0
+
+
+def test_a_resumed_run_goes_on_with_the_window_that_its_checkpoint_has(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    bodies = [mixed_body(number, bad=1, good=3) for number in range(1, 5)]
+    words = ("--train.set_aside_window", "3", "--train.set_aside_limit", "0.3")
+    run(tiny_model_directory, tmp_path / "whole", bodies, *words, steps=4)
+    run(tiny_model_directory, tmp_path / "parts", bodies[:2], *words, steps=2)
+    run(tiny_model_directory, tmp_path / "parts", bodies[2:], *words, steps=4)
+    shares = [[row["set_aside_share"] for row in rows(tmp_path / name)] for name in ("whole", "parts")]
+    assert shares[0] == shares[1] == [1 / 4] * 4
+    alarms = [rows(tmp_path / name)[-1]["set_aside_alarms_total"] for name in ("whole", "parts")]
+    assert alarms == [1, 1], "raised with the third batch, which only a window of three has"
+
+
+def test_a_checkpoint_of_before_there_was_a_window_is_read(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    summary = run(tiny_model_directory, tmp_path, [mixed_body(1, bad=1, good=3)], steps=1)
+    content = json.loads((summary.checkpoint / "state.json").read_text())
+    assert content.pop("set_aside_window")["batches"] == [
+        {"groups": 4, "reasons": {"scores has N entries but tokens has N sequences": 1}}
+    ]
+    assert RunState.model_validate(content).set_aside_window == ShareState()

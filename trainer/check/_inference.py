@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+from schemas import printable
 from trainer.check._result import CheckResult, failed, passed, warned
 from trainer.config import TrainerConfig
+from trainer.publish._http import client_options, read_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,26 +21,67 @@ _SAMPLE = "What is 17+4? Answer with one number.\nÄpfel — 猫 — def f(x): r
 _PUBLISH_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version")
 
 
+class _Client:
+    """Requests to one server, whose replies are bounded in size and time.
+
+    Args:
+        url: Its base URL.
+        config: Credentials and patience.
+    """
+
+    def __init__(self, url: str, config: TrainerConfig) -> None:
+        publish = config.publish
+        self._seconds = config.atropos.connect_timeout
+        self._http = httpx.Client(
+            **client_options(url, token=publish.token, headers=publish.headers), timeout=self._seconds
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def get(self, path: str) -> httpx.Response:
+        """Send a GET."""
+        return self._send("GET", path)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        """Send JSON."""
+        return self._send("POST", path, json=body)
+
+    def _send(self, method: str, path: str, **more: Any) -> httpx.Response:
+        with self._http.stream(method, path, **more) as reply:
+            content = read_whole(reply, seconds=self._seconds)
+        return httpx.Response(reply.status_code, content=content, request=reply.request)
+
+
 def check_inference_server(
     url: str, config: TrainerConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[CheckResult]:
     """Probe one server; changes nothing there."""
     name = f"inference {url}"
-    token = config.publish.token
-    headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=config.atropos.connect_timeout) as client:
-        try:
-            client.get("/health").raise_for_status()
-            served = client.get("/v1/models").raise_for_status().json()["data"][0]
-        except (httpx.HTTPError, KeyError, IndexError, ValueError, TypeError) as error:
-            return [failed(name, f"{type(error).__name__}: {error}", "start it, or correct publish.servers")]
-        return [
-            passed(name, f"healthy, serves {served.get('id')}"),
-            *_check_length(name, served, config),
-            _check_routes(name, client),
-            *_check_environment_route(name, client),
-            *_check_tokenizer(name, client, served, tokenizer),
-        ]
+    results: list[CheckResult] = []
+    try:
+        with _Client(url, config) as client:
+            results += _probes(name, client, config, tokenizer)
+    except (httpx.HTTPError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # The latter ones: its replies are not those of an inference server.
+        found = f"{type(error).__name__}: {error}"
+        results.append(failed(name, found, "start it, or correct publish.servers"))
+    return results
+
+
+def _probes(
+    name: str, client: _Client, config: TrainerConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[CheckResult]:
+    client.get("/health").raise_for_status()
+    served = client.get("/v1/models").raise_for_status().json()["data"][0]
+    yield passed(name, f"healthy, serves {printable(str(served.get('id')))}")
+    yield from _check_length(name, served, config)
+    yield _check_routes(name, client)
+    yield from _check_environment_route(name, client)
+    yield from _check_tokenizer(name, client, served, tokenizer)
 
 
 def _check_length(name: str, served: dict[str, Any], config: TrainerConfig) -> list[CheckResult]:
@@ -48,7 +92,7 @@ def _check_length(name: str, served: dict[str, Any], config: TrainerConfig) -> l
     return [warned(name, found, f"start it with --max-model-len {wanted}, or lower the setting")]
 
 
-def _check_routes(name: str, client: httpx.Client) -> CheckResult:
+def _check_routes(name: str, client: _Client) -> CheckResult:
     try:
         missing = [
             route for route in _PUBLISH_ROUTES if client.get(route).status_code == httpx.codes.NOT_FOUND
@@ -64,7 +108,7 @@ def _check_routes(name: str, client: httpx.Client) -> CheckResult:
     return passed(name, "has every route that publishing needs")
 
 
-def _check_environment_route(name: str, client: httpx.Client) -> list[CheckResult]:
+def _check_environment_route(name: str, client: _Client) -> list[CheckResult]:
     """Whether environments of server_type vllm can sample from it with log-probs."""
     if client.get("/generate").status_code != httpx.codes.NOT_FOUND:
         return [passed(name, "has the route /generate that Atropos environments call")]
@@ -78,12 +122,12 @@ def _check_environment_route(name: str, client: httpx.Client) -> list[CheckResul
 
 
 def _check_tokenizer(
-    name: str, client: httpx.Client, served: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    name: str, client: _Client, served: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[CheckResult]:
     """Compare token ids of a text, where the server has a route for that."""
     if tokenizer is None:
         return []
-    reply = client.post("/tokenize", json={"model": served.get("id"), "prompt": _SAMPLE})
+    reply = client.post("/tokenize", {"model": served.get("id"), "prompt": _SAMPLE})
     if reply.status_code != httpx.codes.OK:
         return [warned(name, "has no route /tokenize", "make sure it serves the model that is trained")]
     if reply.json().get("tokens") == tokenizer.encode(_SAMPLE):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from schemas import printable
 from trainer.cli._logging import configure_logging
 from trainer.cli._settings import add_settings, read_settings
 from trainer.config import TrainerConfig
@@ -46,7 +47,8 @@ class CheckCommand:
         console = Console(soft_wrap=True, highlight=False)
         any_failed = False
         for result in run_checks(config, publish=args.publish):
-            console.print(f"{MARKS[result.status]}  {escape(result.name)}: {escape(result.found)}")
+            found = escape(printable(result.found, lines=True))
+            console.print(f"{MARKS[result.status]}  {escape(printable(result.name))}: {found}")
             if result.remedy:
                 console.print(f"         -> {escape(result.remedy)}")
             any_failed |= result.status == "failed"

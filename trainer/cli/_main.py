@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Protocol
 
+from schemas import printable
 from trainer.cli._check import CheckCommand
 from trainer.cli._checkpoint import CheckpointCommand
 from trainer.cli._journal import JournalCommand
 from trainer.cli._replay import ReplayCommand
 from trainer.cli._run import RunCommand
 from trainer.errors import ConfigurationError
+from trainer.private_files import private_umask
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif settings:
         parser.error(f"{args.command}: unknown arguments: {' '.join(settings)}")
     try:
-        return commands[args.command].run(args)
+        with private_umask():
+            return commands[args.command].run(args)
     except ConfigurationError as error:
-        sys.stderr.write(f"atropos-train: {error}\n")
+        sys.stderr.write(f"atropos-train: {printable(str(error), lines=True)}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("atropos-train: interrupted\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from schemas import printable
 from trainer.metrics import Row
 
 _console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -11,7 +12,7 @@ _console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def show_step(row: Row) -> None:
     """Print a metrics row as one line."""
-    _console.print(format_row(row))
+    _console.print(printable(format_row(row)), markup=False)
 
 
 def format_row(row: Row) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
 from trainer.config._base import Section
 
@@ -13,10 +14,30 @@ PositiveSeconds = Annotated[float, Field(gt=0)]
 
 
 def require_http_url(url: str) -> str:
-    """Return `url` without a trailing slash; refuse anything that is not http:// or https://."""
+    """Return `url` without a trailing slash; refuse what is not http:// or https://, and credentials.
+
+    The messages do not repeat it: it may hold a password.
+    """
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url!r} is not a URL; it must start with http:// or https://")
+        raise ValueError("it is not a URL; it must start with http:// or https://")
+    parts = urlsplit(url)
+    # A password in a URL ends in logs, checkpoints and experiment trackers.
+    if "@" in parts.netloc:
+        raise ValueError("a URL must not hold a user or a password; use the settings token or headers")
+    if parts.query or parts.fragment:
+        raise ValueError("a base URL must not have a query or a fragment")
     return url.rstrip("/")
+
+
+def _require_header_value(secret: SecretStr) -> SecretStr:
+    """Refuse what could end a header and begin another one; the message does not repeat the secret."""
+    value = secret.get_secret_value()
+    if not (value.isascii() and value.isprintable()):
+        raise ValueError("it holds a character that cannot stand in an HTTP header")
+    return secret
+
+
+HeaderSecret = Annotated[SecretStr, AfterValidator(_require_header_value)]
 
 
 class AtroposSettings(Section):
@@ -31,9 +52,9 @@ class AtroposSettings(Section):
     prefetch: int = Field(default=1, ge=0)
     """Batches held beyond the one in training. 0: fetch only when the trainer waits. More hides latency and
     costs staleness."""
-    token: SecretStr | None = None
+    token: HeaderSecret | None = None
     """Bearer token for an API behind a proxy. Give it by environment variable, not in a file."""
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    headers: dict[str, HeaderSecret] = Field(default_factory=dict)
     """Further HTTP headers for every request."""
     ca_file: Path | None = None
     """Certificate authorities (PEM) to trust. None: the system's."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from trainer.config._fields import config_fields
 from trainer.config._tree import TrainerConfig
@@ -21,6 +23,10 @@ from trainer.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "ATROPOS_TRAINER_"
 _NESTING = "__"
+_LARGEST_FILE = 1 << 20  # bytes; a configuration has a few hundred
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 
 Tree = dict[str, Any]
 
@@ -54,11 +60,20 @@ def load_config(
 
 def _read_yaml(path: Path) -> Tree:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_FILE + 1)
+        if len(text) > _LARGEST_FILE:
+            raise ConfigurationError(
+                f"{path} has more than {_LARGEST_FILE} bytes: it is no configuration file"
+            )
+        loaded = yaml.safe_load(text.decode("utf-8"))
+    except RecursionError as error:
+        raise ConfigurationError(f"{path} is nested too deeply to be a configuration file") from error
     except OSError as error:
         raise ConfigurationError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+        # Not what YAML says about it: that quotes the line, and a token may stand there.
+        raise ConfigurationError(f"{path} is not valid YAML{_where(error)}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -66,6 +81,15 @@ def _read_yaml(path: Path) -> Tree:
             f"{path} must hold sections such as 'train:', found a {type(loaded).__name__}"
         )
     return loaded
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f": its byte {error.start} is not UTF-8"
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return ""
+    mark = error.problem_mark
+    return f": {error.problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _from_environment(environment: Mapping[str, str]) -> Tree:
@@ -113,8 +137,9 @@ def _parse_value(text: str, *, source: str) -> Any:
     if text.lstrip().startswith(("[", "{")):
         try:
             return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigurationError(f"{source} is not a valid list or mapping: {text!r}") from error
+        except (yaml.YAMLError, RecursionError):
+            # Neither the text nor the parser's complaint, which quotes it: it may hold a header's secret.
+            raise ConfigurationError(f"{source} is not a valid list or mapping") from None
     return text
 
 
@@ -136,10 +161,18 @@ def _describe(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             lines.append(f"  {name}: required, but not given (--{name} VALUE)")
         else:
-            found = "" if "token" in name or "header" in name else f" (found {problem['input']!r})"
-            lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{found}")
+            lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{_found(name, problem)}")
     lines.append("`atropos-train run --help` lists every setting.")
     return "\n".join(lines)
+
+
+def _found(name: str, problem: ErrorDetails) -> str:
+    """What was found in place of a value; nothing where it may be secret.
+
+    Bounded in depth and length: a few lines of YAML with aliases stand for more text than any memory holds.
+    """
+    words = ("token", "header", "url", "servers")  # a URL may hold a password
+    return "" if any(word in name for word in words) else f" (found {_SHORT.repr(problem['input'])})"
 
 
 def _hint(name: str) -> str:

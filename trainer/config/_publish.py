@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from trainer.config._atropos import PositiveSeconds, require_http_url
+from trainer.config._atropos import HeaderSecret, PositiveSeconds, require_http_url
 from trainer.config._base import CommaList, Section
 
 
@@ -26,6 +26,8 @@ class PublishSettings(Section):
     """Optimizer steps between two publishes."""
     directory: Path | None = None
     """Where versioned weight directories go. None: <train.output_dir>/published."""
+    readable_by: Literal["owner", "group", "everyone"] = "owner"
+    """Who may read published directories; the inference servers have to, and may be another user's."""
     keep: int = Field(default=2, gt=0)
     """Newest versions kept on disk."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -54,8 +56,10 @@ class PublishSettings(Section):
     """With `nccl`: the address of this trainer that the servers' workers can reach."""
     group_port: int = Field(default=29600, ge=1, le=65535)
     """With `nccl`: first free TCP port for the rendezvous; server number k uses this one plus k."""
-    token: SecretStr | None = None
+    token: HeaderSecret | None = None
     """Bearer token of the inference servers. Give it by environment variable, not in a file."""
+    headers: dict[str, HeaderSecret] = Field(default_factory=dict)
+    """Further HTTP headers for every request to them."""
     verify: bool = True
     """After each publish compare the servers' log-probs of fixed texts with the trainer's own."""
     logprobs: Literal["any", "raw", "scaled"] = "any"

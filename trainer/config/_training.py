@@ -99,6 +99,9 @@ class TrainSettings(Section):
     """The same share, past which the run stops with a checkpoint. None: never."""
     set_aside_window: int = Field(default=20, gt=0)
     """Batches over which these shares are taken; nothing is judged before so many have come."""
+    set_aside_max_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    """Most bytes that <output_dir>/set_aside may take; its oldest files are deleted, and counted in
+    set_aside_pruned_total."""
 
 
 class CheckpointSettings(Section):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trainer.atomic_directory import remove_leftovers
 from trainer.errors import CheckpointError
+from trainer.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.publish._protocol import InferenceServer, StagedWeights
 from trainer.publish.errors import StagingFailed
 
@@ -30,14 +31,23 @@ class DiskTransport:
         capture: Copies the current weights and returns a function that writes the copy as the directory
             that it is given, whole or not at all (`trainer.model_directory.capture_model`).
         keep: Newest versions that stay.
+        mode: Permissions of `directory`, if it has to be made.
     """
 
     overlaps = True
 
-    def __init__(self, directory: Path, capture: Callable[[], Callable[[Path], None]], *, keep: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        capture: Callable[[], Callable[[Path], None]],
+        *,
+        keep: int,
+        mode: int = PRIVATE_DIRECTORY,
+    ) -> None:
         self._directory = directory.absolute()
         self._capture = capture
         self._keep = keep
+        self._mode = mode
         self._written: set[int] = set()
 
     def capture(self, version: int) -> Callable[[], StagedWeights]:
@@ -105,7 +115,7 @@ class DiskTransport:
 
     def _write(self, version: int, path: Path, write: Callable[[Path], None]) -> StagedWeights:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_run_directory(self._directory, mode=self._mode)
             if path.exists():
                 logger.warning("replacing %s, which an earlier run left there", path)
                 shutil.rmtree(path)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
 
+from atropos_client import BodyReader, InvalidReply, ReplyTimeout
 from trainer.publish._retry import Fault, Repeatability, may_retry, wait_before
 from trainer.publish.errors import PHASE_ERRORS, Phase, PhaseDeadlineExceeded
 
@@ -23,6 +25,8 @@ CONNECT_TIMEOUT = 5.0
 
 MAX_REPLY_BYTES = 64 << 20
 """Replies are small; anything larger is not the server we think it is."""
+
+_LONGEST_SAID = 4096  # bytes of a reply that are looked at for a message
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -58,12 +62,16 @@ class _Attempt:
 class ServerConnection:
     """Speaks HTTP to one server. Safe to use from one thread at a time."""
 
-    def __init__(self, url: str, *, token: SecretStr | None = None) -> None:
+    def __init__(
+        self, url: str, *, token: SecretStr | None = None, headers: Mapping[str, SecretStr] | None = None
+    ) -> None:
+        """Prepare; nothing is sent yet. `headers` are secrets, like the token."""
         address = httpx.URL(url)
         self.url = str(address.copy_with(username=None, password=None)).rstrip("/")
         """The base URL without credentials, as every message shows it."""
-        headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token is not None else {}
-        self._client = httpx.Client(base_url=address, headers=headers)
+        self._client = httpx.Client(**client_options(address, token=token, headers=headers))
+        secrets = [token, *(headers or {}).values()]
+        self._secrets = [secret.get_secret_value() for secret in secrets if secret is not None]
 
     def __enter__(self) -> Self:
         return self
@@ -118,7 +126,7 @@ class ServerConnection:
                 phase=phase,
                 version=version,
                 status=outcome.status,
-                server_text=outcome.content.decode("utf-8", "replace"),
+                server_text=self._said(outcome.content),
             ) from outcome.cause
 
     def _attempt(
@@ -155,8 +163,16 @@ class ServerConnection:
                 server=self.url,
                 phase=phase,
                 version=version,
-                server_text=content.decode("utf-8", "replace"),
+                server_text=self._said(content),
             ) from error
+
+    def _said(self, content: bytes) -> str:
+        """What a server said, for a message: a server, or a proxy before it, may repeat what we sent it."""
+        # Redacted before anybody cuts it: half of a token is a leak too.
+        text = content[:_LONGEST_SAID].decode("utf-8", "replace")
+        for secret in self._secrets:
+            text = text.replace(secret, "***") if secret else text
+        return text
 
     def _send(
         self, method: str, path: str, body: Any, query: dict[str, str] | None, deadline: Deadline
@@ -166,21 +182,54 @@ class ServerConnection:
             raise httpx.ReadTimeout("the phase's time is spent")
         timeout = httpx.Timeout(left, connect=min(CONNECT_TIMEOUT, left))
         with self._client.stream(method, path, json=body, params=query, timeout=timeout) as response:
-            content = bytearray()
-            for chunk in response.iter_bytes():
-                content += chunk
-                if len(content) > MAX_REPLY_BYTES:
-                    raise httpx.RemoteProtocolError(f"the reply is larger than {MAX_REPLY_BYTES} bytes")
-                # httpx bounds the wait for each chunk, not their sum: a trickle has to end here.
-                if deadline.left == 0.0:
-                    raise httpx.ReadTimeout("the reply did not end in time")
-            return response.status_code, bytes(content)
+            return response.status_code, read_whole(response, seconds=left)
+
+
+def read_whole(response: httpx.Response, *, seconds: float) -> bytes:
+    """Read a reply's body, within bounds of size and time.
+
+    Raises:
+        httpx.ReadTimeout: It does not end in time; httpx bounds the wait for each chunk, not their sum.
+        httpx.RemoteProtocolError: It is too large, or compressed in a way that was not asked for.
+    """
+    reader = BodyReader(limit=MAX_REPLY_BYTES, patience=seconds)
+    try:
+        reader.begin(response.headers)
+        for chunk in response.iter_raw():
+            reader.feed(chunk)
+        return reader.finish(whole=True)
+    except ReplyTimeout as error:
+        raise httpx.ReadTimeout("the reply did not end in time") from error
+    except InvalidReply as error:
+        raise httpx.RemoteProtocolError(str(error)) from error
+
+
+def client_options(
+    address: httpx.URL | str,
+    *,
+    token: SecretStr | None = None,
+    headers: Mapping[str, SecretStr] | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of an `httpx.Client` that speaks to an inference server."""
+    # Only what can be bounded while it is decompressed.
+    sent = {"Accept-Encoding": "gzip"}
+    sent.update({name: value.get_secret_value() for name, value in (headers or {}).items()})
+    if token is not None:
+        sent["Authorization"] = f"Bearer {token.get_secret_value()}"
+    return {
+        "base_url": address,
+        "headers": sent,
+        # A redirect could carry the token to another host.
+        "follow_redirects": False,
+        # Neither ~/.netrc nor a proxy variable of the shell decides where the token goes.
+        "trust_env": False,
+    }
 
 
 def says_failed(content: bytes) -> bool:
     """Whether the body of a 200 reply says that the request failed after all."""
     parsed: Any = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):  # nested too deeply to say anything
         parsed = json.loads(content)
     if not isinstance(parsed, dict):
         return False

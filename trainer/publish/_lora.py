@@ -25,6 +25,7 @@ from pathlib import Path
 from trainer.adapter_directory import CapturedAdapter
 from trainer.atomic_directory import remove_leftovers
 from trainer.errors import CheckpointError
+from trainer.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.publish._disk import version_name
 from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish.errors import LoadFailed, Phase, ServerFailure, ServerNotReady, StagingFailed
@@ -74,11 +75,13 @@ class LoraTransport:
         *,
         keep: int,
         merged: WeightTransport | None = None,
+        mode: int = PRIVATE_DIRECTORY,
     ) -> None:
         self._directory = directory.absolute()
         self._capture = capture
         self._keep = keep
         self._merged = merged
+        self._mode = mode
         self._run = secrets.token_hex(4)
         self._staged: dict[int, StagedWeights] = {}
         self._states: dict[str, _ServerState] = {}
@@ -232,8 +235,9 @@ class LoraTransport:
         path = self._directory / self._name(version)
         try:
             # Not flushed to the disk: after a crash the trainer publishes anew, under another name.
-            captured.write(path, durable=False)
-        except CheckpointError as error:
+            make_run_directory(self._directory, mode=self._mode)
+            captured.write(path, durable=False, mode=self._mode)
+        except (OSError, CheckpointError) as error:
             raise StagingFailed(f"version {version} could not be written to {path}: {error}") from error
         return StagedWeights(
             version=version,

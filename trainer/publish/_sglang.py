@@ -68,7 +68,7 @@ class SglangRoutes:
     """
 
     def __init__(self, url: str, settings: PublishSettings, *, served_model_name: str | None = None) -> None:
-        self._connection = ServerConnection(url, token=settings.token)
+        self._connection = ServerConnection(url, token=settings.token, headers=settings.headers)
         self._settings = settings
 
     @property

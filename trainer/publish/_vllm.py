@@ -50,7 +50,7 @@ class VllmRoutes(VllmAdapters):
 
     def __init__(self, url: str, settings: PublishSettings, *, served_model_name: str | None = None) -> None:
         super().__init__()
-        self._connection = ServerConnection(url, token=settings.token)
+        self._connection = ServerConnection(url, token=settings.token, headers=settings.headers)
         self._settings = settings
         self._model_name = served_model_name
 

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
 
+from schemas import printable
 from trainer.errors import DeadlineExceeded, TrainerError
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ class LoadFailed(ServerFailure):
 
     remedy = (
         "see that the server serves the same architecture and, with publish.transport disk, can read "
-        "publish.directory under the same path; otherwise look into its log"
+        "publish.directory under the same path (as another user only with publish.readable_by); otherwise "
+        "look into its log"
     )
 
 
@@ -228,5 +230,5 @@ PHASE_ERRORS: dict[Phase, type[ServerFailure]] = {
 
 def shorten(text: str) -> str:
     """Put a server's text on one line of bounded length."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= MAX_SERVER_TEXT else f"{line[:MAX_SERVER_TEXT]}..."
