@@ -37,6 +37,7 @@ from trainer.publish import (
 )
 from trainer.setup import Prepared, checkpoint_directory, prepare_run
 from trainer.sources import AtroposSource, BatchSource, RecordedSource
+from trainer.watch import Progress
 
 
 def build_trainer(
@@ -44,6 +45,7 @@ def build_trainer(
     *,
     source: BatchSource | None = None,
     on_row: Callable[[Row], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trainer:
     """Build a run.
 
@@ -52,6 +54,7 @@ def build_trainer(
         source: Where batches come from. None: the configured Atropos API, through the journal in the output
             directory unless `journal.enabled` is off.
         on_row: Called with every metrics row.
+        progress: Where the present phase and how far the run has come are noted.
 
     Raises:
         ConfigurationError: The model cannot be loaded, or another setting does not fit it.
@@ -92,7 +95,17 @@ def build_trainer(
         publisher = None
         if is_main_process:
             publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
-        trainer = Trainer(config, prepared, source=source, ledger=journal, publisher=publisher, on_row=on_row)
+        trainer = Trainer(
+            config,
+            prepared,
+            source=source,
+            ledger=journal,
+            publisher=publisher,
+            on_row=on_row,
+            progress=progress,
+        )
+        if progress is not None and publisher is not None:
+            progress.served_version = lambda: publisher.served_version
         closed_on_failure.pop_all()
     return trainer
 
