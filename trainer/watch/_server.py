@@ -65,37 +65,40 @@ class HealthServer:
         """Its base URL."""
         self._pages = dict(pages)
         self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
-        self._loop = asyncio.new_event_loop()
+        self._closing = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
 
     def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop has ended
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
+        assert self._loop is not None  # noqa: S101 - for the type checker
         try:
-            self._loop.run_until_complete(self._listen())
-            self._loop.run_forever()
+            self._loop.run_until_complete(self._serve_until_closed())
         except Exception:
             logger.exception("The health server has ended")
         finally:
-            self._listener.close()
-            for task in self._connections:
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*self._connections, return_exceptions=True))
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 
-    async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._accept, sock=self._listener, limit=MAX_REQUEST_BYTES)
+    async def _serve_until_closed(self) -> None:
+        async with await asyncio.start_server(self._accept, sock=self._listener, limit=MAX_REQUEST_BYTES):
+            await self._closing.wait()
+            left = list(self._connections)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = self._loop.create_task(self._serve(reader, writer))
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self._connections[task] = None
         task.add_done_callback(lambda done: self._connections.pop(done, None))
         if len(self._connections) > MAX_CONNECTIONS:
