@@ -110,7 +110,6 @@ class Trainer:
     ) -> None:
         self._config = config
         self._progress = progress or Progress()
-        self._parties = Parties(config, is_main_process=prepared.accelerator.is_main_process)
         self._prepared = prepared
         self._accelerator = prepared.accelerator
         self._source = source
@@ -134,6 +133,9 @@ class Trainer:
         self._weights_whole = True
         self._normalizer_state = prepared.normalizer.state_dict()
         self._idle_since: float | None = None
+        self._parties = Parties(
+            config, source=source.party, is_main_process=prepared.accelerator.is_main_process
+        )
         self._set_aside = SetAsideStore(config.train.output_dir / "set_aside")
         self._set_aside_share = SetAsideShare(config.train)
         self._run_step = make_step_runner(config, prepared)
@@ -283,10 +285,11 @@ class Trainer:
             self._source.start()
         self.starting = False
         self._progress.begin(Phase.TRAINING, self._parties.computation)
+        describe = self._source.describe_wait if self._accelerator.is_main_process else None
         while self.step < self._config.train.steps:
             started = time.monotonic()
             try:
-                with self._progress.phase(Phase.WAITING, self._parties.batches, self._source.describe_wait):
+                with self._progress.phase(Phase.WAITING, self._parties.batches, describe):
                     incoming = exchange.next()
             except Stopped:
                 self._stop_reason = self._stop_reason or "another process was asked to stop"

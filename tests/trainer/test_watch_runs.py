@@ -59,7 +59,7 @@ def test_a_run_tells_how_it_is_and_idle_clients_do_not_keep_it_from_that(
     expected = {
         "status": "ok",
         "phase": "waiting",
-        "waiting_for": "the Atropos API at http://127.0.0.1:8000",
+        "waiting_for": "recorded batches",
         "step": 2,
         "served_version": None,
         "batches_trained": 2,

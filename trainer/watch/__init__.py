@@ -7,7 +7,7 @@ trains.
 
 from trainer.watch._deadlines import Deadlines
 from trainer.watch._health import health_report
-from trainer.watch._parties import Parties
+from trainer.watch._parties import Parties, atropos_api
 from trainer.watch._phases import Facts, Phase, PhaseStatus, Progress
 from trainer.watch._server import HealthServer, Reply
 from trainer.watch._watch import Watch
@@ -26,5 +26,6 @@ __all__ = [
     "Reply",
     "Watch",
     "Watchdog",
+    "atropos_api",
     "health_report",
 ]

@@ -12,13 +12,14 @@ class Parties:
 
     Args:
         config: The run's configuration.
+        source: Who process 0 gets batches from.
         is_main_process: Whether this process is the one that fetches and publishes.
     """
 
-    def __init__(self, config: TrainerConfig, *, is_main_process: bool) -> None:
+    def __init__(self, config: TrainerConfig, *, source: str, is_main_process: bool) -> None:
         servers = [_plain(url) for url in config.publish.servers]
         noun = "inference server" if len(servers) == 1 else "inference servers"
-        self.batches = f"the Atropos API at {_plain(config.atropos.url)}" if is_main_process else "process 0"
+        self.batches = source if is_main_process else "process 0"
         """Who sends batches."""
         self.servers = f"the {noun} {', '.join(servers)}"
         """Who is published to."""
@@ -28,6 +29,11 @@ class Parties:
         """What holds checkpoints."""
         self.ending = "the fetching process, the publisher and trackers to end"
         """Who is still at work when training is over."""
+
+
+def atropos_api(url: str) -> str:
+    """The Atropos API at this address."""
+    return f"the Atropos API at {_plain(url)}"
 
 
 def _plain(url: str) -> str:
