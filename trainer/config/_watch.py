@@ -35,7 +35,7 @@ class WatchdogSettings(Section):
     grace: float = Field(default=10.0, ge=0)
     """Seconds between the stacks and the end of the process. /health answers 503 in them, and a phase that
     ends after all lets the run go on."""
-    frozen_timeout: PositiveSeconds = 900.0
+    frozen_timeout: float = Field(default=900.0, ge=10)
     """Seconds in which no Python of this process runs at all, as where C code keeps the interpreter's lock
     (or the process was stopped by a signal); then it ends with exit code 1 and the stacks in stacks.txt."""
 

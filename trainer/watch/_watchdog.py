@@ -97,16 +97,17 @@ class Watchdog:
                 armed_at = self._arm()
             status = self._progress.status
             if self._deadlines.is_past(status):
+                self._arm(self._grace + 5 * _PATIENCE_SECONDS)
                 self._cry(status)
                 self._end_unless_it_goes_on(status)
-                looked_at = time.monotonic()
+                looked_at = armed_at = self._arm()
             else:
                 self._remind(status)
 
-    def _arm(self) -> float:
-        """Put off the end that needs no Python."""
+    def _arm(self, more: float = 0.0) -> float:
+        """Put off the end that needs no Python, by `more` seconds than usual."""
         with contextlib.suppress(OSError, ValueError):  # there is no standard error to write to
-            faulthandler.dump_traceback_later(self._frozen, exit=True, file=2)
+            faulthandler.dump_traceback_later(self._frozen + more, exit=True, file=2)
         return time.monotonic()
 
     def _remind(self, status: PhaseStatus) -> None:
