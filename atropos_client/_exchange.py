@@ -8,6 +8,7 @@ so that no decision is written twice.
 from __future__ import annotations
 
 import gzip
+import logging
 import random
 import time
 from collections.abc import Generator
@@ -33,9 +34,12 @@ from atropos_client.errors import (
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 _COMPRESS_FROM: Final = 1024  # bytes; below this, gzip costs more than it saves
 _LONGEST_EXCERPT: Final = 300  # characters of an error reply that an error message quotes
 _READY_PAUSE: Final = 0.2  # seconds between two looks at a server that is starting
+_REMIND_SECONDS: Final = 15.0  # between two log lines that say that we still wait for it
 
 
 @dataclass(frozen=True)
@@ -129,12 +133,23 @@ def wait_until_ready(deadline: float, settings: ConnectionSettings) -> Flow[None
         ApiUnreachable: If nothing answered in time; the cause says what came last.
         ErrorStatus: If the answer is one that waiting does not change, such as a refused token.
     """
-    end = time.monotonic() + deadline
+    started = time.monotonic()
+    end, remind_at = started + deadline, started
     while True:
         try:
             yield from exchange(_calls.greeting(), NO_RETRIES, settings)
         except (RequestFailed, ServerError) as error:
-            if time.monotonic() + _READY_PAUSE > end:
+            now = time.monotonic()
+            if now >= remind_at:
+                remind_at = now + _REMIND_SECONDS
+                logger.info(
+                    "waiting for the Atropos API at %s, for %.0f s of %g s: %s",
+                    settings.base_url,
+                    now - started,
+                    deadline,
+                    error,
+                )
+            if now + _READY_PAUSE > end:
                 raise ApiUnreachable(
                     f"the Atropos API at {settings.base_url} was not ready within {deadline:g} s: {error}"
                 ) from error

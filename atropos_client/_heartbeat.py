@@ -66,12 +66,12 @@ def explain_wait(facts: WaitFacts) -> str:
     if facts.group_size is None:
         return (
             f"environments are late {since}: queue {groups} groups, "
-            f"a batch needs {facts.batch_size} sequences"
+            f"a batch needs {facts.batch_size} sequences, at {facts.url}"
         )
     sequences = round(groups * facts.group_size)
     line = (
         f"environments are late {since}: queue {sequences}/{facts.batch_size} sequences "
-        f"({groups} groups of about {facts.group_size:g})"
+        f"({groups} groups of about {facts.group_size:g}) at {facts.url}"
     )
     if sequences >= facts.batch_size:
         line += (

@@ -78,6 +78,13 @@ def test_every_service_has_a_health_check(name: str) -> None:
     assert {"interval", "timeout", "retries", "start_period"} <= set(check)
 
 
+@pytest.mark.parametrize("name", ["trainer", "trainer-gpu"])
+def test_a_trainer_that_is_stuck_is_not_healthy(name: str) -> None:
+    environment = SERVICES[name]["environment"]
+    config = load_config(None, ["--model.path", "m"], environment=environment)
+    assert f"http://{config.health.host}:{config.health.port}/health" in SERVICES[name]["healthcheck"]["test"]
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_no_service_runs_as_root_or_can_gain_rights(name: str) -> None:
     service = SERVICES[name]

@@ -39,6 +39,21 @@ def test_every_setting_that_a_page_mentions_exists() -> None:
                 )
 
 
+def test_the_table_of_waits_names_every_deadline_with_its_default() -> None:
+    page = (ROOT / "docs/operations.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"]
+    cells = {row[1]: row[2] for row in rows if len(row) > 2}
+    deadlines = [field for field in config_fields() if field.name.endswith("_timeout")]
+    assert len(deadlines) >= 16
+    for field in deadlines:
+        assert f"`{field.name}`" in cells, f"docs/operations.md: no row for {field.name}"
+        if field.default != "none":
+            assert cells[f"`{field.name}`"] == f"{float(field.default):g} s", field.name
+    for field in config_fields():
+        if field.name.startswith(("watchdog.", "health.")):
+            assert field.name in page, f"docs/operations.md does not speak of {field.name}"
+
+
 def test_every_local_link_leads_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):

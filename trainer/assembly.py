@@ -37,6 +37,7 @@ from trainer.publish import (
 )
 from trainer.setup import Prepared, checkpoint_directory, prepare_run
 from trainer.sources import AtroposSource, BatchSource, RecordedSource
+from trainer.watch import Progress
 
 PUBLISHED_MODES = {"owner": 0o700, "group": 0o750, "everyone": 0o755}
 """Permissions of published directories by `publish.readable_by`."""
@@ -47,6 +48,7 @@ def build_trainer(
     *,
     source: BatchSource | None = None,
     on_row: Callable[[Row], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trainer:
     """Build a run.
 
@@ -55,6 +57,7 @@ def build_trainer(
         source: Where batches come from. None: the configured Atropos API, through the journal in the output
             directory unless `journal.enabled` is off.
         on_row: Called with every metrics row.
+        progress: Where the present phase and how far the run has come are noted.
 
     Raises:
         ConfigurationError: The model cannot be loaded, or another setting does not fit it.
@@ -95,7 +98,17 @@ def build_trainer(
         publisher = None
         if is_main_process:
             publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
-        trainer = Trainer(config, prepared, source=source, ledger=journal, publisher=publisher, on_row=on_row)
+        trainer = Trainer(
+            config,
+            prepared,
+            source=source,
+            ledger=journal,
+            publisher=publisher,
+            on_row=on_row,
+            progress=progress,
+        )
+        if progress is not None and publisher is not None:
+            progress.served_version = lambda: publisher.served_version
         closed_on_failure.pop_all()
     return trainer
 

@@ -24,6 +24,7 @@ from trainer.sources import (
     make_registration,
     make_timeouts,
 )
+from trainer.watch import atropos_api
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class JournaledSource:
         served_version: Callable[[], int],
         prepare: Callable[[BatchReply], PreparedStep] | None = None,
     ) -> None:
+        self.party = atropos_api(config.atropos.url)
         self._config = config
         self._journal = journal
         self._after = after

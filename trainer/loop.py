@@ -39,6 +39,7 @@ from trainer.setup import Prepared, checkpoint_directory, library_versions, make
 from trainer.sources import BatchLedger, BatchSource, EndOfBatches, IncomingBatch
 from trainer.step import StepGivenUp
 from trainer.undo import BeforeBatch
+from trainer.watch import Facts, Parties, Phase, Progress
 from trainer.weighted_sft import Alignment, compute_advantage_weighted_sft_loss
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Trainer:
             the run ends. None: nowhere.
         publisher: How weights reach the inference servers; None trains only.
         on_row: Called with every metrics row on process 0, e.g. to show progress.
+        progress: Where the present phase and how far the run has come are noted, for whoever watches it.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class Trainer:
         ledger: BatchLedger | None = None,
         publisher: WeightPublisher | None = None,
         on_row: Callable[[Row], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._config = config
+        self._progress = progress or Progress()
         self._prepared = prepared
         self._accelerator = prepared.accelerator
         self._source = source
@@ -129,6 +133,9 @@ class Trainer:
         self._weights_whole = True
         self._normalizer_state = prepared.normalizer.state_dict()
         self._idle_since: float | None = None
+        self._parties = Parties(
+            config, source=source.party, is_main_process=prepared.accelerator.is_main_process
+        )
         self._set_aside = SetAsideStore(
             config.train.output_dir / "set_aside", max_bytes=config.train.set_aside_max_bytes
         )
@@ -142,6 +149,7 @@ class Trainer:
                 resumed_batch=self._batches,
             )
             self._set_aside.forget_after(self._batches)
+        self._note_facts()
 
     @property
     def stop_requested(self) -> bool:
@@ -161,6 +169,7 @@ class Trainer:
         """
         self._stop_asked_at = time.monotonic()
         self._stop_reason = reason
+        self._progress.stopping = True
 
     def prepare(self, reply: BatchReply) -> PreparedStep:
         """Prepare a step; batches must be prepared in the order in which they are trained.
@@ -226,9 +235,11 @@ class Trainer:
                 self.write_checkpoint()
             self.starting = True
             if self._publisher is not None:
-                self._publisher.start(self.step)
+                with self._progress.phase(Phase.PUBLISHING, self._parties.servers):
+                    self._publisher.start(self.step)
                 self._published_step = self.step
             stopped_early = self._train()
+            self._progress.begin(Phase.STOPPING, self._parties.ending)
             if self._checkpointed_step != self.step:  # before anything that waits for others
                 self.write_checkpoint()
             self._finish_publishing()
@@ -236,6 +247,7 @@ class Trainer:
             self._save_what_there_is()
             raise
         finally:
+            self._progress.begin(Phase.STOPPING, self._parties.ending)
             self._keep_unused_batches()
             if self._publisher is not None:
                 self._publisher.close()
@@ -272,22 +284,31 @@ class Trainer:
             meanwhile=self._tend_publisher,
         )
         if self._accelerator.is_main_process:
+            self._progress.begin(Phase.STARTING, self._parties.batches)
             self._source.start()
         self.starting = False
+        self._progress.begin(Phase.TRAINING, self._parties.computation)
+        describe = self._source.describe_wait if self._accelerator.is_main_process else None
         while self.step < self._config.train.steps:
             started = time.monotonic()
             try:
-                incoming = exchange.next()
+                with self._progress.phase(Phase.WAITING, self._parties.batches, describe):
+                    incoming = exchange.next()
             except Stopped:
                 self._stop_reason = self._stop_reason or "another process was asked to stop"
                 return self._stop_reason
             except EndOfBatches:
                 return "there are no more batches"
+            self._progress.note_batch()
             before = BeforeBatch.of(self._batches, self._counters)
             # A journal has numbers that never reach us: of bodies that could not be read.
             self._batches = incoming.number or self._batches + 1
+            waited = time.monotonic() - started
             try:
-                self._train_on(incoming, waited=time.monotonic() - started)
+                with self._progress.phase(
+                    Phase.TRAINING, f"{self._parties.computation} of batch {self._batches}"
+                ):
+                    self._train_on(incoming, waited=waited)
             except StepGivenUp:
                 self._forget_step(before, incoming)
                 return self._stop_reason
@@ -391,7 +412,8 @@ class Trainer:
         failure = incoming.failure
         if failure is None:
             try:
-                return incoming.prepared or self.prepare(incoming.reply)
+                with self._progress.phase(Phase.PREPARING, f"the preparation of batch {self._batches}"):
+                    return incoming.prepared or self.prepare(incoming.reply)
             except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept first
                 failure = error
         if self._accelerator.is_main_process:
@@ -406,6 +428,14 @@ class Trainer:
         if self._ledger is not None:
             step = self.step if outcome == "trained" else None
             self._ledger.settle(self._batches, outcome, step=step, reason=reason)
+        self._note_facts()
+
+    def _note_facts(self) -> None:
+        self._progress.facts = Facts(
+            step=self.step,
+            batches=self._settled_batches,
+            possibly_lost=self._source.counters().get("intake_possibly_lost", 0),
+        )
 
     def _accept(self, mismatch: Mismatch | None, staleness: int | None) -> bool:
         """Whether to train on a batch whose log-probs differ like this; raises the alarm if there is one."""
@@ -436,11 +466,13 @@ class Trainer:
         """Publish if it is time; how it went is written when it is known."""
         if self._publisher is None or self.step % self._config.publish.every or self.stop_requested:
             return
-        self._publisher.begin(self.step)
+        with self._progress.phase(Phase.PUBLISHING, self._parties.servers):
+            self._publisher.begin(self.step)
         self._published_step = self.step
 
     def _tend_publisher(self) -> None:
         """Between steps and while waiting for a batch."""
+        self._note_facts()
         if self._publisher is not None:
             self._publisher.tend(self.step)
             self._write_publish_rows()
@@ -453,9 +485,10 @@ class Trainer:
         """
         if self._publisher is None:
             return
-        if self._published_step != self.step and not self.stop_requested:
-            self._publisher.begin(self.step)
-        self._publisher.settle()
+        with self._progress.phase(Phase.PUBLISHING, self._parties.servers):
+            if self._published_step != self.step and not self.stop_requested:
+                self._publisher.begin(self.step)
+            self._publisher.settle()
         self._write_publish_rows()
 
     def _write_publish_rows(self) -> None:
@@ -549,6 +582,10 @@ class Trainer:
 
     def write_checkpoint(self) -> None:
         """Write a checkpoint of the current step, on process 0, and delete the oldest."""
+        with self._progress.phase(Phase.CHECKPOINTING, self._parties.disk):
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         random_states = collect_random_states(self._accelerator.gather)
         if self._accelerator.is_main_process:
             directory = checkpoint_directory(self._config)

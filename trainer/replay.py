@@ -62,6 +62,8 @@ class ReplaySource:
         DataError: A path is not there, or no recording.
     """
 
+    party = "recorded batches"
+
     def __init__(
         self,
         paths: Sequence[Path],

@@ -21,6 +21,7 @@ from atropos_client.journal import Outcome
 from schemas import BatchReply, Registration
 from trainer.config import AtroposSettings, TrainerConfig
 from trainer.preparation import PreparedStep
+from trainer.watch import atropos_api
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ class EndOfBatches(Exception):  # noqa: N818 - an event, not a fault
 
 class BatchSource(Protocol):
     """What the loop takes batches from."""
+
+    party: str
+    """Who is waited for, for logs."""
 
     def start(self) -> None:
         """Begin to provide batches."""
@@ -86,6 +90,8 @@ class BatchLedger(Protocol):
 
 class RecordedSource:
     """Batches that were recorded earlier, in order."""
+
+    party = "recorded batches"
 
     def __init__(self, bodies: Iterable[bytes], *, served_version: int = 0) -> None:
         self._bodies = iter(bodies)
@@ -134,6 +140,7 @@ class AtroposSource:
         step: Callable[[], int],
         prepare: Callable[[BatchReply], PreparedStep] | None = None,
     ) -> None:
+        self.party = atropos_api(config.atropos.url)
         self._client = make_client(config.atropos)
         self._ready_timeout = config.atropos.ready_timeout
         self._poller = BatchPoller(

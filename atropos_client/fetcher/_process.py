@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 
 from atropos_client._backoff import Backoff
 from atropos_client._calls import parse_batch
+from atropos_client._heartbeat import Heartbeat
 from atropos_client._records import PolledBatch, PollerCounters
 from atropos_client._shelf import Closed, NothingInTime, Shelf
 from atropos_client.errors import BatchTimeout, FetcherDied, InvalidReply, PollerStopped
@@ -34,6 +35,8 @@ _EXPLAIN_SECONDS: Final = 3.0
 _STOP_PATIENCE: Final = 5.0  # as BatchPoller's: a live API answers a poll in milliseconds
 _KEPT_LOG_LINES: Final = 10
 _LONGEST_RESTART_PAUSE: Final = 10.0
+_EXIT_PATIENCE: Final = 30.0  # for a process that has closed its output to end
+_LONG_LOADING: Final = 1.0  # seconds after which a wait is one for the loading, not for the API
 
 
 class FetchingProcess:
@@ -95,6 +98,9 @@ class FetchingProcess:
         self._shelf: Shelf[PolledBatch] = Shelf(depth)
         self._listener = threading.Thread(target=self._run, name="atropos-fetcher", daemon=True)
         self._loader = threading.Thread(target=self._load_all, name="atropos-loader", daemon=True)
+        self._loading: tuple[int, float] | None = None  # which batch, since when
+        # The process says itself who is late; this is for the case that it says nothing.
+        self._heartbeat = Heartbeat(settings.heartbeat, self._explain_silence)
 
         # Of the listening thread alone.
         self._restarts = 0
@@ -142,6 +148,7 @@ class FetchingProcess:
         self._queue_recorded()
         self._listener.start()
         self._loader.start()
+        self._heartbeat.start()
         return self
 
     def get(self, timeout: float | None = None) -> PolledBatch:
@@ -188,6 +195,7 @@ class FetchingProcess:
             self._changed.notify_all()
             child = self._child
             self._send({"do": "stop"})
+        self._heartbeat.stop()
         self._shelf.stop()
         if self._listener.ident is not None:
             self._listener.join(timeout)
@@ -217,15 +225,39 @@ class FetchingProcess:
 
     def explain_wait(self) -> str:
         """Say in one line who is late."""
+        return self._explain_here() or self._explain_there() or self._silence()
+
+    def _explain_here(self) -> str | None:
+        """What this side knows by itself, if that is why there is no batch."""
+        loading = self._loading
+        if loading is not None and (seconds := time.monotonic() - loading[1]) > _LONG_LOADING:
+            return f"batch {loading[0]} is recorded, and being read and prepared for {seconds:.0f} s"
+        if self._failure is not None:
+            return f"fetching has ended: {self._failure}"
+        return None if self._writer is not None else "the fetching process is being started"
+
+    def _explain_there(self) -> str | None:
+        """What the process says; None if it says nothing for a few seconds."""
         with self._changed:
             self._explanations.clear()
-            if self._failure is not None:
-                return f"fetching has ended: {self._failure}"
-            if self._writer is None or not self._send({"do": "explain"}):
-                return "the fetching process is being started"
-            if self._changed.wait_for(lambda: self._explanations, _EXPLAIN_SECONDS):
-                return self._explanations[-1]
-        return f"the Atropos API or the fetching process has not answered for {_EXPLAIN_SECONDS:g} s"
+            self._send({"do": "explain"})
+            self._changed.wait_for(lambda: self._explanations, _EXPLAIN_SECONDS)
+            return self._explanations[-1] if self._explanations else None
+
+    def _silence(self) -> str:
+        return (
+            f"the Atropos API, or process {self.pid} that fetches from it, has not answered for "
+            f"{_EXPLAIN_SECONDS:g} s"
+        )
+
+    def _explain_silence(self) -> str | None:
+        """For the log, while somebody waits: what the process does not say itself."""
+        if not self._waiting:
+            return None
+        here = self._explain_here()
+        if here is not None:
+            return f"no batch: {here}"
+        return None if self._explain_there() is not None else f"no batch: {self._silence()}"
 
     def __enter__(self) -> Self:
         return self.start()
@@ -274,7 +306,9 @@ class FetchingProcess:
                     if self._stopping or not self._numbers:
                         break
                     number = self._numbers.popleft()
+                self._loading = (number, time.monotonic())
                 self._load(number)
+                self._loading = None
             failure = self._failure
         except BaseException as error:  # noqa: BLE001 - whatever ends this thread is raised in get()
             failure = error
@@ -342,8 +376,8 @@ class FetchingProcess:
             for line in lines:
                 failure = self._hear(json.loads(line)) or failure
             self._tell_news()
-        code = child.wait()
-        log_thread.join()
+        code = _exit_code(child)
+        log_thread.join(_EXIT_PATIENCE)
         with self._changed:
             self._child = self._writer = None
             asked, self._asked = self._asked, 0
@@ -455,6 +489,16 @@ class FetchingProcess:
         end = time.monotonic() + self._pauses.next()
         with self._changed:
             self._changed.wait_for(lambda: self._stopping, max(0.0, end - time.monotonic()))
+
+
+def _exit_code(child: subprocess.Popen[bytes]) -> int:
+    """Wait for the end of a process that has closed its output, and bring it about if it does not come."""
+    try:
+        return child.wait(_EXIT_PATIENCE)
+    except subprocess.TimeoutExpired:
+        logger.warning("Process %d, which fetched, does not end: killing it", child.pid)
+        child.kill()
+        return child.wait()
 
 
 def _sum(past: PollerCounters, more: dict[str, int]) -> PollerCounters:

@@ -534,3 +534,40 @@ class NumberedBatches:
             # Large enough for a reply to take a while.
             self._client.push_groups([group(number, length=5_000)] * 2)
             self._pushed.append(number)
+
+
+def test_a_process_that_is_stopped_is_named_in_the_log(
+    server: MisbehavingServer, journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.script("/batch", NULL)
+    with fetching(journal, server.url, heartbeat=0.5) as fetcher:
+        eventually(lambda: fetcher.counters.polls > 0)
+        pid = fetcher.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            waiting = threading.Thread(target=fetcher.get, args=(PATIENCE,))
+            waiting.start()
+            said = (
+                f"no batch: the Atropos API, or process {pid} that fetches from it, has not answered for 3 s"
+            )
+            eventually(lambda: said in caplog.text)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        server.script("/batch", batch(1.0))
+        waiting.join(PATIENCE)
+
+
+def test_a_wait_for_the_preparation_of_a_batch_is_not_blamed_on_the_api(
+    server: MisbehavingServer, journal: Journal
+) -> None:
+    server.script("/batch", batch(1.0), NULL)
+    release = threading.Event()
+
+    def prepare(_: BatchReply) -> None:
+        release.wait(PATIENCE)
+
+    with fetching(journal, server.url, prepare=prepare) as fetcher:
+        eventually(lambda: "batch 1 is recorded, and being read and prepared" in fetcher.explain_wait())
+        release.set()
+        assert fetcher.get(PATIENCE).number == 1

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,16 @@ class Stack:
             *("--loss.name", "policy_gradient", "--data.advantage_normalization", "global"),
         ]
 
+    def start(self, *others: str, death: Death | None = None) -> BaseProcess:
+        """Start a trainer, with further settings; whoever starts it has to end it."""
+        process = _PROCESSES.Process(target=run, args=([*self._words, *others], self.log, death))
+        process.start()
+        return process
+
     def live(self, death: Death | None = None) -> Life:
         """Let a trainer live until it ends or dies."""
-        process = _PROCESSES.Process(target=run, args=(self._words, self.log, death))
         started = time.monotonic()
-        process.start()
+        process = self.start(death=death)
         if death is not None and death.kind == "time":
             # On a fast machine the run must not be over before all kills have been.
             enough = self._rows() + STEPS_IN_A_LIFE

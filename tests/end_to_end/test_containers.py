@@ -18,6 +18,8 @@ from local_stack.services import free_addresses
 from tests.compose import ROOT, read_services
 from tests.end_to_end.launching import DEADLINE
 
+HEALTH_PORT = "ATROPOS_TRAINER_HEALTH__PORT"
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -27,8 +29,8 @@ class DirectStack:
     def __init__(self, data: Path, model: Path, *, steps: int) -> None:
         self.services = read_services(MODEL=str(model), STEPS=str(steps))
         self._data = data
-        api, inference = free_addresses(2)
-        self._addresses = {"atropos-api": api, "inference": inference}
+        api, inference, trainer = free_addresses(3)
+        self._addresses = {"atropos-api": api, "inference": inference, "trainer": trainer}
         self._children: dict[str, ChildProcess] = {}
 
     def start(self, name: str) -> None:
@@ -39,7 +41,7 @@ class DirectStack:
             name,
             self._here(self.services[name]["command"], name),
             log_path=self._data / "logs" / f"{name}.log",
-            environment=self.services[name]["environment"],
+            environment=self._environment(name),
             stop_signal=signal.Signals[self.services[name].get("stop_signal", "SIGTERM")],
             may_finish=name == "trainer",
         )
@@ -73,6 +75,12 @@ class DirectStack:
         """End everything."""
         for child in self._children.values():
             child.kill()
+
+    def _environment(self, name: str) -> dict[str, str]:
+        environment: dict[str, str] = dict(self.services[name]["environment"])
+        if HEALTH_PORT in environment:
+            environment[HEALTH_PORT] = str(self._addresses[name].port)
+        return environment
 
     def _here(self, words: list[str], service: str) -> list[str]:
         """Put this machine's addresses and paths in place of the containers' own."""

@@ -5,6 +5,7 @@ It says on standard output what it is about to do, so that a signal can be sent 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -53,6 +54,8 @@ def bodies_of(kind: str) -> Iterator[bytes]:
         yield long_body()
     elif kind == "stuck":  # one call into C that takes minutes
         torch.linalg.svd(torch.randn(8000, 8000, dtype=torch.float64))
+    elif kind == "frozen":  # one call into C that never lets another thread run
+        ctypes.PyDLL(None).sleep(600)
     elif kind == "steps":
         for number in range(2, 100_000):
             yield make_body(number)

@@ -1,6 +1,7 @@
 """Choosing and running a command; every expected failure becomes a message and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 130 ended by SIGINT (Ctrl-C), 143 by SIGTERM.
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 75 stuck and
+ended by the watchdog (start again), 130 ended by SIGINT (Ctrl-C), 143 by SIGTERM.
 """
 
 from __future__ import annotations

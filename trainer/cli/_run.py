@@ -58,17 +58,20 @@ def train(config: TrainerConfig, *, source: BatchSource | None = None) -> RunSum
 
     from trainer.assembly import build_trainer
     from trainer.cli._progress import show_step
+    from trainer.watch import Watch
 
     transformers_logging.disable_progress_bar()
-    trainer = build_trainer(config, source=source, on_row=show_step if config.logging.progress else None)
-    signals = StopSignals(
-        trainer.request_stop,
-        nothing_to_save=lambda: trainer.starting,
-        grace=config.checkpoint.grace,
-        echo=ECHO_SECONDS if trainer.processes > 1 else 0.0,
-    )
-    with signals:
-        return trainer.run()
+    with Watch(config) as watch:
+        on_row = show_step if config.logging.progress else None
+        trainer = build_trainer(config, source=source, on_row=on_row, progress=watch.progress)
+        signals = StopSignals(
+            trainer.request_stop,
+            nothing_to_save=lambda: trainer.starting,
+            grace=config.checkpoint.grace,
+            echo=ECHO_SECONDS if trainer.processes > 1 else 0.0,
+        )
+        with signals:
+            return trainer.run()
 
 
 def report(summary: RunSummary) -> int:

@@ -13,6 +13,7 @@ from trainer.config._training import (
     TrainSettings,
 )
 from trainer.config._tree import TrainerConfig
+from trainer.config._watch import HealthSettings, WatchdogSettings
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointSettings",
     "ConfigField",
     "DataSettings",
+    "HealthSettings",
     "JournalSettings",
     "LoggingSettings",
     "LoraSettings",
@@ -29,6 +31,7 @@ __all__ = [
     "PublishSettings",
     "TrainSettings",
     "TrainerConfig",
+    "WatchdogSettings",
     "config_fields",
     "load_config",
 ]

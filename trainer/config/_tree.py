@@ -16,6 +16,7 @@ from trainer.config._training import (
     OptimizerSettings,
     TrainSettings,
 )
+from trainer.config._watch import HealthSettings, WatchdogSettings
 
 
 class TrainerConfig(Section):
@@ -41,6 +42,10 @@ class TrainerConfig(Section):
     """What a run can go on from."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     """What is written down beside metrics.jsonl."""
+    watchdog: WatchdogSettings = Field(default_factory=WatchdogSettings)
+    """What ends a run that is stuck: a deadline for each phase of the training thread."""
+    health: HealthSettings = Field(default_factory=HealthSettings)
+    """What tells an orchestrator how the run is."""
 
     @model_validator(mode="after")
     def _adapters_are_trained(self) -> Self:

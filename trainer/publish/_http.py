@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 5.0
 """Seconds. A server that is up accepts at once; a host that is off answers nothing at all."""
 
+REMIND_SECONDS = 15.0
+"""Between two log lines that say that a server is still waited for at the start."""
+
 MAX_REPLY_BYTES = 64 << 20
 """Replies are small; anything larger is not the server we think it is."""
 
@@ -105,6 +108,7 @@ class ServerConnection:
                 says that it failed.
         """
         attempt = 0
+        remind_at = time.monotonic()
         while True:
             attempt += 1
             outcome = self._attempt(method, path, body, query, deadline)
@@ -114,6 +118,10 @@ class ServerConnection:
             wait = wait_before(attempt)
             if again and wait < deadline.left:
                 logger.debug("%s: %s %s: attempt %d: %s", self.url, method, path, attempt, outcome.reason)
+                if repeatability is Repeatability.STARTUP and time.monotonic() >= remind_at:
+                    remind_at = time.monotonic() + REMIND_SECONDS
+                    waits = (self.url, deadline.left, outcome.reason)
+                    logger.info("waiting for the inference server %s, for %.0f s more: %s", *waits)
                 time.sleep(wait)
                 continue
             # A server that is still starting when the time is up has missed the deadline as well.

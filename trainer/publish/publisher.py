@@ -185,8 +185,9 @@ class Publisher:
             if time.monotonic() - reminded > REMIND_SECONDS:
                 reminded = time.monotonic()
                 logger.info(
-                    "waiting for the publish of version %d (%.0f s)",
+                    "waiting for the publish of version %d to %s (%.0f s)",
                     self._under_way_version,
+                    ", ".join(server.url for server in self._fleet.servers),
                     reminded - started,
                 )
         ended, self._under_way = self._under_way, None
