@@ -188,6 +188,10 @@ class Stack:
         """Directories that were begun and never finished."""
         return sorted(str(path.relative_to(self.output)) for path in self.output.glob("checkpoints/.*"))
 
+    def steps(self) -> int:
+        """Steps that the metrics file knows of."""
+        return self._rows()
+
     def _rows(self) -> int:
         path = self.output / "metrics.jsonl"
         return path.read_text().count('"kind": "step"') if path.exists() else 0

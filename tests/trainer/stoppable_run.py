@@ -25,7 +25,7 @@ SETTINGS = (
     *("--train.device", "cpu", "--train.mixed_precision", "no", "--optimizer.learning_rate", "1e-3"),
     *("--loss.name", "policy_gradient", "--data.advantage_normalization", "global"),
     *("--data.packing", "padded", "--data.tokens_per_micro_batch", "20"),
-    *("--checkpoint.every", "100", "--logging.progress", "false", "--train.mismatch_alarm", "none"),
+    *("--checkpoint.every", "100", "--logging.progress", "false", "--train.mismatch_alarm", "null"),
 )
 
 

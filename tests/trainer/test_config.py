@@ -79,6 +79,12 @@ def test_words_that_look_like_numbers_stay_words() -> None:
     assert config.publish.token.get_secret_value() == "0123"
 
 
+@pytest.mark.parametrize("name", ["data.advantage_normalization", "publish.transport"])
+def test_a_setting_whose_value_is_called_none_takes_it_from_the_command_line(name: str) -> None:
+    section, field = name.split(".")
+    assert getattr(getattr(load(*MODEL, f"--{name}", "none"), section), field) == "none"
+
+
 def test_null_clears_a_setting(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: {path: m, lora: {rank: 4}}\n")

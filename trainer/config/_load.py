@@ -132,7 +132,7 @@ def _parse_value(text: str, *, source: str) -> Any:
 
     Reading plain words as YAML would mangle them: a token 0123 would become the number 83.
     """
-    if text.strip().lower() in ("null", "none"):
+    if text.strip().lower() == "null":  # not "none", which is a value of some settings
         return None
     if text.lstrip().startswith(("[", "{")):
         try:
