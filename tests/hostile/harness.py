@@ -16,6 +16,7 @@ from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, e
 from trainer import RunSummary, TrainerConfig, load_config
 from trainer.assembly import build_trainer
 from trainer.sources import AtroposSource, make_registration
+from trainer.watch import atropos_api
 
 PATIENCE = 60.0
 """Seconds; only ends a hang."""
@@ -31,6 +32,7 @@ class ImpatientSource(AtroposSource):
 
     def __init__(self, config: TrainerConfig) -> None:
         atropos = config.atropos
+        self.party = atropos_api(atropos.url)
         self._client = AtroposClient(
             atropos.url,
             token=atropos.token,
