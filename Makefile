@@ -4,6 +4,7 @@
 #   make test       lint, types, all tests but those that start vLLM
 #   make test-vllm  the tests that start a stock vLLM on the CPU, from end to end
 #   make chaos      kill a run 50 times at random moments and compare it with an undisturbed one
+#   make soak       2,000 batches through faults and restarts: every batch accounted for, nothing piling up
 #   make vllm       install vLLM for the CPU beside it, in .venv-vllm
 #   make lint       format, lint and type check only
 #   make format     rewrite the files as `make lint` wants them
@@ -27,7 +28,7 @@ RUN_DIR ?=
 
 PACKAGES := schemas atropos_client trainer local_stack inference_plugins
 
-.PHONY: help demo vllm test test-vllm chaos lint format compose-tool clean
+.PHONY: help demo vllm test test-vllm chaos soak lint format compose-tool clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +67,10 @@ test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 # CHAOS_SEED=1 make chaos: other moments.
 chaos: $(VENV)/.ready
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
+
+# SOAK_SEED=1 make soak: other faults and moments. SOAK_STEPS=500: a shorter one.
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -m soak -s tests/soak
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
