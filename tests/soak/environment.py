@@ -19,7 +19,7 @@ BATCHES_AHEAD: Final = 3
 
 PUSH_PATIENCE: Final = 60.0
 
-SHARES: Final = {"hostile": 0.02, "one hostile group": 0.03, "not a number": 0.005}
+SHARES: Final = {"hostile": 0.02, "one hostile group": 0.03, "not a number": 0.01}
 """Of all batches. The first is skipped, the second trained without a group, the API loses the third."""
 
 
