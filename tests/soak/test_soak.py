@@ -19,7 +19,7 @@ from tests.soak.run import Plan, soak
 SEED = int(os.environ.get("SOAK_SEED", "0"))
 STEPS = int(os.environ.get("SOAK_STEPS", "2000"))
 
-SHORT = Plan(steps=200, restarts=2, publish_every=5, checkpoint_every=20, sample_every=0.1, seed=SEED)
+SHORT = Plan(steps=150, restarts=2, publish_every=5, checkpoint_every=20, sample_every=0.1, seed=SEED)
 LONG = Plan(steps=STEPS, restarts=5, publish_every=10, checkpoint_every=50, sample_every=0.25, seed=SEED)
 
 
