@@ -4,7 +4,7 @@
 #   make test       lint, types, all tests but those that start vLLM
 #   make test-vllm  the tests that start a stock vLLM on the CPU, from end to end
 #   make chaos      kill a run 50 times at random moments and compare it with an undisturbed one
-#   make soak       train on 2,000 batches while requests fail and servers are killed, and watch memory
+#   make soak       2,000 batches through faults and restarts: every batch accounted for, nothing piling up
 #   make vllm       install vLLM for the CPU beside it, in .venv-vllm
 #   make lint       format, lint and type check only
 #   make format     rewrite the files as `make lint` wants them
@@ -68,7 +68,7 @@ test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 chaos: $(VENV)/.ready
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
-# SOAK_SEED=1 make soak: other faults.
+# SOAK_SEED=1 make soak: other faults and moments. SOAK_STEPS=500: a shorter one.
 soak: $(VENV)/.ready
 	$(BIN)/python -m pytest -m soak -s tests/soak
 

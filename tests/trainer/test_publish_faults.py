@@ -376,7 +376,7 @@ def test_a_reply_that_is_not_the_expected_json_is_refused_naming_the_field(
 
 
 def test_a_server_that_starts_late_is_waited_for(policy: Policy, server: StandIn, tmp_path: Path) -> None:
-    answers = iter([503, 503])
+    answers = iter([503, 502])  # itself, and a proxy before it
     server.faults["/health"] = lambda: (status, {}) if (status := next(answers, None)) else None
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
@@ -413,7 +413,7 @@ def test_a_short_unavailability_during_a_publish_is_bridged(
 ) -> None:
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
-        answers = iter([503, 503])
+        answers = iter([503, 502])  # itself, and a proxy before it
         server.faults["/resume"] = lambda: (status, {}) if (status := next(answers, None)) else None
         policy.weights = STEP
         publisher.publish(1)

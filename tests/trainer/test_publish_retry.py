@@ -22,6 +22,11 @@ STARTUP, IDEMPOTENT, ONCE = Repeatability.STARTUP, Repeatability.IDEMPOTENT, Rep
         (503, IDEMPOTENT, 1, True),
         (503, IDEMPOTENT, MAX_ATTEMPTS, False),
         (503, ONCE, 1, False),
+        (502, STARTUP, 1000, True),  # a proxy whose server is still starting
+        (504, STARTUP, 1000, True),
+        (502, IDEMPOTENT, 1, True),
+        (502, IDEMPOTENT, MAX_ATTEMPTS, False),
+        (502, ONCE, 1, False),
         (Fault.CONNECTION_LOST, STARTUP, 1, True),
         (Fault.CONNECTION_LOST, IDEMPOTENT, 1, True),
         (Fault.CONNECTION_LOST, ONCE, 1, False),

@@ -385,7 +385,7 @@ def test_the_token_opens_all_routes_or_the_message_says_which_key_is_missing(
         with pytest.raises(ServerFailure, match="--admin-api-key") as caught:
             publisher.start(0)
     assert caught.value.status == 401
-    assert not may_help([caught.value], 1)
+    assert not may_help([caught.value], verification_failures=0)
 
 
 # --- what goes wrong ------------------------------------------------------------------------------
@@ -495,15 +495,15 @@ def test_work_that_went_wrong_is_tried_again_and_a_request_that_is_not_understoo
     with routes_to(server) as routes:
         with pytest.raises(LoadFailed, match="weights iterator") as caught:
             routes.load_directory(staged)
-        assert may_help([caught.value], 1)
+        assert may_help([caught.value], verification_failures=0)
         server.faults["/flush_cache"] = lambda: (400, "Flush cache failed.\n")
         with pytest.raises(CacheResetFailed, match=r"Flush cache failed\.") as refused:
             routes.reset_caches(1)
-        assert may_help([refused.value], 1)
+        assert may_help([refused.value], verification_failures=0)
         server.faults["/update_weights_from_disk"] = lambda: (400, {"object": "error", "message": "no"})
         with pytest.raises(LoadFailed) as final:
             routes.load_directory(staged)
-        assert not may_help([final.value], 1)
+        assert not may_help([final.value], verification_failures=0)
         with pytest.raises(LoadFailed, match="not written to a directory"):
             routes.load_directory(StagedWeights(version=1, dtype=None))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -135,13 +136,21 @@ class Fleet:
         pending = [member for member in self._members if member.lost is None]
         hopeless: list[Member] = []
         done: dict[str, ServerOutcome] = {}
+        disproved: Counter[str] = Counter()  # a server that was down at other attempts has not been judged
         attempt = 0
         while True:
             attempt += 1
             outcomes = self._for_all(pending, lambda member: self.publish_to(member, job))
             done |= {outcome.server: outcome for outcome in outcomes}
             failed = [member for member in pending if done[member.server.url].errors]
-            pending = [member for member in failed if may_help(done[member.server.url].errors, attempt)]
+            disproved.update(outcome.server for outcome in outcomes if outcome.is_disproved)
+            pending = [
+                member
+                for member in failed
+                if may_help(
+                    done[member.server.url].errors, verification_failures=disproved[member.server.url]
+                )
+            ]
             hopeless += [member for member in failed if member not in pending]
             wait = wait_before(attempt)
             left = deadline - time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from http import HTTPStatus
 
-from trainer.publish.errors import ServerFailure, VerificationFailed
+from trainer.publish.errors import ServerFailure
 
 MAX_VERIFICATION_FAILURES = 3
 """A server that serves something else after the third loading will not change its mind."""
@@ -14,7 +14,7 @@ MAX_WAIT = 10.0
 """Seconds between two attempts, at most: a server that starts takes a minute, so this costs little."""
 
 
-def may_help(errors: Sequence[ServerFailure], attempt: int) -> bool:
+def may_help(errors: Sequence[ServerFailure], *, verification_failures: int) -> bool:
     """Whether publishing again can end differently.
 
     A request that the server does not understand stays misunderstood; a server that is gone, hangs, or is
@@ -22,14 +22,11 @@ def may_help(errors: Sequence[ServerFailure], attempt: int) -> bool:
 
     Args:
         errors: What went wrong at the server this time.
-        attempt: Attempts made so far, 1 after the first.
+        verification_failures: How often the server has served something else so far, this time included.
     """
-    for error in errors:
-        if isinstance(error, VerificationFailed) and attempt >= MAX_VERIFICATION_FAILURES:
-            return False
-        if error.status is not None and _is_final(error.status):
-            return False
-    return True
+    if verification_failures >= MAX_VERIFICATION_FAILURES:
+        return False
+    return not any(error.status is not None and _is_final(error.status) for error in errors)
 
 
 def wait_before(attempt: int) -> float:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish._verification import Expectation, ServerVerifier
 from trainer.publish.comparison import Comparison
-from trainer.publish.errors import ServerFailure
+from trainer.publish.errors import ServerFailure, VerificationFailed
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,11 @@ class ServerOutcome:
     """Verification's numbers. None: not verified."""
     errors: tuple[ServerFailure, ...] = ()
     """What went wrong, in order. Empty: the version is served."""
+
+    @property
+    def is_disproved(self) -> bool:
+        """Whether the server answered, and served something else."""
+        return any(isinstance(error, VerificationFailed) for error in self.errors)
 
 
 def publish_to_server(

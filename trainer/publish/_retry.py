@@ -9,6 +9,11 @@ MAX_ATTEMPTS = 4
 """Outside start-up. With the waits below that bridges about two seconds: a dropped connection or a proxy
 that reloads, not a server that is gone."""
 
+PASSING_STATUSES = frozenset(
+    {HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT}
+)
+"""A server that is not ready says 503; a proxy in front of one that is starting says 502 or 504."""
+
 MAX_WAIT = 2.0
 """Seconds between two attempts, at most; a server that starts takes minutes, so this costs nothing."""
 
@@ -53,7 +58,7 @@ def may_retry(fault: Fault | int, repeatability: Repeatability, attempt: int) ->
         return True
     if repeatability is Repeatability.ONCE:
         return False
-    return fault is Fault.CONNECTION_LOST or fault == HTTPStatus.SERVICE_UNAVAILABLE
+    return fault is Fault.CONNECTION_LOST or fault in PASSING_STATUSES
 
 
 def wait_before(attempt: int) -> float:

@@ -1,0 +1,92 @@
+"""A long run through faults and restarts accounts for every batch and holds no more in the end than before.
+
+Real processes throughout: `atropos-train run` with its fetching process, the Atropos API, an inference server
+that loads what is published. Proxies between them spoil one request in twenty; API and inference server are
+killed and started again. `SOAK_SEED` chooses other faults and moments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.soak.account import Account
+from tests.soak.run import Plan, soak
+
+SEED = int(os.environ.get("SOAK_SEED", "0"))
+STEPS = int(os.environ.get("SOAK_STEPS", "2000"))
+
+SHORT = Plan(steps=150, restarts=2, publish_every=5, checkpoint_every=20, sample_every=0.1, seed=SEED)
+LONG = Plan(steps=STEPS, restarts=5, publish_every=10, checkpoint_every=50, sample_every=0.25, seed=SEED)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which this system lacks")
+@pytest.mark.parametrize(
+    ("plan", "growth"),
+    [
+        pytest.param(SHORT, 0.10, id="short", marks=pytest.mark.timeout(900)),
+        pytest.param(LONG, 0.02, id="long", marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_every_batch_of_a_run_through_faults_and_restarts_is_accounted_for_and_nothing_piles_up(
+    plan: Plan, growth: float, tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    outcome = soak(tiny_model_directory, tmp_path, plan)
+    assert outcome.exit_code == 0, outcome.log[-6000:]
+    account = Account(outcome)
+    account.print()
+    _check_batches(account)
+    _check_disturbances(account)
+    _check_holdings(account, growth)
+
+
+def _check_batches(account: Account) -> None:
+    outcome, environment = account.outcome, account.outcome.environment
+    # From the environment to the API.
+    assert environment.pushed.total() == (
+        account.handed_out.total() + account.broken_by_the_api + environment.forgotten + environment.waiting
+    )
+    assert max(account.handed_out.values()) == 1
+    # From the API into the ledger: what arrived is there once, and nothing else is.
+    recorded = Counter(entry.sha256 for entry in account.ledger)
+    assert recorded == account.delivered + account.garbage
+    assert [entry.number for entry in account.ledger] == list(range(1, len(account.ledger) + 1))
+    # What became of each: trained at one step each, passed over for a reason, or ready for the next run.
+    steps = [entry.step for entry in account.ledger if entry.outcome == "trained"]
+    assert steps == list(range(1, outcome.plan.steps + 1))
+    aside = {entry.sha256 for entry in account.ledger if entry.outcome == "set_aside"}
+    assert aside <= account.garbage.keys()
+    assert all(entry.reason for entry in account.ledger if entry.outcome in ("set_aside", "skipped"))
+    waiting = [entry.number for entry in account.ledger if entry.outcome == "received"]
+    assert len(waiting) <= 2
+    assert waiting == list(range(len(account.ledger) + 1 - len(waiting), len(account.ledger) + 1))
+    # What did not arrive has been counted, and whatever was counted has a cause.
+    assert account.counters.get("intake_possibly_lost", 0) == account.doubtful
+    assert account.spoilt_in_transit + account.broken_by_the_api <= account.doubtful
+
+
+def _check_disturbances(account: Account) -> None:
+    """The run was disturbed as planned, and got over it."""
+    outcome = account.outcome
+    assert outcome.restarts == {"api": outcome.plan.restarts, "inference": outcome.plan.restarts}
+    assert account.counters["intake_re_registrations"] >= outcome.plan.restarts
+    assert account.outcomes["skipped"]
+    assert account.counters["set_aside_groups_total"] > account.outcomes["skipped"]
+    assert outcome.served == str(outcome.plan.steps)
+    published = [row["version"] for row in account.rows if row["kind"] == "publish"]
+    every = outcome.plan.publish_every
+    assert published == list(range(0, outcome.plan.steps + 1, every))
+
+
+def _check_holdings(account: Account, growth: float) -> None:
+    assert len(account.outcome.sampler.fetchers) == 1, "the fetching process died"
+    for party in ("trainer", "fetcher"):
+        for measure in ("memory", "resident"):
+            assert account.steadiness(party, measure).growth < growth, (party, measure)
+        for measure in ("files", "threads"):
+            steady = account.steadiness(party, measure)
+            assert steady.fourth <= steady.third, (party, measure, steady)
