@@ -142,6 +142,8 @@ class Trainer:
         self._set_aside_share = SetAsideShare(config.train, state.set_aside_window if state else None)
         self._settled_share = self._set_aside_share.state
         self._run_step = make_step_runner(config, prepared)
+        # Of what is loaded: the environment on the disk may change, or go, while a run lasts.
+        self._versions = library_versions()
         if self._accelerator.is_main_process:
             self._metrics = MetricsFile(
                 config.train.output_dir / "metrics.jsonl",
@@ -597,7 +599,7 @@ class Trainer:
                 random_states=random_states,
                 state=self._state(),
                 configuration=self._config.model_dump(mode="json"),
-                versions=library_versions(),
+                versions=self._versions,
             )
             settings = self._config.checkpoint
             prune_checkpoints(directory, keep=settings.keep, keep_every=settings.keep_every)

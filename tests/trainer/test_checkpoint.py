@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from trainer.checkpoint import read_checkpoint
 from trainer.checkpoint_store import list_checkpoints
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigurationError
+from trainer.manifest import read_manifest
 
 
 def test_the_model_part_is_an_ordinary_directory(tiny_model_directory: Path, tmp_path: Path) -> None:
@@ -68,6 +71,24 @@ def test_secrets_are_masked_in_the_manifest(tiny_model_directory: Path, tmp_path
     run(tiny_model_directory, tmp_path, make_bodies(1), "--atropos.token", "hush-hush", steps=1)
     for file in (tmp_path / "checkpoints/step-000001").rglob("*"):
         assert file.is_dir() or b"hush-hush" not in file.read_bytes()
+
+
+def test_a_checkpoint_names_the_libraries_that_run_not_those_installed_meanwhile(
+    tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bodies() -> Iterator[bytes]:
+        first, second = make_bodies(2)
+        yield first
+        newer = tmp_path / "installed/torch-99.0.dist-info"
+        newer.mkdir(parents=True)
+        (newer / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 99.0\n")
+        monkeypatch.syspath_prepend(newer.parent)
+        assert importlib.metadata.version("torch") == "99.0"
+        yield second
+
+    before = importlib.metadata.version("torch")
+    summary = run(tiny_model_directory, tmp_path / "run", bodies(), steps=2)
+    assert read_manifest(summary.checkpoint).versions["torch"] == before
 
 
 def test_resuming_with_other_adapters_is_refused(tiny_model_directory: Path, tmp_path: Path) -> None:
