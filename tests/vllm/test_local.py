@@ -30,7 +30,8 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Launched]:
 def test_a_whole_run_ends_with_proven_publishes_and_no_process(run: Launched) -> None:
     assert run.wait() == 0, run.output
     assert run.processes() == []
-    assert "vLLM is loading the model" in run.output
+    # Its longest part: others may be over before anybody looks.
+    assert "vLLM is importing its libraries" in run.output
     report = json.loads((run.run_dir / "report.json").read_text())
     assert report["publishes_made"] == report["publishes_verified"] == report["steps"] == 2
     assert report["publish_pause_seconds"] > 0
