@@ -79,7 +79,8 @@ def list_batches(journal: Journal, args: argparse.Namespace) -> int:
     usage = journal.usage()
     totals = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no batches"
     console.print(
-        f"{totals}; {usage.used / 1e6:.1f} MB used, {usage.reusable / 1e6:.1f} MB of the file empty, to be used next"
+        f"{totals}; {usage.used / 1e6:.1f} MB used, and {usage.reusable / 1e6:.1f} MB of the file empty, "
+        "to be used next"
     )
     return 0
 
