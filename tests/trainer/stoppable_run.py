@@ -5,8 +5,10 @@ It says on standard output what it is about to do, so that a signal can be sent 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -46,6 +48,14 @@ def say(what: str) -> None:
     sys.stdout.flush()
 
 
+def use_up_descriptors() -> None:
+    """Open files until the process may open no more."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    with contextlib.suppress(OSError):
+        while True:
+            os.dup(0)
+
+
 def bodies_of(kind: str) -> Iterator[bytes]:
     """Two steps, and then what the signal is to meet."""
     yield from make_bodies(2)
@@ -56,6 +66,9 @@ def bodies_of(kind: str) -> Iterator[bytes]:
         torch.linalg.svd(torch.randn(8000, 8000, dtype=torch.float64))
     elif kind == "frozen":  # one call into C that never lets another thread run
         ctypes.PyDLL(None).sleep(600)
+    elif kind == "no descriptors":  # and stuck: it cannot open a file any more
+        use_up_descriptors()
+        time.sleep(600)
     elif kind == "steps":
         for number in range(2, 100_000):
             yield make_body(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import trainer.watch._server as server_module
+import trainer.watch._watchdog as watchdog_module
 from trainer.config import TrainerConfig, load_config
 from trainer.errors import ConfigurationError
 from trainer.watch import Deadlines, HealthServer, Phase, Progress, Reply, Watchdog, health_report
@@ -52,6 +54,18 @@ def test_time_in_which_the_process_stood_still_does_not_count() -> None:
     progress.stood_still(50.0)
     assert progress.status.seconds() < -100
     progress.begin(Phase.TRAINING, "the computation")
+    assert progress.status.seconds() >= 0
+
+
+def test_an_outer_phase_does_not_count_it_after_an_inner_one_either() -> None:
+    progress = Progress()
+    with progress.phase(Phase.TRAINING, "the computation"):
+        progress.stood_still(100.0)
+        with progress.phase(Phase.PUBLISHING, "the servers"):
+            assert progress.status.seconds() >= 0
+        assert progress.status.seconds() < 0
+        progress.stood_still(1000.0)
+        assert progress.status.seconds() < -1000
     assert progress.status.seconds() >= 0
 
 
@@ -117,6 +131,44 @@ def test_a_long_phase_says_whom_it_waits_for(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level("INFO"), watchdog, progress.phase(Phase.PUBLISHING, "the inference server S"):
         until(lambda: caplog.text.count("waiting for the inference server S") >= 2)
     assert "still publishing after" in caplog.text
+
+
+class BlockedLog(logging.Handler):
+    """Standard error that nobody reads, until it is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+        self.released = threading.Event()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Wait; without the handler's lock, which the interpreter takes when it ends."""
+        del record
+        self.asked += 1
+        return self.released.wait(PATIENCE)
+
+
+@pytest.mark.slow
+def test_a_log_that_blocks_the_watchdog_is_not_taken_for_a_process_that_stood_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog_module, "_PATIENCE_SECONDS", 15.0)
+    monkeypatch.setattr(watchdog_module, "_STOOD_STILL_SECONDS", 12.0)  # a busy machine is not as late
+    log, progress = BlockedLog(), Progress()
+    watchdog = Watchdog(
+        progress, Deadlines(settings()), grace=1, frozen=600, remind_every=0.1, stacks=tmp_path / "stacks.txt"
+    )
+    logger = logging.getLogger(watchdog_module.__name__)
+    logger.addHandler(log)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    try:
+        with watchdog, progress.phase(Phase.PUBLISHING, "the inference server S"):
+            until(lambda: log.asked >= 2)  # it has gone once around the loop
+            assert progress.status.frozen == 0
+            log.released.set()
+    finally:
+        log.released.set()
+        logger.removeHandler(log)
 
 
 @pytest.fixture

@@ -101,6 +101,19 @@ def test_a_call_that_never_returns_ends_the_process_and_its_stack_says_which(
         assert "in bodies_of" in stacks
 
 
+def test_a_process_that_can_open_no_file_is_ended_with_its_stacks_too(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    words = ("--watchdog.waiting_timeout", "5", "--watchdog.grace", "0.5")
+    run = Run(tiny_model_directory, tmp_path / "run", "no descriptors", *words)
+    run.wait_for("now")
+    assert run.ends_with() == STUCK
+    said = run.log.read_text()
+    assert "stuck in phase waiting" in said
+    assert "in bodies_of" in said
+    assert "The stacks could not be written" in said.replace("\n", " ")
+
+
 def test_a_call_that_lets_no_other_thread_run_ends_the_process_too(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:

@@ -37,7 +37,8 @@ class WatchdogSettings(Section):
     ends after all lets the run go on."""
     frozen_timeout: float = Field(default=900.0, ge=10)
     """Seconds in which no Python of this process runs at all, as where C code keeps the interpreter's lock
-    (or the process was stopped by a signal); then it ends with exit code 1 and the stacks in stacks.txt."""
+    (or the process was stopped by a signal); then it ends with exit code 1, the stacks on standard
+    error."""
 
 
 class HealthSettings(Section):

@@ -91,7 +91,7 @@ class Progress:
     def status(self) -> PhaseStatus:
         """The present phase."""
         status, (serial, seconds) = self._status, self._frozen
-        return replace(status, frozen=seconds) if serial == status.serial else status
+        return replace(status, frozen=status.frozen + seconds) if serial == status.serial else status
 
     @property
     def last_batch_age(self) -> float | None:
@@ -116,7 +116,7 @@ class Progress:
             party: Who is waited for.
             details: Asked, in another thread, what they last said; when it is too late.
         """
-        outer = self._status
+        outer = self.status  # with the time in which the process stood still so far
         inner = self._status = self._new(phase, party, details)
         try:
             yield

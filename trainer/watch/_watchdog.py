@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import BinaryIO, Final, NoReturn
 
 from trainer.private_files import make_run_directory, open_private
 from trainer.watch._deadlines import Deadlines
@@ -73,6 +74,7 @@ class Watchdog:
         self._reminded = (-1, 0)  # in which entry, and how often
         self._stacks = stacks
         self._tick = min(_TICK_SECONDS, deadlines.shortest / 4)
+        self._taken = _file_in_memory()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -84,6 +86,8 @@ class Watchdog:
         self._stop.set()
         self._thread.join(_PATIENCE_SECONDS)
         faulthandler.cancel_dump_traceback_later()
+        if not self._thread.is_alive():
+            self._taken.close()
 
     def _watch(self) -> None:
         armed_at = self._arm()
@@ -99,11 +103,17 @@ class Watchdog:
             status = self._progress.status
             if self._deadlines.is_past(status):
                 self._arm(self._grace + 5 * _PATIENCE_SECONDS)
-                self._cry(status)
+                try:
+                    self._cry(status)
+                except Exception as error:  # noqa: BLE001 - the end must come, with stacks or without
+                    within(
+                        _PATIENCE_SECONDS, partial(logger.error, "The stacks could not be taken: %r", error)
+                    )
                 self._end_unless_it_goes_on(status)
                 looked_at = armed_at = self._arm()
             else:
                 self._remind(status)
+                looked_at = time.monotonic()  # a log that blocks is not the process that stood still
 
     def _arm(self, more: float = 0.0) -> float:
         """Put off the end that needs no Python, by `more` seconds than usual."""
@@ -123,7 +133,7 @@ class Watchdog:
 
     def _cry(self, status: PhaseStatus) -> None:
         """Say what is stuck, with the stacks of all threads."""
-        stacks = take_stacks()
+        stacks = take_stacks(self._taken)
         party = within(_PATIENCE_SECONDS, status.describe) or f"{status.party} (which could not be asked)"
         message = (
             f"stuck in phase {status.phase} for {status.seconds():.0f} s, longer than "
@@ -169,16 +179,29 @@ def end_now(last_words: str) -> NoReturn:
     os._exit(STUCK)
 
 
-def take_stacks() -> str:
+def take_stacks(file: BinaryIO) -> str:
     """The stacks of all threads as text.
 
     By way of a file of its own: `faulthandler` keeps every thread from running while it writes, and a pipe
     that nobody reads would keep it for ever.
+
+    Args:
+        file: What they are written to, instead of what it held; opened ahead, as a run that can open no more
+            files is among those that get stuck.
     """
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode("utf-8", "replace")
+    file.seek(0)
+    file.truncate()
+    faulthandler.dump_traceback(file, all_threads=True)
+    file.seek(0)
+    return file.read().decode("utf-8", "replace")
+
+
+def _file_in_memory() -> BinaryIO:
+    """A file that no disk can hold up; on a disk where the system has no such files."""
+    create = getattr(os, "memfd_create", None)
+    if create is not None:
+        return os.fdopen(create("stacks"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 def within(seconds: float, action: Callable[[], object]) -> object:
