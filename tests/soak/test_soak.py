@@ -64,8 +64,9 @@ def _check_batches(account: Account) -> None:
     waiting = [entry.number for entry in account.ledger if entry.outcome == "received"]
     assert len(waiting) <= 2
     assert waiting == list(range(len(account.ledger) + 1 - len(waiting), len(account.ledger) + 1))
-    # What did not arrive has been counted, and whatever was counted has a cause.
-    assert account.counters.get("intake_possibly_lost", 0) == account.doubtful
+    # What did not arrive has been counted, and whatever was counted has a cause. The fetching process may be
+    # in the middle of a poll when the trainer ends: nobody hears any more how that one went.
+    assert account.counters.get("intake_possibly_lost", 0) in (account.doubtful, account.doubtful - 1)
     assert account.spoilt_in_transit + account.broken_by_the_api <= account.doubtful
 
 
