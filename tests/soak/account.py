@@ -38,6 +38,11 @@ class Account:
         return Counter(poll.batch for poll in self._polls if poll.batch is not None)
 
     @cached_property
+    def groups_handed_out(self) -> Counter[str]:
+        """Names of the groups in them."""
+        return Counter(name for poll in self._polls for name in poll.groups)
+
+    @cached_property
     def delivered(self) -> Counter[str]:
         """Those of them that reached the trainer whole."""
         return Counter(poll.batch for poll in self._polls if poll.batch is not None and not poll.spoilt)
@@ -48,9 +53,14 @@ class Account:
         return Counter(poll.garbage for poll in self._polls if poll.garbage is not None)
 
     @property
-    def spoilt_in_transit(self) -> int:
-        """Batches that were given away and did not arrive."""
-        return self.handed_out.total() - self.delivered.total()
+    def replaced(self) -> int:
+        """Batches that were given away, and garbage arrived."""
+        return sum(poll.batch is not None and poll.garbage is not None for poll in self._polls)
+
+    @property
+    def cut_off(self) -> int:
+        """Batches that were given away, and only a part arrived."""
+        return self.handed_out.total() - self.delivered.total() - self.replaced
 
     @property
     def broken_by_the_api(self) -> int:
@@ -59,8 +69,11 @@ class Account:
 
     @property
     def doubtful(self) -> int:
-        """Polls after which nobody on the trainer's side can know whether a batch was lost."""
-        return sum(poll.spoilt for poll in self._polls)
+        """Polls after which nobody on the trainer's side can know whether a batch was lost.
+
+        Not among them is garbage: it came whole, is kept as it came, and is counted as unreadable.
+        """
+        return sum(poll.spoilt and poll.garbage is None for poll in self._polls)
 
     # What the trainer knows.
 
@@ -101,12 +114,15 @@ class Account:
             "handed out by the API": self.handed_out.total(),
             "removed by the API that then answered 500": self.broken_by_the_api,
             "in the queue of an API that was killed": environment.forgotten,
-            "in the API in the end": environment.waiting,
+            "in the API in the end, by what it gave out then": environment.left,
             "trained": self.outcomes["trained"],
             "skipped, nothing usable in them": self.outcomes["skipped"],
             "waiting in the journal in the end": self.outcomes["received"],
-            "spoilt in transit": self.spoilt_in_transit,
+            "cut off in transit": self.cut_off,
+            "replaced by garbage in transit": self.replaced,
+            "garbage sent in place of a reply to a poll": self.garbage.total(),
             "garbage recorded and set aside": self.outcomes["set_aside"],
+            "unreadable, as the trainer counted": self.counters.get("intake_unreadable", 0),
             "polls in doubt": self.doubtful,
             "possibly lost, as the trainer counted": self.counters.get("intake_possibly_lost", 0),
             "groups set aside": self.counters.get("set_aside_groups_total", 0),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
 
 from atropos_client import AtroposClient, AtroposClientError
+from tests.soak.identity import names_of
 from tests.trainer.batches import VOCABULARY, make_group
 
 GROUPS_IN_A_BATCH: Final = 2
@@ -23,6 +25,16 @@ SHARES: Final = {"hostile": 0.02, "one hostile group": 0.03, "not a number": 0.0
 """Of all batches. The first is skipped, the second trained without a group, the API loses the third."""
 
 
+@dataclass(frozen=True)
+class Statement:
+    """What one API said of its batches in the end, next to what it had been sent."""
+
+    pushed: int
+    formed: int
+    """Batches that it had put together: given away, broken, or about to be."""
+    groups_queued: int
+
+
 class Environment:
     """Keeps the API supplied; called again and again by the one thread that also restarts the API."""
 
@@ -34,6 +46,16 @@ class Environment:
         self._registered = False
         self.pushed: Counter[str] = Counter()
         """Batches by kind."""
+        self.groups: Counter[str] = Counter()
+        """Names of all groups pushed."""
+        self.statements: list[Statement] = []
+        """One for each API that took batches."""
+        self.left_groups: Counter[str] = Counter()
+        """Names of the groups that the last API still held in the end."""
+        self.left = 0
+        """Batches that it still held, those included that it broke on when asked."""
+        self._pushed_here = 0
+        self._first_step = 0
         self.forgotten = 0
         """Batches that waited in an API that was killed."""
         self._taken = 0
@@ -41,19 +63,39 @@ class Environment:
     def forget(self) -> None:
         """The API was killed: its queue is gone, and it knows no trainer."""
         self.forgotten += self._waiting
-        self._waiting = 0
+        self._waiting = self._pushed_here = 0
         self._registered = False
 
     @property
     def waiting(self) -> int:
-        """Batches in the API that nobody has asked for yet."""
+        """Batches that the API should still hold, by what was pushed and taken."""
         return self._waiting
+
+    def hear(self) -> None:
+        """Let the API say what it has; before it is killed, and in the end."""
+        if self._registered:
+            said = self._client.status()
+            formed = said.current_step - self._first_step
+            self.statements.append(Statement(self._pushed_here, formed, said.queue_size))
+
+    def drain(self) -> None:
+        """Take what the API still holds, once the trainer has ended."""
+        while True:
+            response = httpx.get(f"{self._url}/batch", timeout=PUSH_PATIENCE)
+            if response.status_code < 500:
+                batch = response.raise_for_status().json()["batch"]
+                if not batch:
+                    return
+                self.left_groups.update(names_of(batch))
+            self.left += 1
 
     def supply(self, taken: int) -> None:
         """Push until enough is ahead; `taken`: batches that the API has given away or broken, in all."""
         self.supply_nothing(taken)
         # Groups that come before the trainer has registered would keep the API from ever taking it.
-        self._registered = self._registered or self._trainer_is_there()
+        if not self._registered and self._trainer_is_there():
+            self._registered = True
+            self._first_step = self._client.status().current_step  # the trainer's; batches count on from it
         while self._registered and self._waiting < BATCHES_AHEAD:
             self._push()
 
@@ -93,6 +135,8 @@ class Environment:
         )
         response.raise_for_status()
         self.pushed[kind] += 1
+        self.groups.update(names_of(groups))
+        self._pushed_here += 1
         self._waiting += 1
 
     def _spoil(self, group: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
+from tests.soak.identity import names_of
+
 BEFORE: Final = ("500", "429", "reset")
 """Faults that keep a request from its server."""
 
@@ -45,6 +47,8 @@ class Passage:
     """What the server answered. None: it was not asked, or did not answer in full."""
     batch: str | None = None
     """SHA-256 of the batch that the server handed out with its reply, if it did."""
+    groups: tuple[str, ...] = ()
+    """Names of the groups in it."""
     garbage: str | None = None
     """SHA-256 of what was sent in place of the reply, if something was."""
 
@@ -84,6 +88,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
         self._requests = 0
         self._taken = 0
+        self._under_way = 0
         self._passages: list[Passage] = []
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
@@ -107,6 +112,16 @@ class FaultyProxy:
     def taken(self) -> int:
         """How many batches the server has given away, or broken in the attempt, so far."""
         return self._taken
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way: all that came is among the passages."""
+        return self._under_way == 0
+
+    def come(self, change: int) -> None:
+        """A request came (1), or has been dealt with (-1)."""
+        with self._lock:
+            self._under_way += change
 
     def draw(self) -> tuple[int, str | None]:
         """The number of the next request, and what is to happen to it."""
@@ -161,12 +176,14 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            number, fault = proxy.draw()
+            proxy.come(1)
             try:
-                self._pass(number, fault, body)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self._pass(*proxy.draw(), body)
             except (BrokenPipeError, ConnectionResetError):
                 self.close_connection = True  # the client is gone
+            finally:
+                proxy.come(-1)
 
         def do_POST(self) -> None:
             self.do_GET()
@@ -189,12 +206,13 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
             if reply is None:
                 proxy.note(Passage(path, "delay" if fault == "delay" else None, None))
                 return self._reset()
-            batch = _handed_out(path, reply)
+            batch, groups = _handed_out(path, reply)
             if fault == "garbage":
                 garbage = b'{"batch": [{"tokens": \xff\xfe number %d' % number
-                proxy.note(Passage(path, fault, reply.status, batch, hashlib.sha256(garbage).hexdigest()))
+                checksum = hashlib.sha256(garbage).hexdigest()
+                proxy.note(Passage(path, fault, reply.status, batch, groups, checksum))
                 return self._send(200, [("content-type", "application/json")], garbage)
-            proxy.note(Passage(path, fault, reply.status, batch))
+            proxy.note(Passage(path, fault, reply.status, batch, groups))
             return self._send(reply.status, reply.headers, reply.body, cut=fault == "cut")
 
         def _turn_away(self, fault: str | None) -> None:
@@ -229,8 +247,9 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _handed_out(path: str, reply: _Reply) -> str | None:
+def _handed_out(path: str, reply: _Reply) -> tuple[str | None, tuple[str, ...]]:
     if path != "/batch" or reply.status != 200:
-        return None
+        return None, ()
     plain = reply.plain
-    return hashlib.sha256(plain).hexdigest() if json.loads(plain).get("batch") else None
+    batch = json.loads(plain).get("batch")
+    return (hashlib.sha256(plain).hexdigest(), names_of(batch)) if batch else (None, ())

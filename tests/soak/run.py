@@ -12,7 +12,7 @@ from typing import Final
 from tests.atropos_client.test_real_api import RealApi
 from tests.soak.environment import GROUP_SIZE, GROUPS_IN_A_BATCH, Environment
 from tests.soak.faulty_proxy import FaultyProxy, Passage
-from tests.soak.processes import Inference, Program, Sampler
+from tests.soak.processes import Inference, Program, Sampler, wait_for
 
 FAULTY_SHARE: Final = 0.05
 DEADLINE_FOR_A_BATCH: Final = 240.0
@@ -71,10 +71,13 @@ def soak(model: Path, directory: Path, plan: Plan) -> Outcome:
         sampler = stack.enter_context(Sampler(trainer.pid, plan.sample_every))
         course = _Course(plan, api, inference, to_api, to_inference, environment)
         course.follow(trainer)
+        seconds = time.monotonic() - started
+        if trainer.exit_code() is not None:  # one that hangs may still ask
+            course.close_the_books()
         return Outcome(
             plan=plan,
             exit_code=trainer.exit_code(),
-            seconds=time.monotonic() - started,
+            seconds=seconds,
             output=output,
             log=trainer.log(),
             environment=environment,
@@ -125,12 +128,20 @@ class _Course:
                 self._restart(self._due.pop(0)[1])
             time.sleep(0.01)
 
+    def close_the_books(self) -> None:
+        """Ask the API what is left in it, once the trainer has ended."""
+        assert wait_for(lambda: self._to_api.idle), "a request of the ended trainer is still under way"
+        self._environment.supply_nothing(self._taken())
+        self._environment.hear()
+        self._environment.drain()
+
     def _taken(self) -> int:
         return self._to_api.taken
 
     def _restart(self, party: str) -> None:
         time.sleep(self._generator.uniform(0.0, 0.3))
         if party == "api":
+            self._environment.hear()
             self._api.kill()
             time.sleep(0.2)  # what was read before it died is noted
             self._environment.supply_nothing(self._taken())

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.soak.account import Account
+from tests.soak.environment import GROUPS_IN_A_BATCH
+from tests.soak.faulty_proxy import KINDS
 from tests.soak.run import Plan, soak
 
 SEED = int(os.environ.get("SOAK_SEED", "0"))
@@ -45,12 +47,8 @@ def test_every_batch_of_a_run_through_faults_and_restarts_is_accounted_for_and_n
 
 
 def _check_batches(account: Account) -> None:
-    outcome, environment = account.outcome, account.outcome.environment
-    # From the environment to the API.
-    assert environment.pushed.total() == (
-        account.handed_out.total() + account.broken_by_the_api + environment.forgotten + environment.waiting
-    )
-    assert max(account.handed_out.values()) == 1
+    outcome = account.outcome
+    _check_what_the_api_did(account)
     # From the API into the ledger: what arrived is there once, and nothing else is.
     recorded = Counter(entry.sha256 for entry in account.ledger)
     assert recorded == account.delivered + account.garbage
@@ -64,15 +62,41 @@ def _check_batches(account: Account) -> None:
     waiting = [entry.number for entry in account.ledger if entry.outcome == "received"]
     assert len(waiting) <= 2
     assert waiting == list(range(len(account.ledger) + 1 - len(waiting), len(account.ledger) + 1))
-    # What did not arrive has been counted, and whatever was counted has a cause. The fetching process may be
-    # in the middle of a poll when the trainer ends: nobody hears any more how that one went.
-    assert account.counters.get("intake_possibly_lost", 0) in (account.doubtful, account.doubtful - 1)
-    assert account.spoilt_in_transit + account.broken_by_the_api <= account.doubtful
+    # What did not arrive has been counted, and whatever was counted has a cause.
+    assert account.counters.get("intake_possibly_lost", 0) == account.doubtful
+    assert account.cut_off + account.broken_by_the_api <= account.doubtful
+    assert account.counters.get("intake_unreadable", 0) == account.garbage.total()
+
+
+def _check_what_the_api_did(account: Account) -> None:
+    """All that was pushed is given away, broken, gone with an API that was killed, or still there."""
+    environment = account.outcome.environment
+    # What each API says it had, before it was killed and in the end, is what it had been sent.
+    assert len(environment.statements) == account.outcome.plan.restarts + 1
+    for said in environment.statements:
+        assert said.pushed * GROUPS_IN_A_BATCH == said.formed * GROUPS_IN_A_BATCH + said.groups_queued
+    # What was left is counted by taking it, not by subtraction.
+    assert environment.left == environment.waiting
+    # Nothing was given away that had not been pushed, and nothing twice.
+    assert max(environment.groups.values()) == 1
+    seen = account.groups_handed_out + environment.left_groups
+    assert seen <= environment.groups
+    assert max(account.handed_out.values()) == 1
+    # The groups that nobody has seen again are those of the batches that broke or were in a killed API.
+    broken_now = environment.left - environment.left_groups.total() // GROUPS_IN_A_BATCH
+    unseen = account.broken_by_the_api + environment.forgotten + broken_now
+    assert (environment.groups - seen).total() == unseen * GROUPS_IN_A_BATCH
 
 
 def _check_disturbances(account: Account) -> None:
     """The run was disturbed as planned, and got over it."""
     outcome = account.outcome
+    for passages in (outcome.to_api, outcome.to_inference):
+        faults = Counter(passage.fault for passage in passages if passage.fault is not None)
+        assert faults.total()
+        if outcome.plan.steps >= 2000:  # enough for each kind, and for the share
+            assert faults.keys() == set(KINDS)
+            assert 0.03 < faults.total() / len(passages) < 0.07
     assert outcome.restarts == {"api": outcome.plan.restarts, "inference": outcome.plan.restarts}
     assert account.counters["intake_re_registrations"] >= outcome.plan.restarts
     assert account.outcomes["skipped"]
