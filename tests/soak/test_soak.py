@@ -63,7 +63,7 @@ def _check_batches(account: Account) -> None:
     assert len(waiting) <= 2
     assert waiting == list(range(len(account.ledger) + 1 - len(waiting), len(account.ledger) + 1))
     # What did not arrive has been counted, and whatever was counted has a cause.
-    # The fetching process may be in the middle of a poll when the trainer ends: nobody hears how that one went.
+    # The fetching process may be in the middle of a poll when the trainer ends: nobody hears how that went.
     assert account.doubtful - account.counters.get("intake_possibly_lost", 0) in (0, 1)
     assert account.cut_off + account.broken_by_the_api <= account.doubtful
     assert account.counters.get("intake_unreadable", 0) == account.garbage.total()
