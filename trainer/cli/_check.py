@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
-from schemas import printable
 from trainer.cli._logging import configure_logging
 from trainer.cli._settings import add_settings, read_settings
+from trainer.cli._text import escape
 from trainer.config import TrainerConfig
 
 if TYPE_CHECKING:
@@ -47,8 +46,8 @@ class CheckCommand:
         console = Console(soft_wrap=True, highlight=False)
         any_failed = False
         for result in run_checks(config, publish=args.publish):
-            found = escape(printable(result.found, lines=True))
-            console.print(f"{MARKS[result.status]}  {escape(printable(result.name))}: {found}")
+            found = escape(result.found, lines=True)
+            console.print(f"{MARKS[result.status]}  {escape(result.name)}: {found}")
             if result.remedy:
                 console.print(f"         -> {escape(result.remedy)}")
             any_failed |= result.status == "failed"

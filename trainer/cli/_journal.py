@@ -10,14 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape as escape_markup
 from rich.table import Table
 
 from atropos_client import JournalError, parse_batch
 from atropos_client.errors import InvalidReply
 from atropos_client.journal import Journal, LedgerEntry, export_batches
-from schemas import printable
 from trainer.cli._logging import configure_logging
+from trainer.cli._text import escape
 
 _PIPE_WIDTH = 250
 _COLORS = {"received": "yellow", "trained": "green", "set_aside": "red", "skipped": "magenta"}
@@ -164,11 +163,6 @@ def verify(journal: Journal, args: argparse.Namespace) -> int:
         f"{report.bodies} bodies read, {len(report.problems)} problems"
     )
     return 0 if good else 1
-
-
-def escape(text: str) -> str:
-    """Text of others as it stands, for a console."""
-    return escape_markup(printable(text))
 
 
 def _time(seconds: float) -> str:
