@@ -19,6 +19,7 @@ from trainer.loop import Trainer
 from trainer.metrics import Row
 from trainer.model_directory import capture_model
 from trainer.preparation import PreparedStep
+from trainer.private_files import PRIVATE_DIRECTORY
 from trainer.publish import (
     DiskTransport,
     InferenceServer,
@@ -39,7 +40,7 @@ from trainer.setup import Prepared, checkpoint_directory, prepare_run
 from trainer.sources import AtroposSource, BatchSource, RecordedSource
 from trainer.watch import Progress
 
-PUBLISHED_MODES = {"owner": 0o700, "group": 0o750, "everyone": 0o755}
+PUBLISHED_MODES = {"owner": PRIVATE_DIRECTORY, "group": 0o750, "everyone": 0o755}
 """Permissions of published directories by `publish.readable_by`."""
 
 

@@ -303,8 +303,7 @@ class Trainer:
                 return "there are no more batches"
             self._progress.note_batch()
             before = BeforeBatch.of(self._batches, self._counters)
-            # A journal has numbers that never reach us: of bodies that could not be read.
-            self._batches = incoming.number or self._batches + 1
+            self._batches = incoming.number or self._batches + 1  # a journal numbers its batches itself
             waited = time.monotonic() - started
             try:
                 with self._progress.phase(
@@ -418,9 +417,7 @@ class Trainer:
                     return incoming.prepared or self.prepare(incoming.reply)
             except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept first
                 failure = error
-        if self._accelerator.is_main_process:
-            self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=str(failure))
-        self._settle("set_aside", reason=str(failure))
+        self._set_aside_whole(incoming, str(failure))
         raise failure
 
     def _settle(self, outcome: Outcome, *, reason: str | None = None) -> None:
@@ -455,9 +452,7 @@ class Trainer:
             MismatchTooLarge: Always.
         """
         reason = alarm_text(mismatch, staleness, self._config.train) or "its mismatch was not accepted"
-        if self._accelerator.is_main_process:
-            self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
-        self._settle("set_aside", reason=reason)
+        self._set_aside_whole(incoming, reason)
         raise MismatchTooLarge(
             f"batch {self._batches}: {reason}. The batch is kept in "
             f"{self._config.train.output_dir / 'set_aside'} and was not trained on; to go on all the same, "
@@ -532,9 +527,7 @@ class Trainer:
         try:
             alarm = self._set_aside_share.add(groups=batch.groups + len(reasons), reasons=reasons)
         except TooManySetAside as error:
-            if self._accelerator.is_main_process:
-                self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=str(error))
-            self._settle("set_aside", reason=str(error))
+            self._set_aside_whole(incoming, str(error))
             raise
         self._counters["set_aside_alarms_total"] += alarm
 
@@ -545,9 +538,7 @@ class Trainer:
         self._normalizer_state = normalizer
         self._counters[counter] += 1
         self._skips_in_a_row += 1
-        if self._accelerator.is_main_process:
-            self._keep_whole(incoming, reason)
-        self._settle("skipped", reason=reason)
+        self._pass_over(incoming, "skipped", reason)
         if self._skips_in_a_row >= self._config.train.max_consecutive_skips:
             raise TooManySkippedBatches(
                 f"{self._skips_in_a_row} batches in a row could not be trained "
@@ -557,17 +548,24 @@ class Trainer:
 
     def _set_aside_unreadable(self, incoming: IncomingBatch, why: str) -> None:
         """Keep a body that is no batch at all. Not a skip: the poller's patience bounds a row of them."""
-        reason = f"unreadable: {why}"
         self._counters["batches_unreadable"] += 1
-        if self._accelerator.is_main_process:
-            self._keep_whole(incoming, reason)
-        self._settle("set_aside", reason=reason)
+        self._pass_over(incoming, "set_aside", f"unreadable: {why}")
 
-    def _keep_whole(self, incoming: IncomingBatch, reason: str) -> None:
-        """Write a batch that is not trained on to the disk, and a row that says so."""
-        self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
+    def _pass_over(self, incoming: IncomingBatch, outcome: Outcome, reason: str) -> None:
+        """Keep a batch that is not trained on, with a row that says so; the run goes on."""
+        self._keep(incoming, reason)
         row: Row = {"kind": "skipped", "step": self.step, "batch": self._batches, "reason": reason}
         self._write_row({**row, **self._all_counters()})
+        self._settle(outcome, reason=reason)
+
+    def _set_aside_whole(self, incoming: IncomingBatch, reason: str) -> None:
+        """Keep a batch that ends the run."""
+        self._keep(incoming, reason)
+        self._settle("set_aside", reason=reason)
+
+    def _keep(self, incoming: IncomingBatch, reason: str) -> None:
+        if self._accelerator.is_main_process:
+            self._set_aside.keep_batch(incoming.body, batch=self._batches, reason=reason)
 
     def _write_row(self, row: Row) -> None:
         if not self._accelerator.is_main_process:

@@ -87,15 +87,21 @@ def test_a_run_tells_how_it_is_and_idle_clients_do_not_keep_it_from_that(
     assert not (output / STACKS_FILE).exists()
 
 
-def test_a_call_that_never_returns_ends_the_process_and_its_stack_says_which(
-    tiny_model_directory: Path, tmp_path: Path
-) -> None:
+def last_words_of_a_stuck_run(model: Path, directory: Path, way: str) -> str:
+    """Let a run get stuck while it waits, and be ended for it; returns its log."""
     words = ("--watchdog.waiting_timeout", "5", "--watchdog.grace", "0.5")
-    run = Run(tiny_model_directory, tmp_path / "run", "stuck", *words)
+    run = Run(model, directory / "run", way, *words)
     run.wait_for("now")
     assert run.ends_with() == STUCK
     said = run.log.read_text()
     assert "stuck in phase waiting" in said
+    return said
+
+
+def test_a_call_that_never_returns_ends_the_process_and_its_stack_says_which(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    said = last_words_of_a_stuck_run(tiny_model_directory, tmp_path, "stuck")
     assert "ending with exit code 75" in said
     for stacks in (said, (tmp_path / "run" / STACKS_FILE).read_text()):
         assert "in bodies_of" in stacks
@@ -104,12 +110,7 @@ def test_a_call_that_never_returns_ends_the_process_and_its_stack_says_which(
 def test_a_process_that_can_open_no_file_is_ended_with_its_stacks_too(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
-    words = ("--watchdog.waiting_timeout", "5", "--watchdog.grace", "0.5")
-    run = Run(tiny_model_directory, tmp_path / "run", "no descriptors", *words)
-    run.wait_for("now")
-    assert run.ends_with() == STUCK
-    said = run.log.read_text()
-    assert "stuck in phase waiting" in said
+    said = last_words_of_a_stuck_run(tiny_model_directory, tmp_path, "no descriptors")
     assert "in bodies_of" in said
     assert "The stacks could not be written" in said.replace("\n", " ")
 
