@@ -46,10 +46,10 @@ def draw_picture(report: Report, path: Path) -> None:
     )
     for step, score, when in known:
         axes.annotate(
-            f"{score:.0%}\n{when}",
+            f"{score:.0%} before" if when == "before" else f"{score:.0%}\n{when}",
             (step, score),
             # Beside the axes, where no curve can cross them; on the left the tick labels are in the way.
-            xytext=(10, -22) if when == "before" else (12, 0),
+            xytext=(12, -12) if when == "before" else (12, 0),
             textcoords="offset points",
             va="center",
             color=_HELD_OUT,
