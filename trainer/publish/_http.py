@@ -85,7 +85,7 @@ class ServerConnection:
         self.close()
 
     def close(self) -> None:
-        """Close the connections that are kept open for reuse."""
+        """Let go of the client."""
         self._client.close()
 
     def call(
@@ -231,6 +231,9 @@ def client_options(
         "follow_redirects": False,
         # Neither ~/.netrc nor a proxy variable of the shell decides where the token goes.
         "trust_env": False,
+        # uvicorn, which serves vLLM and SGLang, closes a connection after 5 idle seconds and after an error
+        # of a route. What is sent meanwhile gets no answer, and a step of a transfer is sent only once.
+        "limits": httpx.Limits(max_keepalive_connections=0),
     }
 
 
