@@ -51,21 +51,47 @@ class TiledStructure:
         self._subtree_end = subtree_end.to(device)
         self.tiles = list(plan_tiles(subtree_end.numpy()))
         pairs = sum((tile.stop - tile.start) * _length(tile.keys) for tile in self.tiles)
-        self._masks: dict[int, Tensor] | None = {} if pairs <= _MOST_STORED_PAIRS else None
+        self._masks: dict[int, _Masks] | None = {} if pairs <= _MOST_STORED_PAIRS else None
 
     def visible(self, tile: Tile) -> Tensor:
         """[queries, keys] bool, True where a query sees a key."""
+        return self._masks_of(tile).visible
+
+    def hide(self, scores: Tensor, tile: Tile) -> None:
+        """Set scores [K, G * L, S] of keys that a query does not see to -infinity, in place."""
+        masks = self._masks_of(tile)
+        if masks.first < scores.shape[2]:
+            rows = scores.view(scores.shape[0], -1, len(masks.visible), scores.shape[2])
+            rows[..., masks.first :].masked_fill_(masks.hidden, -torch.inf)
+
+    def _masks_of(self, tile: Tile) -> _Masks:
         if self._masks is None:
-            return self._make_mask(tile)
+            return self._make_masks(tile)
         if tile.start not in self._masks:
-            self._masks[tile.start] = self._make_mask(tile)
+            self._masks[tile.start] = self._make_masks(tile)
         return self._masks[tile.start]
 
-    def _make_mask(self, tile: Tile) -> Tensor:
+    def _make_masks(self, tile: Tile) -> _Masks:
         device = self._subtree_end.device
         keys = torch.cat([torch.arange(start, stop, device=device) for start, stop in tile.keys])
+        ends = self._subtree_end[keys]
         queries = torch.arange(tile.start, tile.stop, device=device)[:, None]
-        return (keys <= queries) & (queries < self._subtree_end[keys])
+        visible = (keys <= queries) & (queries < ends)
+        # The deeper an ancestor, the earlier its subtree ends: those that all see come first.
+        first = int(((keys < tile.start) & (ends >= tile.stop)).sum())
+        return _Masks(visible=visible, first=first, hidden=~visible[:, first:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Masks:
+    """Who sees whom in a tile."""
+
+    visible: Tensor
+    """[queries, keys] bool."""
+    first: int
+    """Keys before this one are seen by all queries: masking is the slowest pass over scores."""
+    hidden: Tensor
+    """[queries, keys from `first`] bool."""
 
 
 def plan_tiles(subtree_end: NDArray[np.int64], size: int = _TILE) -> Iterator[Tile]:
