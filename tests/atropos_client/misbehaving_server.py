@@ -171,7 +171,7 @@ def closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(condition: Any, seconds: float = 20.0) -> None:
+def eventually(condition: Any, seconds: float = 60.0) -> None:
     """Wait until a condition holds; fail if it never does. The bound is generous: it only ends a hang."""
     end = time.monotonic() + seconds
     while not condition():
