@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from atropos_client.private_files import PRIVATE_DIRECTORY, open_private, write_private
 from trainer.errors import MetricsError
 from trainer.preparation import PreparedBatch
-from trainer.private_files import PRIVATE_DIRECTORY, open_private, write_private
 from trainer.step import StepResult
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, set_seed
 from torch import nn
 
+from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.advantages import AdvantageNormalizer
 from trainer.checkpoint import (
     Checkpoint,
@@ -34,7 +35,6 @@ from trainer.head_choice import choose_head
 from trainer.model import Policy, choose_mixed_precision, load_policy
 from trainer.packing import Packing
 from trainer.packing_choice import choose_packing
-from trainer.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.step import StepRunner
 
 logger = logging.getLogger(__name__)
