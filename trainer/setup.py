@@ -17,6 +17,7 @@ from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.advantages import AdvantageNormalizer
 from trainer.checkpoint import (
     Checkpoint,
+    RunState,
     read_checkpoint,
     restore_optimizer,
     restore_random_states,
@@ -62,6 +63,11 @@ class Prepared:
     """How log-probs are had without logits. None: from the model's own logits."""
     checkpoint: Checkpoint | None
     """What the run goes on from."""
+
+    @property
+    def state(self) -> RunState | None:
+        """The counts that the run goes on from; None: it starts."""
+        return self.checkpoint.state if self.checkpoint is not None else None
 
 
 def checkpoint_directory(config: TrainerConfig) -> Path:
