@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.atomic_directory import atomic_directory
 from trainer.errors import CheckpointError
 from trainer.model_directory import unwrap_training
-from trainer.private_files import PRIVATE_DIRECTORY
 
 PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """The ways to start an adapter, beside PEFT's default, that leave the base weights as they are."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from atropos_client.journal import Journal
+from atropos_client.private_files import PRIVATE_DIRECTORY
 from schemas import BatchReply
 from trainer.adapter_directory import capture_adapter
 from trainer.checkpoint_store import list_checkpoints
@@ -19,7 +20,6 @@ from trainer.loop import Trainer
 from trainer.metrics import Row
 from trainer.model_directory import capture_model
 from trainer.preparation import PreparedStep
-from trainer.private_files import PRIVATE_DIRECTORY
 from trainer.publish import (
     DiskTransport,
     InferenceServer,

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trainer.private_files import PRIVATE_DIRECTORY, set_modes
+from atropos_client.private_files import PRIVATE_DIRECTORY, set_modes
 
 _PARTIAL = ".partial-"
 _RETIRED = ".retired-"

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from atropos_client.private_files import make_private_directory
 from trainer.atomic_directory import atomic_directory
 from trainer.errors import CheckpointError, DamagedCheckpoint
 from trainer.manifest import (
@@ -42,7 +43,6 @@ from trainer.manifest import (
     write_manifest,
 )
 from trainer.model_directory import write_model_directory
-from trainer.private_files import make_private_directory
 from trainer.set_aside_share import ShareState
 
 if TYPE_CHECKING:

@@ -6,13 +6,14 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from atropos_client.private_files import PRIVATE_DIRECTORY, open_private, write_private
 from trainer.errors import MetricsError
 from trainer.preparation import PreparedBatch
-from trainer.private_files import PRIVATE_DIRECTORY, open_private, write_private
 from trainer.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,24 @@ class MetricsFile:
             partial.replace(self._path)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Where the seconds of a step went, as the training thread saw them."""
+
+    waiting: float
+    """For the batch."""
+    idle: float | None
+    """From the end of the step before, its publish and its checkpoint, to the first computation of this one;
+    None: there is none before."""
+    preparing: float
+    """Preparing and packing, parsing not counted; beside the step before, if `prepared_ahead`."""
+    prepared_ahead: bool
+    training: float
+    """From when the batch was taken to its new weights."""
+    publishing: float
+    """Until training could go on; the rest goes on beside it."""
+
+
 def batch_metrics(batch: PreparedBatch) -> Row:
     """Rewards, advantages and counts of a batch."""
     return {
@@ -106,4 +125,18 @@ def step_metrics(result: StepResult) -> Row:
         "prefix_tokens_saved_share": saved / result.sequence_tokens,
         "micro_batches": result.micro_batches,
         "imbalance": result.imbalance,
+    }
+
+
+def time_metrics(times: StepTimes, batch: PreparedBatch, result: StepResult) -> Row:
+    """Where the time of a step went, and how fast it was."""
+    return {
+        "waiting_seconds": times.waiting,
+        "idle_seconds": times.idle,
+        "preparing_seconds": times.preparing,
+        "prepared_ahead": times.prepared_ahead,
+        "training_seconds": times.training,
+        "publishing_seconds": times.publishing,
+        "tokens_per_second": batch.trained_tokens / times.training,
+        "total_tokens_per_second": result.sequence_tokens / times.training,
     }

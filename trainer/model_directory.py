@@ -23,9 +23,9 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.atomic_directory import atomic_directory
 from trainer.errors import CheckpointError
-from trainer.private_files import PRIVATE_DIRECTORY
 
 _SAVING = threading.Lock()
 _LORA_PARAMETERS = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")

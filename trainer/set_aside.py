@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainer.private_files import make_private_directory, open_private, write_private
+from atropos_client.private_files import make_private_directory, open_private, write_private
 from trainer.samples import SetAside
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, set_seed
 from torch import nn
 
+from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.advantages import AdvantageNormalizer
 from trainer.checkpoint import (
     Checkpoint,
+    RunState,
     read_checkpoint,
     restore_optimizer,
     restore_random_states,
@@ -34,7 +36,6 @@ from trainer.head_choice import choose_head
 from trainer.model import Policy, choose_mixed_precision, load_policy
 from trainer.packing import Packing
 from trainer.packing_choice import choose_packing
-from trainer.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.step import StepRunner
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class Prepared:
     """How log-probs are had without logits. None: from the model's own logits."""
     checkpoint: Checkpoint | None
     """What the run goes on from."""
+
+    @property
+    def state(self) -> RunState | None:
+        """The counts that the run goes on from; None: it starts."""
+        return self.checkpoint.state if self.checkpoint is not None else None
 
 
 def checkpoint_directory(config: TrainerConfig) -> Path:

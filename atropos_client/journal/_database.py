@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Final
 from urllib.parse import quote
 
 from atropos_client.errors import JournalDamaged, JournalError, JournalLocked, JournalNotWritten
+from atropos_client.private_files import make_private_directory
 
 logger = logging.getLogger(__name__)
 
@@ -64,23 +64,11 @@ def create_directory(directory: Path) -> None:
     """
     try:
         missing = [path for path in (directory, *directory.parents) if not path.is_dir()]
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _close_to_others(directory)
+        make_private_directory(directory)
         for path in missing:
             sync_directory(path.parent)
     except OSError as error:
         raise JournalNotWritten(f"cannot create the journal's directory {directory}: {error}") from error
-
-
-def _close_to_others(directory: Path) -> None:
-    """Take the rights of others from a directory that was there, for instance copied from elsewhere."""
-    mode = stat.S_IMODE(directory.stat().st_mode)
-    if not mode & 0o077:
-        return
-    try:
-        directory.chmod(mode & ~0o077)
-    except OSError as error:
-        logger.warning("%s can be read by others and that cannot be changed: %s", directory, error.strerror)
 
 
 def open_database(path: Path, *, fresh_start: bool) -> sqlite3.Connection:

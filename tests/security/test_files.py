@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from atropos_client.errors import JournalNotWritten
 from atropos_client.fetcher._lines import LineWriter, LogSender
 from atropos_client.journal import Journal
+from atropos_client.private_files import make_private_directory, make_run_directory, open_private
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
 from tests.hostile.harness import script_api
 from tests.security.parties import paths_below
@@ -26,7 +28,6 @@ from tests.trainer.runs import run
 from trainer.errors import CheckpointError, MetricsError
 from trainer.metrics import MetricsFile
 from trainer.model_directory import capture_model
-from trainer.private_files import make_private_directory, make_run_directory, open_private
 from trainer.publish import DiskTransport
 from trainer.set_aside import SetAsideStore
 
@@ -185,13 +186,15 @@ def test_a_pipe_or_a_directory_in_the_place_of_a_file_neither_hangs_nor_passes(t
 def test_a_link_that_another_user_has_put_in_the_place_of_a_directory_is_not_followed(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.mkdir()
-    for name in ("set_aside", "checkpoints"):
+    for name in ("set_aside", "checkpoints", "journal"):
         (tmp_path / name).symlink_to(theirs)
         os.chown(tmp_path / name, NOBODY, NOBODY, follow_symlinks=False)
     with pytest.raises(PermissionError, match="user 65534 has put there"):
         SetAsideStore(tmp_path / "set_aside").keep_batch(b"{}", batch=1, reason="x")
     with pytest.raises(PermissionError, match="user 65534 has put there"):
         make_private_directory(tmp_path / "checkpoints")
+    with pytest.raises(JournalNotWritten, match="user 65534 has put there"):
+        Journal.open(tmp_path / "journal")
     assert list(theirs.iterdir()) == []
 
 

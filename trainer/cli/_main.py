@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Protocol
 
+from atropos_client.private_files import private_umask
 from schemas import printable
 from trainer.cli._check import CheckCommand
 from trainer.cli._checkpoint import CheckpointCommand
@@ -20,7 +21,6 @@ from trainer.cli._journal import JournalCommand
 from trainer.cli._replay import ReplayCommand
 from trainer.cli._run import RunCommand
 from trainer.errors import ConfigurationError
-from trainer.private_files import private_umask
 
 logger = logging.getLogger(__name__)
 

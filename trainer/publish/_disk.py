@@ -12,9 +12,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.atomic_directory import remove_leftovers
 from trainer.errors import CheckpointError
-from trainer.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.publish._protocol import InferenceServer, StagedWeights
 from trainer.publish.errors import StagingFailed
 

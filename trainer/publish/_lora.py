@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.adapter_directory import CapturedAdapter
 from trainer.atomic_directory import remove_leftovers
 from trainer.errors import CheckpointError
-from trainer.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.publish._disk import version_name
 from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish.errors import LoadFailed, Phase, ServerFailure, ServerNotReady, StagingFailed

@@ -12,8 +12,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Final, Self
 
+from atropos_client.private_files import make_run_directory, write_private
 from trainer.config import TrainerConfig
-from trainer.private_files import make_run_directory, write_private
 from trainer.watch._deadlines import Deadlines
 from trainer.watch._health import HealthReport, health_report, is_healthy
 from trainer.watch._phases import Progress

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
 
-from trainer.private_files import make_run_directory, open_private
+from atropos_client.private_files import make_run_directory, open_private
 from trainer.watch._deadlines import Deadlines
 from trainer.watch._phases import Phase, PhaseStatus, Progress
 
