@@ -104,9 +104,9 @@ def prepare_batch(
     advantages = advantages.masked_fill(columns.loss_mask == 0, 0.0)
     advantages = _scaled(advantages, columns.loss_mask, data, normalizer)
     samples = samples_of_groups(groups, columns, advantages)
-    trained = columns.per_sequence(columns.loss_mask).tolist()
-    totals = columns.per_sequence(advantages).tolist()
-    has_gradient = columns.per_sequence(advantages != 0).tolist()
+    trained = columns.per_sequence(columns.loss_mask)
+    totals = columns.per_sequence(advantages)
+    has_gradient = columns.per_sequence(advantages != 0)
     trained_tokens = sum(trained)
     denominators = _denominators(trained, loss)
     computed = [

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,10 +86,11 @@ def set_aside_reason(
     group: ScoredGroup, limits: ModelLimits, *, needs_inference_logprobs: bool, needs_ref_logprobs: bool
 ) -> str | None:
     """Say why `group` cannot be trained on by this model and loss; None if it can."""
-    longest = max(group.flat.lengths)
+    flat = group.flat
+    longest = max(flat.lengths)
     if longest > limits.max_sequence_length:
         return f"a sequence has {longest} tokens, more than the {limits.max_sequence_length} that are allowed"
-    largest = int(tensor_of([group.flat.tokens], torch.int32).max())
+    largest = int(tensor_of([flat.tokens], torch.int32).max())
     if largest >= limits.vocabulary_size:
         return f"token id {largest} lies outside the model's vocabulary of {limits.vocabulary_size}"
     if needs_inference_logprobs and group.inference_logprobs is None:
@@ -173,28 +175,27 @@ class TokenColumns:
     loss_mask: Tensor
     """[N] float32, 1 where the token is trained on; 0 in the first column of each sequence."""
 
-    sequence: Tensor
-    """[N] int64: which sequence each token belongs to, from 0."""
-
-    def per_sequence(self, values: Tensor) -> Tensor:
+    def per_sequence(self, values: Tensor) -> list[float]:
         """Add up [N] `values` over each sequence, in float64."""
-        return torch.zeros(len(self.lengths), dtype=torch.float64).index_add_(
-            0, self.sequence, values.double()
-        )
+        if not self.lengths:
+            return []
+        first = np.cumsum([0, *self.lengths[:-1]])  # no sequence is empty
+        sums: list[float] = np.add.reduceat(values.numpy(), first, dtype=np.float64).tolist()
+        return sums
 
 
 def token_columns(groups: Sequence[ScoredGroup]) -> TokenColumns:
     """Lay the tokens of `groups` one after another."""
-    lengths = [length for group in groups for length in group.flat.lengths]
-    masks = tensor_of([group.flat.masks for group in groups], torch.int32)
+    flats = [group.flat for group in groups]
+    lengths = [length for flat in flats for length in flat.lengths]
+    masks = tensor_of([flat.masks for flat in flats], torch.int32)
     loss_mask = (masks != IGNORED).float()
     counts = torch.tensor(lengths, dtype=torch.int64)
     loss_mask[counts.cumsum(0) - counts] = 0.0
     return TokenColumns(
         lengths=lengths,
-        tokens=tensor_of([group.flat.tokens for group in groups], torch.int32).long(),
+        tokens=tensor_of([flat.tokens for flat in flats], torch.int32).long(),
         loss_mask=loss_mask,
-        sequence=torch.repeat_interleave(counts),
     )
 
 
@@ -213,8 +214,9 @@ def samples_of_groups(
     per_token = torch.split(advantages, columns.lengths)
     samples: list[Sample] = []
     for group_index, group in enumerate(groups):
-        inference_logprobs = _rows(group.flat.inference_logprobs, group)
-        ref_logprobs = _rows(group.flat.ref_logprobs, group)
+        flat = group.flat
+        inference_logprobs = _rows(flat.inference_logprobs, flat.lengths)
+        ref_logprobs = _rows(flat.ref_logprobs, flat.lengths)
         for index in range(group.sequence_count):
             row = len(samples)
             samples.append(
@@ -247,8 +249,8 @@ def sampling_temperature(group: ScoredGroup, index: int) -> float:
     return 1.0
 
 
-def _rows(flat: bytes | None, group: ScoredGroup) -> Sequence[Tensor | None]:
+def _rows(values: bytes | None, lengths: list[int]) -> Sequence[Tensor | None]:
     """An optional per-token field as one [T] float32 a sequence."""
-    if flat is None:
-        return [None] * group.sequence_count
-    return torch.split(tensor_of([flat], torch.float32), group.flat.lengths)
+    if values is None:
+        return [None] * len(lengths)
+    return torch.split(tensor_of([values], torch.float32), lengths)

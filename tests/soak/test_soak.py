@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from atropos_client.journal import LedgerEntry
 from tests.soak.account import Account
 from tests.soak.environment import GROUPS_IN_A_BATCH
 from tests.soak.faulty_proxy import KINDS
@@ -42,6 +45,7 @@ def test_every_batch_of_a_run_through_faults_and_restarts_is_accounted_for_and_n
     account = Account(outcome)
     account.print()
     _check_batches(account)
+    _check_that_the_books_notice(account)
     _check_disturbances(account)
     _check_holdings(account, growth)
 
@@ -67,6 +71,39 @@ def _check_batches(account: Account) -> None:
     assert account.doubtful - account.counters.get("intake_possibly_lost", 0) in (0, 1)
     assert account.cut_off + account.broken_by_the_api <= account.doubtful
     assert account.counters.get("intake_unreadable", 0) == account.garbage.total()
+
+
+def _check_that_the_books_notice(account: Account) -> None:
+    """Wrong books of the same run are refused: a batch lost, trained twice, changed, or not counted."""
+    ledger = account.ledger
+    middle = next(place for place, entry in enumerate(ledger) if entry.outcome == "trained" and place > 2)
+    entry = ledger[middle]
+    renumbered = [
+        replace(each, number=number) for number, each in enumerate(_without(ledger, middle), start=1)
+    ]
+    uncounted = {**account.counters, "intake_possibly_lost": account.counters["intake_possibly_lost"] - 2}
+    wrong: list[dict[str, Any]] = [
+        {"ledger": _without(ledger, middle)},
+        {"ledger": renumbered},
+        {"ledger": [*ledger, replace(entry, number=len(ledger) + 1, outcome="received", step=None)]},
+        {"ledger": [*ledger, replace(entry, number=len(ledger) + 1)]},
+        {"ledger": _with(ledger, middle, replace(entry, sha256="0" * 64))},
+        {"ledger": _with(ledger, middle, replace(entry, outcome="skipped", step=None, reason="none"))},
+        {"counters": uncounted},
+    ]
+    for books in wrong:
+        another = Account(account.outcome)
+        vars(another).update(books)
+        with pytest.raises(AssertionError):
+            _check_batches(another)
+
+
+def _without(ledger: list[LedgerEntry], place: int) -> list[LedgerEntry]:
+    return [*ledger[:place], *ledger[place + 1 :]]
+
+
+def _with(ledger: list[LedgerEntry], place: int, entry: LedgerEntry) -> list[LedgerEntry]:
+    return [*ledger[:place], entry, *ledger[place + 1 :]]
 
 
 def _check_what_the_api_did(account: Account) -> None:

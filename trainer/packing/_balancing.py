@@ -97,10 +97,11 @@ def _cost(units: Sequence[Unit]) -> float:
 def _fitting_shares(units: Sequence[Unit], most_tokens: int, processes: int) -> list[list[Unit]]:
     total = sum(unit.tokens for unit in units)
     count = processes * max(1, -(-total // (most_tokens * processes)))
+    tight = _first_fit(units, most_tokens)
     while True:
         shares = _longest_first(units, count, most_tokens)
-        if shares is None:
-            shares = _first_fit(units, count, most_tokens)
+        if shares is None and len(tight) <= count:
+            shares = tight
         if shares is not None:
             return [share for share in shares if share]
         count += processes
@@ -125,15 +126,16 @@ def _longest_first(units: Sequence[Unit], count: int, most_tokens: int) -> list[
     return shares
 
 
-def _first_fit(units: Sequence[Unit], count: int, most_tokens: int) -> list[list[Unit]] | None:
+def _first_fit(units: Sequence[Unit], most_tokens: int) -> list[list[Unit]]:
     """Longest unit first, each to the first share that it fits into: less even, but fits more often."""
-    shares: list[list[Unit]] = [[] for _ in range(count)]
-    tokens = [0] * count
+    shares: list[list[Unit]] = []
+    tokens: list[int] = []
     for unit in sorted(units, key=lambda unit: (-unit.tokens, int(unit.chosen[0]))):
-        fits = (at for at in range(count) if not tokens[at] or tokens[at] + unit.tokens <= most_tokens)
-        index = next(fits, None)
+        index = next((at for at, used in enumerate(tokens) if used + unit.tokens <= most_tokens), None)
         if index is None:
-            return None
-        shares[index].append(unit)
-        tokens[index] += unit.tokens
+            shares.append([unit])
+            tokens.append(unit.tokens)
+        else:
+            shares[index].append(unit)
+            tokens[index] += unit.tokens
     return shares

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trainer.packing._arrays import Integers
 from trainer.packing._balancing import order_for_processes, process_costs, share_out
 from trainer.packing._cost import PassCost
 from trainer.packing._micro_batch import MicroBatch, Packing
 from trainer.packing._padded import pad, padded_cost
-from trainer.packing._sorting import Integers, SortedSamples, sort_samples
+from trainer.packing._sorting import SortedSamples, sort_samples
 from trainer.packing._tree import fold
 from trainer.packing._units import Unit, cut, cut_evenly, join, make_unit, split_in_two
 from trainer.samples import Sample

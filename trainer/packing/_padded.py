@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from trainer.packing._arrays import Integers
 from trainer.packing._cost import PassCost
 from trainer.packing._micro_batch import MicroBatch
-from trainer.packing._sorting import Integers, SortedSamples
-from trainer.packing._trained_tokens import trained_tokens
+from trainer.packing._sorting import SortedSamples
 
 
 def pad(batch: SortedSamples, chosen: Integers, *, cost: PassCost) -> MicroBatch:
@@ -19,7 +19,7 @@ def pad(batch: SortedSamples, chosen: Integers, *, cost: PassCost) -> MicroBatch
     for row, index in enumerate(chosen):
         input_ids[row, : lengths[row]] = batch.tokens[index]
     is_token = np.arange(shape[1]) < lengths[:, None]  # [B, T]
-    rows, columns = is_token.nonzero()
+    positions = [batch.trained_tokens.position_of(int(index)) for index in chosen]
     return MicroBatch(
         packing="padded",
         input_ids=torch.from_numpy(input_ids),
@@ -30,11 +30,10 @@ def pad(batch: SortedSamples, chosen: Integers, *, cost: PassCost) -> MicroBatch
         longest_sequence=shape[1],
         padding_tokens=int(is_token.size - lengths.sum()),
         cost=padded_cost(batch, chosen, cost),
-        **trained_tokens(
-            [batch.samples[index] for index in chosen],
-            [batch.denominators[index] for index in chosen],
-            rows=rows,
-            columns=columns,
+        **batch.trained_tokens.of_micro_batch(
+            np.asarray(chosen),
+            rows=np.repeat(np.arange(len(chosen)), [len(each) for each in positions]),
+            columns=np.concatenate(positions) - 1,
         ),
     )
 

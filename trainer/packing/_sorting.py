@@ -10,16 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
+from trainer.packing._arrays import Integers, as_array
+from trainer.packing._trained_tokens import TrainedTokens
 from trainer.samples import Sample
-
-Integers = NDArray[np.int64]
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +23,13 @@ class SortedSamples:
     """The n samples of a step in lexicographic order of their tokens; equal ones in the given order."""
 
     samples: list[Sample]
-    denominators: list[float]
-    """One a sample: what the loss of each of its tokens is divided by."""
     tokens: list[Integers]
     lengths: Integers
     """[n] tokens."""
     trained: Integers
     """[n] tokens with a loss."""
+    trained_tokens: TrainedTokens
+    """What is known of those."""
     shared: Integers
     """[n] tokens in common with the sample before; 0 for the first, and everywhere if nothing is shared."""
 
@@ -59,20 +55,16 @@ def sort_samples(samples: Sequence[Sample], denominators: Sequence[float], *, sh
     order = sorted(range(len(samples)), key=keys.__getitem__)
     tokens = [arrays[index] for index in order]
     shared = [0, *(_shared_prefix_length(one, two) if share else 0 for one, two in pairwise(tokens))]
+    in_order = [samples[index] for index in order]
+    trained_tokens = TrainedTokens.of(in_order, tokens, [denominators[index] for index in order])
     return SortedSamples(
-        samples=[samples[index] for index in order],
-        denominators=[denominators[index] for index in order],
+        samples=in_order,
         tokens=tokens,
         lengths=np.array([len(array) for array in tokens], dtype=np.int64),
-        trained=np.array([np.count_nonzero(as_array(samples[index].loss_mask)) for index in order]),
+        trained=np.diff(trained_tokens.first),
+        trained_tokens=trained_tokens,
         shared=np.array(shared, dtype=np.int64),
     )
-
-
-def as_array(values: Tensor) -> Array:
-    """The same memory as a NumPy array, whose operations on short arrays start several times faster."""
-    array: Array = values.numpy()
-    return array
 
 
 def _shared_prefix_length(first: Integers, second: Integers) -> int:

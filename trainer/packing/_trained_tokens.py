@@ -1,69 +1,105 @@
-"""The trained tokens of a micro-batch: the one place where a token meets its prediction.
+"""The trained tokens of a step: the one place where a token meets its prediction.
 
-In NumPy, on one thread: this runs beside the training of the step before, whose threads it would wait for.
+They are gathered once a step, sample after sample, so that those of a micro-batch are a slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.packing._sorting import Array, Integers, as_array
+from trainer.packing._arrays import Array, Integers, as_array
 from trainer.samples import Sample
 
 
-def trained_tokens(
-    samples: Sequence[Sample], denominators: Sequence[float], *, rows: Integers, columns: Integers
-) -> dict[str, Any]:
-    """Fields of `MicroBatch` that speak of its N trained tokens.
+@dataclass(frozen=True, kw_only=True)
+class TrainedTokens:
+    """N trained tokens of n samples, in the order of the samples."""
 
-    Token t of a sequence is predicted from its token t - 1.
+    first: Integers
+    """[n + 1]: those of sample i are `first[i] .. first[i + 1] - 1`."""
+    position: Integers
+    """[N] place of each in its own sample, at least 1; it is predicted from the place before."""
+    fields: dict[str, Array]
+    """[N] each: what `MicroBatch` says of them, NaN where it was not sent."""
+    sent: dict[str, Array]
+    """[n] bool each: of the fields that may be missing, which samples have them."""
 
-    Args:
-        samples: With S tokens in all.
-        denominators: One a sample.
-        rows: [S], where each token of each sample in turn stands.
-        columns: [S].
-    """
-    # Column 0 of a sample is never trained, so the token before a trained one is of the same sample.
-    where = np.concatenate([as_array(sample.loss_mask) for sample in samples]).nonzero()[0]  # [N] into S
-    lengths = np.array([len(sample.tokens) for sample in samples])
+    @classmethod
+    def of(
+        cls, samples: Sequence[Sample], tokens: Sequence[Integers], denominators: Sequence[float]
+    ) -> TrainedTokens:
+        """Gather those of `samples`, whose `tokens` are given as arrays."""
+        lengths = np.array([len(array) for array in tokens], dtype=np.int64)
+        offsets = np.concatenate(([0], lengths.cumsum()))
+        where = np.concatenate([as_array(sample.loss_mask) for sample in samples]).nonzero()[0]
+        first = np.searchsorted(where, offsets)
+        counts = np.diff(first)
 
-    def spread(values: Sequence[float]) -> Tensor:
-        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths)[where])
+        def gather(values: Sequence[Array]) -> Array:
+            result: Array = np.concatenate(values)[where]
+            return result
 
-    def gather(values: Sequence[Tensor | Array]) -> Tensor:
-        arrays = [as_array(value) if isinstance(value, Tensor) else value for value in values]
-        return torch.from_numpy(np.concatenate(arrays)[where])
+        def spread(values: Sequence[float]) -> Array:
+            return np.repeat(np.array(values, dtype=np.float32), counts)
 
-    def gather_optional(values: Sequence[Tensor | None]) -> Tensor | None:
-        present = [value for value in values if value is not None]
-        return gather(present) if len(present) == len(values) else None
+        optional = {
+            "inference_logprobs": [sample.inference_logprobs for sample in samples],
+            "ref_logprobs": [sample.ref_logprobs for sample in samples],
+        }
+        sent = {name: np.array([value is not None for value in values]) for name, values in optional.items()}
+        fields = {
+            "targets": gather(tokens),
+            "loss_mask": gather([as_array(sample.loss_mask) for sample in samples]),
+            "advantages": gather([as_array(sample.advantages) for sample in samples]),
+            "denominator": spread(denominators),
+            "temperature": spread([sample.temperature for sample in samples]),
+        }
+        for name, values in optional.items():
+            if sent[name].any():
+                pairs = zip(values, lengths.tolist(), strict=True)
+                fields[name] = gather([_or_nan(value, length) for value, length in pairs])
+            else:
+                fields[name] = np.full(len(where), np.nan, dtype=np.float32)
+        return cls(first=first, position=where - np.repeat(offsets[:-1], counts), fields=fields, sent=sent)
 
-    inference = [sample.inference_logprobs for sample in samples]
-    complete = gather_optional(inference)
-    if complete is None:
-        known = gather([_or_nan(value, sample) for value, sample in zip(inference, samples, strict=True)])
-    else:
-        known = complete
-    return {
-        "predict_row": torch.from_numpy(rows[where - 1]),
-        "predict_column": torch.from_numpy(columns[where - 1]),
-        "targets": gather([sample.tokens for sample in samples]),
-        "loss_mask": gather([sample.loss_mask for sample in samples]),
-        "advantages": gather([sample.advantages for sample in samples]),
-        "denominator": spread(denominators),
-        "temperature": spread([sample.temperature for sample in samples]),
-        "inference_logprobs": complete,
-        "known_inference_logprobs": known,
-        "ref_logprobs": gather_optional([sample.ref_logprobs for sample in samples]),
-    }
+    def position_of(self, sample: int) -> Integers:
+        """Places of a sample's trained tokens."""
+        return self.position[self.first[sample] : self.first[sample + 1]]
+
+    def of_micro_batch(self, chosen: Integers, *, rows: Integers, columns: Integers) -> dict[str, Any]:
+        """Fields of `MicroBatch` that speak of its trained tokens.
+
+        Args:
+            chosen: Its samples, in any order.
+            rows: Where the predictions of their trained tokens are made, sample after sample.
+            columns: The same.
+        """
+        where = self._where(chosen)
+        fields = {name: torch.from_numpy(values[where]) for name, values in self.fields.items()}
+        known = fields["inference_logprobs"]
+        complete: dict[str, Tensor | None] = {
+            name: fields[name] if self.sent[name][chosen].all() else None for name in self.sent
+        }
+        return {
+            **fields,
+            **complete,
+            "known_inference_logprobs": known,
+            "predict_row": torch.from_numpy(rows),
+            "predict_column": torch.from_numpy(columns),
+        }
+
+    def _where(self, chosen: Integers) -> Integers | slice:
+        if (np.diff(chosen) == 1).all():  # neighbours, as those of a group are
+            return slice(int(self.first[chosen[0]]), int(self.first[chosen[-1] + 1]))
+        return np.concatenate([np.arange(self.first[one], self.first[one + 1]) for one in chosen.tolist()])
 
 
-def _or_nan(values: Tensor | None, sample: Sample) -> Tensor | Array:
+def _or_nan(values: Tensor | None, length: int) -> Array:
     """The values of a sample's tokens, or as many NaN."""
-    return np.full(len(sample.tokens), np.nan, dtype=np.float32) if values is None else values
+    return np.full(length, np.nan, dtype=np.float32) if values is None else as_array(values)

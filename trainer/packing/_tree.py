@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from trainer.packing._arrays import Integers
 from trainer.packing._cost import PassCost, visible_pairs
 from trainer.packing._micro_batch import MicroBatch, Packing
-from trainer.packing._sorting import Integers, SortedSamples
-from trainer.packing._trained_tokens import trained_tokens
+from trainer.packing._sorting import SortedSamples
 
 
 def fold(batch: SortedSamples, chosen: Integers, *, packing: Packing, cost: PassCost) -> MicroBatch:
@@ -26,10 +26,10 @@ def fold(batch: SortedSamples, chosen: Integers, *, packing: Packing, cost: Pass
     input_ids = np.empty(total, dtype=np.int64)
     position_ids = np.empty(total, dtype=np.int64)
     subtree_end = np.full(total, total, dtype=np.int64)
-    columns = np.empty(int(lengths.sum()), dtype=np.int64)  # of each token of each sample in turn
     path = np.empty(int(lengths.max()), dtype=np.int64)  # columns of the current sample's tokens
     depths = np.arange(int(lengths.max()), dtype=np.int64)
-    used = written = previous = 0
+    predict_from: list[Integers] = []  # columns, of each sample in turn
+    used = previous = 0
     for index, length, start in zip(chosen.tolist(), lengths.tolist(), shared.tolist(), strict=True):
         # The sample before is left at the branch point: the subtrees of what it does not share end here.
         subtree_end[path[start:previous]] = used
@@ -37,9 +37,9 @@ def fold(batch: SortedSamples, chosen: Integers, *, packing: Packing, cost: Pass
         input_ids[used:stop] = batch.tokens[index][start:]
         position_ids[used:stop] = depths[start:length]
         path[start:length] = np.arange(used, stop)
-        columns[written : written + length] = path[:length]
-        used, written, previous = stop, written + length, length
-    samples = [batch.samples[index] for index in chosen]
+        predict_from.append(path[batch.trained_tokens.position_of(index) - 1])
+        used, previous = stop, length
+    columns = np.concatenate(predict_from)
     pairs = visible_pairs(lengths, shared)
     return MicroBatch(
         packing=packing,
@@ -47,14 +47,9 @@ def fold(batch: SortedSamples, chosen: Integers, *, packing: Packing, cost: Pass
         position_ids=torch.from_numpy(position_ids)[None],
         subtree_end=torch.from_numpy(subtree_end),
         attention_mask=None,
-        sequence_tokens=len(columns),
+        sequence_tokens=int(lengths.sum()),
         longest_sequence=len(path),
         padding_tokens=0,
         cost=cost.of(tokens=total, pairs=pairs, trained=float(batch.trained[chosen].sum())),
-        **trained_tokens(
-            samples,
-            [batch.denominators[index] for index in chosen],
-            rows=np.zeros_like(columns),
-            columns=columns,
-        ),
+        **batch.trained_tokens.of_micro_batch(chosen, rows=np.zeros_like(columns), columns=columns),
     )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.packing._arrays import Integers
 from trainer.packing._cost import PassCost, visible_pairs
-from trainer.packing._sorting import Integers, SortedSamples
+from trainer.packing._sorting import SortedSamples
 
 
 @dataclass(frozen=True, kw_only=True)
