@@ -154,7 +154,7 @@ class CheckpointWriter:
             step=outcomes.step,
             policy_version=outcomes.step,
             batches=outcomes.settled_batch,
-            counters=dict(outcomes.counters),
+            counters=outcomes.settled_counters,
             normalizer=outcomes.normalizer,
             stored_dtype=str(self._prepared.policy.stored_dtype).removeprefix("torch."),
             parameter_names=trained_parameter_names(self._prepared.policy.model),

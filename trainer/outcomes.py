@@ -69,6 +69,7 @@ class Outcomes:
         """Number of the newest batch whose outcome is known: what a checkpoint counts."""
         self.counters = Counter(state.counters if state else {})
         """What was set aside, by reason; see also `all_counters`."""
+        self._counters_before_batch = Counter(self.counters)
         self.normalizer = prepared.normalizer.state_dict()
         """State of the advantage normalizer after the newest batch that was trained on or skipped: what a
         checkpoint has to hold, while the normalizer itself may be batches ahead."""
@@ -86,6 +87,12 @@ class Outcomes:
         """Groups set aside, of all groups of the last batches."""
         return self._share.share
 
+    @property
+    def settled_counters(self) -> dict[str, int]:
+        """The counters without those of a batch whose outcome is not known yet: it will be counted again."""
+        settled = self.batch == self.settled_batch
+        return dict(self.counters if settled else self._counters_before_batch)
+
     def all_counters(self) -> dict[str, int]:
         """Everything set aside, by reason, and what was counted on the way in."""
         pruned = {"set_aside_pruned_total": self._store.pruned}
@@ -102,6 +109,7 @@ class Outcomes:
     def receive(self, incoming: IncomingBatch) -> BeforeBatch:
         """Number a batch that has come; returns what the run was before, for `forget`."""
         before = BeforeBatch.of(self.batch, self.counters)
+        self._counters_before_batch = Counter(self.counters)
         self.batch = incoming.number or self.batch + 1  # a journal numbers its batches itself
         return before
 
@@ -154,10 +162,10 @@ class Outcomes:
         Raises:
             TooManySkippedBatches: It is one of too many in a row.
         """
-        self.normalizer = batch.normalizer
         self.counters[counter] += 1
         self._skips_in_a_row += 1
         self._pass_over(incoming, "skipped", reason)
+        self.normalizer = batch.normalizer
         if self._skips_in_a_row >= self._settings.max_consecutive_skips:
             raise TooManySkippedBatches(
                 f"{self._skips_in_a_row} batches in a row could not be trained "

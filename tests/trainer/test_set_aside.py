@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -97,6 +98,25 @@ def test_a_body_that_is_no_batch_is_kept_counted_and_not_a_skip_in_a_row(
     assert all(row["reason"].startswith("unreadable: the reply is no BatchReply") for row in found)
     assert rows(tmp_path)[0]["set_aside_pruned_total"] == 0
     assert read_checkpoint(summary.checkpoint).state.batches == 4
+
+
+def test_a_batch_that_cannot_be_kept_is_not_counted_by_the_checkpoint_of_the_run_that_it_ends(
+    tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = [make_body(1), make_body(2, scores=[0.5] * 4)]
+    setting = ("--data.advantage_normalization", "global")
+    alone = run(tiny_model_directory, tmp_path / "alone", bodies[:1], *setting, steps=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SetAsideStore, "keep_batch", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tiny_model_directory, tmp_path / "full", bodies, *setting, steps=2)
+    ours = read_checkpoint(tmp_path / "full/checkpoints/step-000001").state
+    theirs = read_checkpoint(alone.checkpoint).state
+    assert (ours.batches, ours.counters, ours.normalizer) == (1, theirs.counters, theirs.normalizer)
+    assert rows(tmp_path / "full", "skipped") == []
 
 
 def test_the_bound_is_the_settings_and_its_deletions_are_in_every_row(
