@@ -177,6 +177,26 @@ def test_a_server_that_was_not_started_for_it_is_named_at_once(model: Any, serve
     assert caught.value.version is None
 
 
+def test_a_refusal_that_comes_before_anybody_waits_is_heard_too(
+    model: Any, server: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class QuickThread(threading.Thread):
+        """One that is far ahead of whoever started it."""
+
+        def start(self) -> None:
+            super().start()
+            self.join(0.5)
+
+    server.faults["/init_weight_transfer_engine"] = lambda: (500, {"error": {"message": "not configured"}})
+    with Side(model, server) as side:
+        before = set(threading.enumerate())
+        monkeypatch.setattr(threading, "Thread", QuickThread)
+        with pytest.raises(ConnectFailed, match="not configured"):
+            side.connect()
+        # The sender itself still waits for the workers.
+        assert any(each.name.startswith("connect ") for each in set(threading.enumerate()) - before)
+
+
 def test_a_server_without_the_routes_is_told_the_variable_that_adds_them(
     model: Any, server: Receiver
 ) -> None:

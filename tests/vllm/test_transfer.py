@@ -32,8 +32,6 @@ from trainer.publish._weight_stream import WeightStream
 
 PROBES = [list(range(20, 60)), list(range(200, 150, -1))]
 CLOSE = 2e-4
-LOAD_TIMEOUT = 120.0
-"""Seconds, far above what vLLM takes: on busy cores it may answer nobody for twenty."""
 
 
 class Sender:
@@ -192,7 +190,7 @@ def began(sender: Sender, receiver: VllmServer) -> Sender:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = min(probe.getsockname()[1], 65000)
-    sender.succeed("begin", url=receiver.url, port=port, load_timeout=LOAD_TIMEOUT, pause_timeout=60.0)
+    sender.succeed("begin", url=receiver.url, port=port, load_timeout=60.0, pause_timeout=20.0)
     return sender
 
 
@@ -222,7 +220,7 @@ def test_a_transfer_that_failed_leaves_a_server_that_works_and_takes_the_next(
     answer = began.do("publish", version=4)
     assert answer["error"] == "LoadFailed"
     assert reason in answer["message"]
-    assert time.monotonic() - started < LOAD_TIMEOUT, "it was not told of the failure, only waited"
+    assert time.monotonic() - started < 30
     assert not receiver.get("/is_paused").json()["is_paused"]
     reply = receiver.post("/v1/completions", {"model": "policy", "prompt": [1, 2, 3], "max_tokens": 4})
     assert reply.status_code == 200, reply.text
@@ -249,7 +247,7 @@ def test_a_server_without_the_flag_is_told_so(
     for name, module in modules().items():  # vLLM's sender is not needed for this, only that it waits
         monkeypatch.setitem(sys.modules, name, module)
     model = AutoModelForCausalLM.from_pretrained(vllm_model_directory)
-    settings = PublishSettings(transport="nccl", servers=[vllm_server.url], load_timeout=240.0)
+    settings = PublishSettings(transport="nccl", servers=[vllm_server.url])
     stream = WeightStream(model, dtype=None, bucket_bytes=1 << 20)
     transport = VllmTransferTransport("nccl", stream, settings, build=build_engine)
     routes = VllmRoutes(vllm_server.url, settings)
@@ -257,6 +255,6 @@ def test_a_server_without_the_flag_is_told_so(
     started = time.monotonic()
     with pytest.raises(ConnectFailed, match=r'--weight-transfer-config \'{"backend": "nccl"}\''):
         transport.connect(routes)
-    assert time.monotonic() - started < settings.load_timeout / 2, "it only waited"
+    assert time.monotonic() - started < 15
     routes.close()
     assert vllm_server.get("/health").status_code == 200

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 Value = TypeVar("Value")
 
 
 class BoundedCall(Generic[Value]):
-    """Runs an action in a daemon thread, which is left behind if it does not end in time.
+    """Runs an action in a daemon thread, once started, which is left behind if it does not end in time.
 
-    The action has to be one that does no harm when it goes on after nobody waits for it any more.
+    The action has to be one that does no harm when it goes on after nobody waits for it any more. Whoever is
+    to call `fail` is told so before the start: the action may fail before its starter's next line.
 
     Args:
         action: What to do.
@@ -23,7 +24,12 @@ class BoundedCall(Generic[Value]):
     def __init__(self, action: Callable[[], Value], *, name: str) -> None:
         self._action = action
         self._outcome: Future[Value] = Future()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> Self:
+        """Begin; once only."""
+        self._thread.start()
+        return self
 
     def fail(self, error: BaseException) -> None:
         """End the wait with an error, for instance because the other side has said no. Thread-safe."""

@@ -246,21 +246,18 @@ class SglangGroupTransport:
                 fail(error)
                 raise
 
-        return BoundedCall(run, name="request beside a transfer")
+        return BoundedCall(run, name="request beside a transfer").start()
 
     def _run(self, action: Callable[[Fail], Value], name: str) -> BoundedCall[Value]:
         """Start an action on the weights' GPU, which is a thread's own affair, with a way to end the wait."""
-        begun = threading.Event()
 
         def run() -> Value:
-            begun.wait()
             if self._stream.device.type == "cuda":
                 torch.cuda.set_device(self._stream.device)
             return action(call.fail)
 
         call = BoundedCall(run, name=name)
-        begun.set()
-        return call
+        return call.start()
 
     # --- after a failure --------------------------------------------------------------------------
 
@@ -283,7 +280,7 @@ class SglangGroupTransport:
                     logger.debug("%s: after a transfer that failed: %s", server.url, failure)
 
         try:
-            BoundedCall(tidy, name=f"tidy up {server.url}").result(self._settings.pause_timeout)
+            BoundedCall(tidy, name=f"tidy up {server.url}").start().result(self._settings.pause_timeout)
         except NotEndedError:
             logger.warning(
                 "%s is in the middle of a weight update and does not answer: restart it", server.url
@@ -298,7 +295,7 @@ class SglangGroupTransport:
             steps.insert(0, partial(server.weight_request, "/destroy_weights_update_group", body, None))
         for step in steps:
             try:
-                BoundedCall(step, name="leave a process group").result(LEAVE_SECONDS)
+                BoundedCall(step, name="leave a process group").start().result(LEAVE_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever is said of a group that nobody needs
                 logger.debug("%s: leaving its process group: %s", server.url, error)
 

@@ -122,10 +122,10 @@ class VllmTransferTransport:
                 address=self._settings.group_address,
                 port=self._ports.free(server.url) if self._backend == "nccl" else 0,
             )
-            call = self._start(lambda: self._join(group), f"connect {server.url}")
+            call = self._call(lambda: self._join(group), f"connect {server.url}")
             client.on_failure = call.fail
             try:
-                engine = call.result(self._settings.load_timeout)
+                engine = call.start().result(self._settings.load_timeout)
             except BaseException as error:  # noqa: BLE001 - raised again, by its name
                 client.close()
                 self._raise(error, server, Phase.CONNECT, None)
@@ -156,10 +156,10 @@ class VllmTransferTransport:
                     version=staged.version,
                 )
             connection.client.version = staged.version
-            call = self._start(connection.engine.send_weights, f"send {server.url}")
+            call = self._call(connection.engine.send_weights, f"send {server.url}")
             connection.client.on_failure = call.fail
             try:
-                call.result(self._settings.load_timeout)
+                call.start().result(self._settings.load_timeout)
             except BaseException as error:  # noqa: BLE001 - raised again, by its name
                 self._give_up(server, connection, staged.version, error)
                 self._raise(error, server, Phase.LOAD, staged.version)
@@ -181,15 +181,15 @@ class VllmTransferTransport:
             connection = self._connections.pop(server.url, None)
             if connection is None:
                 continue
-            leaving = self._start(connection.client.shutdown_weight_transfer_engine, f"close {server.url}")
+            leaving = self._call(connection.client.shutdown_weight_transfer_engine, f"close {server.url}")
             try:
-                leaving.result(ABORT_SECONDS)
+                leaving.start().result(ABORT_SECONDS)
             except (ServerFailure, NotEndedError) as error:
                 logger.debug("%s: leaving its transfer group: %s", server.url, error)
             self._wait_for(self._leave(connection))
 
-    def _start(self, action: Callable[[], Value], name: str) -> BoundedCall[Value]:
-        """Start an action on the weights' GPU: which GPU is current is a thread's own affair."""
+    def _call(self, action: Callable[[], Value], name: str) -> BoundedCall[Value]:
+        """An action on the weights' GPU, to be started: which GPU is current is a thread's own affair."""
 
         def run() -> Value:
             if self._stream.device.type == "cuda":
@@ -207,7 +207,7 @@ class VllmTransferTransport:
     def _leave(self, connection: _Connection) -> BoundedCall[None]:
         """Abort a group, in a thread of its own."""
         connection.client.close()
-        return self._start(connection.engine.shutdown, "leave transfer group")
+        return self._call(connection.engine.shutdown, "leave transfer group").start()
 
     def _wait_for(self, call: BoundedCall[None]) -> None:
         try:
@@ -241,7 +241,7 @@ class VllmTransferTransport:
                 server.weight_request("/finish_weight_update", {}, version)
 
         try:
-            BoundedCall(end, name=f"end update {server.url}").result(self._settings.pause_timeout)
+            BoundedCall(end, name=f"end update {server.url}").start().result(self._settings.pause_timeout)
         except (ServerFailure, NotEndedError) as error:
             logger.warning(
                 "%s is in the middle of a weight update and does not come out of it: restart it (%s)",
@@ -263,7 +263,7 @@ class VllmTransferTransport:
 
         for last in (False, True):
             try:
-                BoundedCall(shut_down, name=f"free {server.url}").result(self._settings.pause_timeout)
+                BoundedCall(shut_down, name=f"free {server.url}").start().result(self._settings.pause_timeout)
             except NotEndedError as error:
                 raise PhaseDeadlineExceeded(
                     f"its workers did not leave the former transfer group within {error.seconds:g} s; they "
