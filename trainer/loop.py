@@ -241,7 +241,7 @@ class Trainer:
             except EndOfBatches:
                 return "there are no more batches"
             self._progress.note_batch()
-            before = self._outcomes.receive(incoming)
+            self._outcomes.receive(incoming)
             waited = time.monotonic() - started
             try:
                 with self._progress.phase(
@@ -251,7 +251,7 @@ class Trainer:
             except StepGivenUp:
                 grace = f"{self._config.checkpoint.grace:g} s"
                 reason = f"the run was to end and its step took longer than {grace} more"
-                self._outcomes.forget(before, incoming, reason=reason)
+                self._outcomes.forget(incoming, reason=reason)
                 return self._stop_reason
             del incoming  # its tensors: the next batch has tensors of its own
         return None

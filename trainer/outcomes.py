@@ -69,7 +69,7 @@ class Outcomes:
         """Number of the newest batch whose outcome is known: what a checkpoint counts."""
         self.counters = Counter(state.counters if state else {})
         """What was set aside, by reason; see also `all_counters`."""
-        self._counters_before_batch = Counter(self.counters)
+        self._before = BeforeBatch.of(self.batch, self.counters)
         self.normalizer = prepared.normalizer.state_dict()
         """State of the advantage normalizer after the newest batch that was trained on or skipped: what a
         checkpoint has to hold, while the normalizer itself may be batches ahead."""
@@ -91,7 +91,7 @@ class Outcomes:
     def settled_counters(self) -> dict[str, int]:
         """The counters without those of a batch whose outcome is not known yet: it will be counted again."""
         settled = self.batch == self.settled_batch
-        return dict(self.counters if settled else self._counters_before_batch)
+        return dict(self.counters if settled else self._before.counters)
 
     def all_counters(self) -> dict[str, int]:
         """Everything set aside, by reason, and what was counted on the way in."""
@@ -106,18 +106,16 @@ class Outcomes:
             possibly_lost=self._source.counters().get("intake_possibly_lost", 0),
         )
 
-    def receive(self, incoming: IncomingBatch) -> BeforeBatch:
-        """Number a batch that has come; returns what the run was before, for `forget`."""
-        before = BeforeBatch.of(self.batch, self.counters)
-        self._counters_before_batch = Counter(self.counters)
+    def receive(self, incoming: IncomingBatch) -> None:
+        """Number a batch that has come."""
+        self._before = BeforeBatch.of(self.batch, self.counters)
         self.batch = incoming.number or self.batch + 1  # a journal numbers its batches itself
-        return before
 
-    def forget(self, before: BeforeBatch, incoming: IncomingBatch, *, reason: str) -> None:
-        """Be as before a batch, which is kept: in the journal, or set aside where there is none."""
-        self.batch = before.batches
-        self.counters = Counter(before.counters)
-        before.restore()
+    def forget(self, incoming: IncomingBatch, *, reason: str) -> None:
+        """Be as before the batch at hand, which is kept: in the journal, or set aside where there is none."""
+        self.batch = self._before.batches
+        self.counters = Counter(self._before.counters)
+        self._before.restore()
         self._share = SetAsideShare(self._settings, self.settled_share)
         if self._ledger is not None:
             return

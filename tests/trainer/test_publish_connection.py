@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
@@ -11,12 +9,6 @@ from trainer.publish import LoadFailed
 from trainer.publish._http import Deadline, ServerConnection
 from trainer.publish._retry import Repeatability
 from trainer.publish.errors import Phase
-
-
-@pytest.fixture
-def server() -> Iterator[MisbehavingServer]:
-    with MisbehavingServer() as running:
-        yield running
 
 
 def once(connection: ServerConnection, path: str) -> bytes:
@@ -31,12 +23,10 @@ def once(connection: ServerConnection, path: str) -> bytes:
     )
 
 
-def test_what_follows_an_error_is_not_sent_into_the_connection_that_the_server_closes_after_it(
-    server: MisbehavingServer,
-) -> None:
-    server.script("/update_weights", Answer(status=500))
-    server.script("/finish_weight_update", Answer(body=b"{}"))
-    with ServerConnection(server.url) as connection:
+def test_what_follows_an_error_is_not_sent_into_the_connection_that_the_server_closes_after_it() -> None:
+    with MisbehavingServer() as server, ServerConnection(server.url) as connection:
+        server.script("/update_weights", Answer(status=500))
+        server.script("/finish_weight_update", Answer(body=b"{}"))
         with pytest.raises(LoadFailed, match="HTTP 500"):
             once(connection, "/update_weights")
         once(connection, "/finish_weight_update")

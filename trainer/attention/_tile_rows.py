@@ -1,16 +1,31 @@
-"""A tile's queries and keys, laid out for products of matrices."""
+"""A tile's queries and keys, laid out for products of matrices, and their scores."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from trainer.attention._tiles import Range, Tile
+from trainer.attention._tiles import Range, Tile, TiledStructure
 
 
 def rows(values: Tensor, tile: Tile, groups: int) -> Tensor:
     """[1, H, T, D] -> the tile's queries, [K, G * L, D]: those that share a key head below one another."""
     return values[0, :, tile.start : tile.stop].reshape(groups, -1, values.shape[3])
+
+
+def scores(query: Tensor, key: Tensor, structure: TiledStructure, tile: Tile, scaling: float) -> Tensor:
+    """S of a tile, [K, G * L, S], -infinity where a query does not see a key.
+
+    Args:
+        query: [1, H, T, D].
+        key: [1, K, T, D].
+        structure: The row's tiles.
+        tile: One of them.
+        scaling: Factor of the products.
+    """
+    result = torch.bmm(rows(query, tile, key.shape[1]), columns(key, tile.keys).transpose(1, 2)).mul_(scaling)
+    structure.hide(result, tile)
+    return result
 
 
 def as_heads(result: Tensor, heads: int) -> Tensor:

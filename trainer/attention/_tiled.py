@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from trainer.attention._tile_rows import add_columns, as_heads, columns, rows
+from trainer.attention._tile_rows import add_columns, as_heads, columns, rows, scores
 from trainer.attention._tiled_half import HalfTiledAttention
-from trainer.attention._tiles import Tile, TiledStructure
+from trainer.attention._tiles import TiledStructure
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -90,7 +90,7 @@ class _TiledAttention(torch.autograd.Function):
         query_gradient = torch.empty_like(query)
         key_gradient, value_gradient = torch.zeros_like(key), torch.zeros_like(value)
         for tile in ctx.structure.tiles:
-            weights = _weights(query, key, ctx.structure, tile, ctx.scaling)
+            weights = scores(query, key, ctx.structure, tile, ctx.scaling).softmax(dim=2)
             of_result = rows(outer, tile, groups)
             add_columns(value_gradient, tile.keys, torch.bmm(weights.transpose(1, 2), of_result))
             of_scores = torch.bmm(of_result, columns(value, tile.keys).transpose(1, 2))
@@ -100,10 +100,3 @@ class _TiledAttention(torch.autograd.Function):
             of_keys = torch.bmm(of_scores.transpose(1, 2), rows(query, tile, groups))
             add_columns(key_gradient, tile.keys, of_keys)
         return query_gradient.mul_(ctx.scaling), key_gradient.mul_(ctx.scaling), value_gradient, None, None
-
-
-def _weights(query: Tensor, key: Tensor, structure: TiledStructure, tile: Tile, scaling: float) -> Tensor:
-    """P of a tile, [K, G * L, S]."""
-    scores = torch.bmm(rows(query, tile, key.shape[1]), columns(key, tile.keys).transpose(1, 2))
-    structure.hide(scores.mul_(scaling), tile)
-    return scores.softmax(dim=2)

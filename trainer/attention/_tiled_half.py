@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.attention._tile_rows import add_columns, as_heads, columns, rows
-from trainer.attention._tiles import Tile, TiledStructure
+from trainer.attention._tile_rows import add_columns, as_heads, columns, rows, scores
+from trainer.attention._tiles import TiledStructure
 
 
 class HalfTiledAttention(torch.autograd.Function):
@@ -29,15 +29,14 @@ class HalfTiledAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, structure: TiledStructure, scaling: float
     ) -> Tensor:
-        heads, groups = query.shape[1], key.shape[1]
+        heads = query.shape[1]
         attended = query.new_empty(1, query.shape[2], heads, value.shape[3])
         largest = torch.empty(*query.shape[:3], 1, dtype=torch.float32, device=query.device)
         exact_query, exact_key = query.float(), key.float()
         for tile in structure.tiles:
-            scores = torch.bmm(rows(exact_query, tile, groups), columns(exact_key, tile.keys).transpose(1, 2))
-            structure.hide(scores.mul_(scaling), tile)
-            largest[0, :, tile.start : tile.stop] = as_heads(scores.amax(dim=2, keepdim=True), heads)
-            weights = scores.softmax(dim=2).to(value.dtype)
+            exact = scores(exact_query, exact_key, structure, tile, scaling)
+            largest[0, :, tile.start : tile.stop] = as_heads(exact.amax(dim=2, keepdim=True), heads)
+            weights = exact.softmax(dim=2).to(value.dtype)
             result = torch.bmm(weights, columns(value, tile.keys))
             attended[0, tile.start : tile.stop] = as_heads(result, heads).transpose(0, 1)
         ctx.save_for_backward(query, key, value, largest)
@@ -55,7 +54,7 @@ class HalfTiledAttention(torch.autograd.Function):
         key_gradient = torch.zeros_like(key, dtype=torch.float32)
         value_gradient = torch.zeros_like(value, dtype=torch.float32)
         for tile in ctx.structure.tiles:
-            weights = _weights(long_query, long_key, ctx.structure, tile, ctx.scaling)
+            weights = scores(long_query, long_key, ctx.structure, tile, ctx.scaling).softmax(dim=2)
             of_result = rows(outer, tile, groups)
             add_columns(value_gradient, tile.keys, torch.bmm(weights.transpose(1, 2), of_result))
             of_weights = torch.bmm(of_result, columns(value, tile.keys).transpose(1, 2))
@@ -84,10 +83,3 @@ def _with_added(query: Tensor, key: Tensor, added: Tensor) -> tuple[Tensor, Tens
     rest = (added - coarse).to(query.dtype)
     ones = torch.ones_like(key[..., :1])
     return torch.cat([query, coarse, rest], dim=3), torch.cat([key, ones, ones], dim=3)
-
-
-def _weights(query: Tensor, key: Tensor, structure: TiledStructure, tile: Tile, scaling: float) -> Tensor:
-    """P of a tile, [K, G * L, S], from queries and keys whose products are centred."""
-    scores = torch.bmm(rows(query, tile, key.shape[1]), columns(key, tile.keys).transpose(1, 2))
-    structure.hide(scores.mul_(scaling), tile)
-    return scores.softmax(dim=2)

@@ -97,14 +97,13 @@ def _cost(units: Sequence[Unit]) -> float:
 def _fitting_shares(units: Sequence[Unit], most_tokens: int, processes: int) -> list[list[Unit]]:
     total = sum(unit.tokens for unit in units)
     count = processes * max(1, -(-total // (most_tokens * processes)))
-    tight = _first_fit(units, most_tokens)
-    while True:
-        shares = _longest_first(units, count, most_tokens)
-        if shares is None and len(tight) <= count:
-            shares = tight
-        if shares is not None:
-            return [share for share in shares if share]
+    tight: list[list[Unit]] = []
+    while (shares := _longest_first(units, count, most_tokens)) is None:
+        tight = tight or _first_fit(units, most_tokens)
+        if len(tight) <= count:
+            return tight
         count += processes
+    return [share for share in shares if share]
 
 
 def _longest_first(units: Sequence[Unit], count: int, most_tokens: int) -> list[list[Unit]] | None:

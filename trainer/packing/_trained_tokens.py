@@ -37,7 +37,8 @@ class TrainedTokens:
         """Gather those of `samples`, whose `tokens` are given as arrays."""
         lengths = np.array([len(array) for array in tokens], dtype=np.int64)
         offsets = np.concatenate(([0], lengths.cumsum()))
-        where = np.concatenate([as_array(sample.loss_mask) for sample in samples]).nonzero()[0]
+        loss_mask = np.concatenate([as_array(sample.loss_mask) for sample in samples])
+        where = loss_mask.nonzero()[0]
         first = np.searchsorted(where, offsets)
         counts = np.diff(first)
 
@@ -55,7 +56,7 @@ class TrainedTokens:
         sent = {name: np.array([value is not None for value in values]) for name, values in optional.items()}
         fields = {
             "targets": gather(tokens),
-            "loss_mask": gather([as_array(sample.loss_mask) for sample in samples]),
+            "loss_mask": loss_mask[where],
             "advantages": gather([as_array(sample.advantages) for sample in samples]),
             "denominator": spread(denominators),
             "temperature": spread([sample.temperature for sample in samples]),
