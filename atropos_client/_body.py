@@ -6,12 +6,12 @@ stops at the first byte beyond the limit and never holds more than the limit.
 
 from __future__ import annotations
 
-import time
 import zlib
 from typing import Final
 
 import httpx
 
+from atropos_client.clock import running_time
 from atropos_client.errors import InvalidReply, ReplyTimeout, ReplyTooLarge
 
 _GZIP_WINDOW: Final = 31  # zlib's largest window (15) plus 16 for "expect a gzip header"
@@ -28,7 +28,7 @@ class BodyReader:
             patience: Seconds from now within which the body must be whole.
         """
         self._limit = limit
-        self._give_up_at = time.monotonic() + patience
+        self._give_up_at = running_time() + patience
         self._inflater: zlib._Decompress | None = None
         # One growing buffer: as a list of pieces, a body in chunks of two bytes takes thirty times its size.
         self._body = bytearray()
@@ -58,7 +58,7 @@ class BodyReader:
             ReplyTimeout: If the body as a whole takes too long.
             InvalidReply: If the gzip data is broken.
         """
-        if time.monotonic() > self._give_up_at:
+        if running_time() > self._give_up_at:
             raise ReplyTimeout(f"the body did not finish in time ({self._wire_size} bytes came)")
         self._wire_size += len(chunk)
         # Also on the wire: compressed data may be endless and unfold into nothing.

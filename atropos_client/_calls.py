@@ -1,13 +1,14 @@
-"""Every route of the Atropos API as a value: what to send and how to read the reply. No I/O.
+"""Describes every route of the Atropos API: what to send and how to read the reply. No I/O.
 
-Both clients and the tests share these; a new route is one function here and one line in each client.
+The client and the tests share these; a new route is one function here and one line there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -35,6 +36,8 @@ from schemas import (
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
+_NEAR_AN_END: Final = 1024  # bytes
+_BATCH_BEGINS: Final = re.compile(rb'"batch"\s*:\s*\[\s*[^\s\]]')
 _GROUPS: TypeAdapter[list[ScoredGroup]] = TypeAdapter(list[ScoredGroup])
 
 
@@ -71,6 +74,15 @@ def parse_batch(body: bytes) -> BatchReply:
         InvalidReply: If it is not JSON or not a batch reply.
     """
     return _reading(read_batch, BatchReply)(body)
+
+
+def claims_batch(body: bytes) -> bool:
+    """Whether a reply to ``GET /batch`` is meant to be a batch, by its two ends alone.
+
+    A reply that says that there is none has an empty list or null, and what else may come has other ends.
+    """
+    begins = _BATCH_BEGINS.search(body, 0, _NEAR_AN_END) is not None
+    return begins and body[-_NEAR_AN_END:].rstrip().endswith(b"}")
 
 
 def fetch_batch() -> Call[BatchReply]:

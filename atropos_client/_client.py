@@ -1,14 +1,15 @@
-"""The synchronous client of the Atropos API."""
+"""Speaks to one Atropos API server."""
 
 from __future__ import annotations
 
+import logging
 import ssl
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import httpx
 from pydantic import SecretStr
@@ -16,19 +17,12 @@ from pydantic import SecretStr
 from atropos_client import _calls
 from atropos_client._body import BodyReader
 from atropos_client._calls import Call
-from atropos_client._exchange import (
-    Flow,
-    Pause,
-    Reply,
-    encode_request,
-    exchange,
-    wait_until_ready,
-    worth_keeping,
-)
-from atropos_client._retry import RetryPolicy
+from atropos_client._exchange import Reply, encode_request, exchange, worth_keeping
+from atropos_client._retry import NO_RETRIES, RetryPolicy
 from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, connection_settings
 from atropos_client._translate import translated_errors
-from atropos_client.errors import AtroposClientError
+from atropos_client.clock import running_time
+from atropos_client.errors import ApiUnreachable, RequestFailed, ServerError
 from schemas import (
     BatchReply,
     DisconnectReply,
@@ -46,6 +40,11 @@ from schemas import (
 )
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_READY_PAUSE: Final = 0.2  # seconds between two looks at a server that is starting
+_REMIND_SECONDS: Final = 15.0  # between two log lines that say that we still wait for it
 
 
 class AtroposClient:
@@ -165,9 +164,32 @@ class AtroposClient:
             deadline: Seconds from now.
 
         Raises:
-            ApiUnreachable: If it did not answer in time.
+            ApiUnreachable: If nothing answered in time; the cause says what came last.
+            ErrorStatus: If the answer is one that waiting does not change, such as a refused token.
         """
-        self._drive(wait_until_ready(deadline, self._settings))
+        started = running_time()
+        end, remind_at = started + deadline, started
+        while True:
+            try:
+                self._call(_calls.greeting(), NO_RETRIES)
+            except (RequestFailed, ServerError) as error:
+                now = running_time()
+                if now >= remind_at:
+                    remind_at = now + _REMIND_SECONDS
+                    logger.info(
+                        "waiting for the Atropos API at %s, for %.0f s of %g s: %s",
+                        self.base_url,
+                        now - started,
+                        deadline,
+                        error,
+                    )
+                if now + _READY_PAUSE > end:
+                    raise ApiUnreachable(
+                        f"the Atropos API at {self.base_url} was not ready within {deadline:g} s: {error}"
+                    ) from error
+            else:
+                return
+            time.sleep(_READY_PAUSE)
 
     # The environments' side.
 
@@ -195,28 +217,8 @@ class AtroposClient:
         """Wipe the queue and the registration. Until the next registration ``GET /batch`` fails with 500."""
         self._call(_calls.reset_data())
 
-    # Driving: the only code that differs between the two clients.
-
-    def _call(self, call: Call[T]) -> T:
-        return self._drive(exchange(call, self._retries, self._settings))
-
-    def _drive(self, flow: Flow[T]) -> T:
-        try:
-            step = next(flow)
-            while True:
-                if isinstance(step, Pause):
-                    time.sleep(step.seconds)
-                    step = flow.send(None)
-                    continue
-                try:
-                    reply = self._send(step.call)
-                except AtroposClientError as error:
-                    step = flow.throw(error)
-                else:
-                    step = flow.send(reply)
-        except StopIteration as done:
-            result: T = done.value
-            return result
+    def _call(self, call: Call[T], retries: RetryPolicy | None = None) -> T:
+        return exchange(call, self._send, retries or self._retries, self._settings)
 
     def _send(self, call: Call[Any]) -> Reply:
         headers, body = encode_request(call)

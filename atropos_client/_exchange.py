@@ -1,26 +1,21 @@
-"""The life of one call, without I/O: send, judge the reply, repeat or give up.
-
-A flow is a generator. It yields what it wants done (`Send` or `Pause`); a driver does it and sends back the
-reply or throws the error in. The synchronous and the asynchronous client are two drivers of the same flows,
-so that no decision is written twice.
-"""
+"""Sends one call, judges the reply, and repeats it or gives up."""
 
 from __future__ import annotations
 
 import gzip
-import logging
-import random
+import itertools
 import time
-from collections.abc import Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 import httpx
 
-from atropos_client import _calls
 from atropos_client._calls import Call
-from atropos_client._retry import NO_RETRIES, RetryPolicy, pause_before_attempt, should_retry
+from atropos_client._retry import RetryPolicy, may_resend
 from atropos_client._settings import ConnectionSettings
+from atropos_client.backoff import Backoff
+from atropos_client.clock import running_time
 from atropos_client.errors import (
     AccessDenied,
     ApiUnreachable,
@@ -28,32 +23,13 @@ from atropos_client.errors import (
     BatchPossiblyLost,
     ErrorStatus,
     InvalidReply,
-    RequestFailed,
     ServerError,
 )
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
 _COMPRESS_FROM: Final = 1024  # bytes; below this, gzip costs more than it saves
 _LONGEST_EXCERPT: Final = 300  # characters of an error reply that an error message quotes
-_READY_PAUSE: Final = 0.2  # seconds between two looks at a server that is starting
-_REMIND_SECONDS: Final = 15.0  # between two log lines that say that we still wait for it
-
-
-@dataclass(frozen=True)
-class Send:
-    """Wish of a flow: send this and give me the reply, whatever its status."""
-
-    call: Call[Any]
-
-
-@dataclass(frozen=True)
-class Pause:
-    """Wish of a flow: wait this long."""
-
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -63,9 +39,6 @@ class Reply:
     status_code: int
     headers: httpx.Headers
     body: bytes
-
-
-Flow: TypeAlias = Generator[Send | Pause, Reply | None, T]
 
 
 def encode_request(call: Call[Any]) -> tuple[dict[str, str], bytes | None]:
@@ -84,78 +57,43 @@ def worth_keeping(response: httpx.Response) -> bool:
     """Whether the connection of a reply may carry another request.
 
     After an unhandled exception uvicorn answers 500 and closes the connection without announcing it. A
-    request sent into such a connection is reset, which would look like a second lost batch. A driver
+    request sent into such a connection is reset, which would look like a second lost batch. The client
     therefore leaves these replies before their end, which makes httpx close the connection; the first piece
     is enough for the error message.
     """
     return response.status_code < 500
 
 
-def exchange(call: Call[T], policy: RetryPolicy, settings: ConnectionSettings) -> Flow[T]:
+def exchange(
+    call: Call[T], send: Callable[[Call[T]], Reply], policy: RetryPolicy, settings: ConnectionSettings
+) -> T:
     """Send one call, repeating it within the policy where that is safe.
+
+    Args:
+        call: What to send, and how to read the reply.
+        send: Sends it once and returns the reply, whatever its status.
+        policy: Bounds on repeating.
+        settings: Of the connection.
 
     Raises:
         BatchPossiblyLost: If the call removes a batch and failed after it may have been sent.
         AtroposClientError: Whatever the last sending failed of.
     """
-    started = time.monotonic()
-    attempts = 0
-    while True:
-        attempts += 1
+    started = running_time()
+    pauses = Backoff(first=policy.first_pause, longest=policy.longest_pause)
+    for attempts in itertools.count(1):
         try:
-            reply = yield Send(call)
-            return _read(call, reply, settings)
+            return _read(call, send(call), settings)
         except AtroposClientError as error:
             _locate(error, call, settings)
-            pause = pause_before_attempt(attempts + 1, policy, fraction=random.random())  # noqa: S311 - jitter
-            if not should_retry(
-                error,
-                resend=call.resend,
-                attempts_made=attempts,
-                elapsed=time.monotonic() - started,
-                pause=pause,
-                policy=policy,
-            ):
+            pause = pauses.next()
+            elapsed = running_time() - started
+            if not policy.allows_another(attempts, elapsed + pause) or not may_resend(error, call.resend):
                 if call.removes_batch and _may_have_removed(error):
                     raise possibly_lost(error) from error
                 raise
-        yield Pause(pause)
-
-
-def wait_until_ready(deadline: float, settings: ConnectionSettings) -> Flow[None]:
-    """Ask until anything answers properly.
-
-    Args:
-        deadline: Seconds from now.
-        settings: Where to ask.
-
-    Raises:
-        ApiUnreachable: If nothing answered in time; the cause says what came last.
-        ErrorStatus: If the answer is one that waiting does not change, such as a refused token.
-    """
-    started = time.monotonic()
-    end, remind_at = started + deadline, started
-    while True:
-        try:
-            yield from exchange(_calls.greeting(), NO_RETRIES, settings)
-        except (RequestFailed, ServerError) as error:
-            now = time.monotonic()
-            if now >= remind_at:
-                remind_at = now + _REMIND_SECONDS
-                logger.info(
-                    "waiting for the Atropos API at %s, for %.0f s of %g s: %s",
-                    settings.base_url,
-                    now - started,
-                    deadline,
-                    error,
-                )
-            if now + _READY_PAUSE > end:
-                raise ApiUnreachable(
-                    f"the Atropos API at {settings.base_url} was not ready within {deadline:g} s: {error}"
-                ) from error
-        else:
-            return
-        yield Pause(_READY_PAUSE)
+        time.sleep(pause)
+    raise AssertionError("counting does not end")
 
 
 def possibly_lost(error: AtroposClientError) -> BatchPossiblyLost:
@@ -175,10 +113,8 @@ def _may_have_removed(error: AtroposClientError) -> bool:
     return not isinstance(error, ErrorStatus) or isinstance(error, ServerError)
 
 
-def _read(call: Call[T], reply: Reply | None, settings: ConnectionSettings) -> T:
+def _read(call: Call[T], reply: Reply, settings: ConnectionSettings) -> T:
     """Judge a reply by status and content type, then parse it."""
-    if reply is None:
-        raise RuntimeError("a driver must answer Send with a reply")  # a defect of ours, not of the server
     if not 200 <= reply.status_code < 300:
         raise _status_error(reply, settings)
     if call.expects_json:

@@ -1,4 +1,4 @@
-"""Whether and when to send a request again: pure functions on an error and the policy.
+"""Decides whether to send a request again: pure functions on an error and the policy.
 
 The rule behind all of it: a request that may have changed something on the server is repeated only if it was
 certainly never sent.
@@ -25,7 +25,7 @@ environment that it does not know."""
 
 
 class Resend(Enum):
-    """What a second sending of the same request would do."""
+    """Says what a second sending of the same request would do."""
 
     HARMLESS = "harmless"
     """Reads, and writes that change nothing the second time."""
@@ -53,9 +53,22 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, found {self.attempts}")
-        for name in ("wall_clock", "first_pause", "longest_pause"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 seconds or more, found {getattr(self, name)}")
+        if not self.wall_clock >= 0:
+            raise ValueError(f"wall_clock must be 0 seconds or more, found {self.wall_clock}")
+        if not 0 < self.first_pause <= self.longest_pause:
+            raise ValueError(
+                "first_pause must be positive and at most longest_pause, found "
+                f"{self.first_pause} and {self.longest_pause}"
+            )
+
+    def allows_another(self, attempts: int, elapsed: float) -> bool:
+        """Whether a further sending is within the bounds.
+
+        Args:
+            attempts: Sendings so far.
+            elapsed: Seconds between the start of the first sending and that of the coming one.
+        """
+        return attempts < self.attempts and elapsed <= self.wall_clock
 
 
 NO_RETRIES = RetryPolicy(attempts=1)
@@ -69,44 +82,13 @@ def is_transient(error: AtroposClientError) -> bool:
     return isinstance(error, ApiUnreachable | ReplyTimeout | ConnectionLost)
 
 
-def should_retry(
-    error: AtroposClientError,
-    *,
-    resend: Resend,
-    attempts_made: int,
-    elapsed: float,
-    pause: float,
-    policy: RetryPolicy,
-) -> bool:
-    """Decide whether to send a request again.
+def may_resend(error: AtroposClientError, resend: Resend) -> bool:
+    """Whether a request that failed like this may and should be sent again.
 
     Args:
         error: Why the last sending failed.
         resend: What a second sending would do.
-        attempts_made: Sendings so far, at least 1.
-        elapsed: Seconds since the first sending started.
-        pause: Seconds that we would wait before the next one.
-        policy: The bounds.
-
-    Returns:
-        True if the request may and should be sent again.
     """
-    if attempts_made >= policy.attempts or elapsed + pause > policy.wall_clock:
-        return False
     if resend is Resend.ONLY_IF_NOT_SENT:
         return isinstance(error, ApiUnreachable)
     return is_transient(error)
-
-
-def pause_before_attempt(attempt: int, policy: RetryPolicy, *, fraction: float) -> float:
-    """Return the seconds to wait before a sending.
-
-    Args:
-        attempt: Number of the coming sending, from 2.
-        policy: The bounds.
-        fraction: A random number in [0, 1); half of each pause is random, so that clients that failed
-            together do not come back together.
-    """
-    # Bounded exponent: 2.0 ** 2000 overflows.
-    full = min(policy.longest_pause, policy.first_pause * 2.0 ** min(attempt - 2, 32))
-    return full * (0.5 + 0.5 * fraction)

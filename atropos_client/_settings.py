@@ -1,4 +1,4 @@
-"""How to reach the API: address, credentials, TLS, timeouts, size limit. Shared by both clients."""
+"""Checks how to reach the API: address, credentials, TLS, timeouts, size limit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Timeouts:
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionSettings:
-    """Everything that decides how a request travels. Its repr shows no credential."""
+    """Holds everything that decides how a request travels. Its repr shows no credential."""
 
     base_url: str
     """Scheme, host, port and possibly a path prefix; no user, password, query or fragment."""
@@ -114,22 +114,13 @@ class ConnectionSettings:
         return text
 
     def http_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of ``httpx.Client`` and ``httpx.AsyncClient``."""
-        # Only what the body reader can bound while it decompresses.
-        headers = {"Accept": "application/json", "Accept-Encoding": "gzip"}
-        headers.update({name: value.get_secret_value() for name, value in self.headers.items()})
-        if self.token is not None:
-            headers["Authorization"] = f"Bearer {self.token.get_secret_value()}"
-        return {
-            "base_url": self.base_url,
-            "headers": headers,
-            "verify": _tls(self.verify),
-            # A redirect could carry the token, or a batch, to another host.
-            "follow_redirects": False,
-            # Neither ~/.netrc nor a proxy variable of the shell may decide where rollouts go.
-            "trust_env": False,
-            "limits": httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
-        }
+        """Return the keyword arguments of ``httpx.Client``."""
+        return client_options(
+            self.base_url,
+            token=self.token,
+            headers={"Accept": SecretStr("application/json"), **self.headers},
+            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
+        ) | {"verify": _tls(self.verify)}
 
     def phase_timeouts(self, *, batch: bool) -> httpx.Timeout:
         """Return the timeouts of one request."""
@@ -137,6 +128,30 @@ class ConnectionSettings:
         return httpx.Timeout(
             connect=t.connect, read=t.batch_read if batch else t.read, write=t.write, pool=t.connect
         )
+
+
+def client_options(
+    base_url: str,
+    *,
+    token: SecretStr | None,
+    headers: Mapping[str, SecretStr],
+    limits: httpx.Limits,
+) -> dict[str, Any]:
+    """Return the keyword arguments of an ``httpx.Client`` whose secrets go to no other host."""
+    # Only what the body reader can bound while it decompresses.
+    sent = {"Accept-Encoding": "gzip"}
+    sent.update({name: value.get_secret_value() for name, value in headers.items()})
+    if token is not None:
+        sent["Authorization"] = f"Bearer {token.get_secret_value()}"
+    return {
+        "base_url": base_url,
+        "headers": sent,
+        "limits": limits,
+        # A redirect could carry the token, or a batch, to another host.
+        "follow_redirects": False,
+        # Neither ~/.netrc nor a proxy variable of the shell may decide where rollouts go.
+        "trust_env": False,
+    }
 
 
 def connection_settings(

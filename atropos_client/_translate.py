@@ -1,4 +1,4 @@
-"""The one place where exceptions of httpx become exceptions of ours."""
+"""Turns exceptions of httpx into exceptions of ours; the only place that does."""
 
 from __future__ import annotations
 

@@ -15,14 +15,14 @@
     │       ├── ReplyTooLarge                   more bytes than the configured maximum
     │       └── UnreadableBatch                 a whole reply to GET /batch that is no batch; it was handed on
     ├── BatchPossiblyLost                       GET /batch failed after it may have removed a batch
-    ├── BatchNotRecorded (OSError)              the caller's journal refused a body; it is attached
-    ├── BatchTimeout (TimeoutError)             BatchPoller.get: no batch within the caller's patience
-    ├── PollerStopped (RuntimeError)            BatchPoller.get on a poller that is not running
+    ├── BatchNotRecorded (OSError)              the journal refused a body; the message says where it is
+    ├── BatchTimeout (TimeoutError)             Fetcher.get: no batch within the caller's patience
+    ├── FetcherStopped (RuntimeError)           Fetcher.get on one that is not running
     ├── FetcherDied (RuntimeError)              the fetching process ended again and again, or never started
     └── JournalError                            the journal on the disk; see atropos_client.journal
         ├── JournalFull (OSError)               no room for one more batch: said before the next poll
         ├── JournalNotWritten (OSError)         a write failed; nothing of it is in the journal
-        ├── JournalLocked (BlockingIOError)     another process has the journal open for writing
+        ├── JournalLocked (BlockingIOError)     another process has the journal, or its run's directory
         ├── JournalDamaged (ValueError)         the file, or a body in it, is not what was written
         └── JournalMismatch (ValueError)        what is asked does not fit what the journal holds
             └── NoSuchBatch (LookupError)       no batch of this number, or its body was pruned
@@ -110,7 +110,7 @@ class ReplyTooLarge(InvalidReply):
 class UnreadableBatch(InvalidReply):
     """A whole reply to ``GET /batch`` came that is no batch at all. Nothing is lost: its body was handed on.
 
-    Raised only by a poller to which nothing else has come for as long as it is patient.
+    Raised only where nothing else has come for as long as one is patient.
     """
 
 
@@ -124,26 +124,19 @@ class BatchPossiblyLost(AtroposClientError):
 
 
 class BatchNotRecorded(AtroposClientError, OSError):
-    """The caller's ``on_body`` raised, so a batch that the server no longer has is not recorded anywhere."""
-
-    def __init__(
-        self, message: str, *, body: bytes = b"", method: str | None = None, url: str | None = None
-    ) -> None:
-        super().__init__(message, method=method, url=url)
-        self.body = body
-        """The whole reply to ``GET /batch``, so that it can still be saved."""
+    """The journal did not take a batch that the server no longer has; the message says where it is kept."""
 
 
 class BatchTimeout(AtroposClientError, TimeoutError):
     """No batch came within the caller's patience; the message says who is late."""
 
 
-class PollerStopped(AtroposClientError, RuntimeError):
-    """A batch was asked of a poller that was never started, or was stopped and is empty."""
+class FetcherStopped(AtroposClientError, RuntimeError):
+    """A batch was asked of a fetcher that was never started, or was stopped."""
 
 
 class FetcherDied(AtroposClientError, RuntimeError):
-    """The fetching process ended without saying why; the message holds its last log lines."""
+    """The fetching process ended without saying why; or failed of what is none of these."""
 
 
 class JournalError(AtroposClientError):
@@ -164,6 +157,13 @@ class JournalLocked(JournalError, BlockingIOError):
 
 class JournalDamaged(JournalError, ValueError):
     """The journal is not what was written; the message names the file and says what to do."""
+
+    def __init__(
+        self, message: str, *, found: str | None = None, method: str | None = None, url: str | None = None
+    ) -> None:
+        super().__init__(message, method=method, url=url)
+        self.found = found or message
+        """What is wrong, without what to do about it."""
 
 
 class JournalMismatch(JournalError, ValueError):

@@ -108,6 +108,23 @@ def write_private(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def replace_private(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """Write a file as `write_private` does, whole or not at all: a reader finds the one before, or this one.
+
+    Args:
+        path: The file.
+        content: All of it.
+        durable: Flush it to the disk first, so that a power cut cannot leave an empty one.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with open_private(partial, "wb") as file:
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def set_modes(root: Path, mode: int) -> None:
     """Give a directory and all directories below it `mode`, and files the same without the right to enter."""
     for directory, _, files in os.walk(root):

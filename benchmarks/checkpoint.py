@@ -17,18 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from local_stack.models import make_tiny_model
-from trainer.checkpoint import (
-    RunState,
-    numpy_random_state,
-    python_random_state,
-    trained_parameter_names,
-    verify_checkpoint,
-    write_checkpoint,
-)
-from trainer.manifest import forget_cached_pages, verify_files, write_manifest
+from trainer.checkpoints.format import RunState, trained_parameter_names, verify_checkpoint, write_checkpoint
+from trainer.checkpoints.manifest import forget_cached_pages, verify_files, write_manifest
+from trainer.model.base_checkpoint import read_base
 
 
 def main() -> None:
@@ -45,7 +38,6 @@ def main() -> None:
 
 def measure(scratch: Path, times: int) -> None:
     """Write the same checkpoint several times."""
-    tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(scratch / "tiny"))
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=49152,
@@ -69,18 +61,17 @@ def measure(scratch: Path, times: int) -> None:
         normalizer={},
         stored_dtype="bfloat16",
         parameter_names=trained_parameter_names(model),
-        python_random=python_random_state(),
-        numpy_random=numpy_random_state(),
     )
+    model.save_pretrained(scratch / "base")
+    base = read_base(str(scratch / "base"))
     path = scratch / "checkpoints/step-000001"
 
     def write() -> None:
         write_checkpoint(
             path,
             model=model,
-            tokenizer=tokenizer,
+            base=base,
             optimizer=optimizer,
-            random_states={"cpu": torch.get_rng_state()[None]},
             state=state,
             configuration={},
             versions={},

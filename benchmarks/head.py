@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.head import tiled_scores
+from trainer.model.lm_head import tiled_scores
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 WAYS = {

@@ -40,12 +40,12 @@ from local_stack.commands import api_command
 from local_stack.models import prepare_demo_model
 from local_stack.services import free_addresses
 from schemas import BatchReply, EnvironmentRegistration, ScoredGroup
-from trainer.advantages import AdvantageNormalizer
-from trainer.assembly import build_trainer
 from trainer.config import DataSettings, LossSettings, load_config
 from trainer.packing import pack
-from trainer.preparation import PreparedBatch, prepare_batch
-from trainer.samples import ModelLimits
+from trainer.run.build import build_trainer
+from trainer.samples.advantages import AdvantageNormalizer
+from trainer.samples.prepare import PreparedBatch, prepare_batch
+from trainer.samples.validation import ModelLimits
 
 VOCABULARY = 49_152
 PROMPT = 400

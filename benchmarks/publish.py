@@ -35,10 +35,10 @@ from local_stack.commands import Address, vllm_command, vllm_environment
 from local_stack.models import prepare_demo_model
 from local_stack.processes import ChildProcess
 from local_stack.services import free_addresses
-from trainer.assembly import build_publisher
 from trainer.config import load_config
 from trainer.publish import Publisher
-from trainer.setup import prepare_run
+from trainer.run.build import build_publisher
+from trainer.run.train_state import prepare_run
 
 START_TIMEOUT = 300.0
 PHASES = {

@@ -1,9 +1,9 @@
-"""Writes the tables of docs/performance.md and draws its picture, from the results of `benchmarks.step`.
+"""Writes the tables of docs/performance.md and benchmarks/results/step.md, and the picture, from the results.
 
     python -m benchmarks.report                 # every file in benchmarks/results/
     python -m benchmarks.report one.json two.json
 
-Only what stands between the page's markers (`<!-- step -->` to `<!-- /step -->` and so on) is replaced. Where
+Only what stands between the pages' markers (`<!-- step -->` to `<!-- /step -->` and so on) is replaced. Where
 several files hold the same case, dtype, model and device, the later one counts (files are read by name).
 """
 
@@ -25,6 +25,7 @@ from benchmarks.step._table import COLUMNS, cells, describe_counts, throughput_l
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+CASES = RESULTS / "step.md"
 PICTURE = ROOT / "docs" / "performance.png"
 
 _COLUMNS = (
@@ -45,16 +46,15 @@ Run = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrite page and picture."""
+    """Rewrite pages and picture."""
     options = _parser().parse_args(arguments)
     files = options.files or sorted(RESULTS.glob("*.json"))
     runs = read_runs(files)
     if not runs:
         raise SystemExit(f"no results of benchmarks.step in {', '.join(map(str, files)) or RESULTS}")
-    text = options.page.read_text(encoding="utf-8")
     for marker, lines in sections(runs).items():
-        text = replace_between(text, marker, lines)
-    options.page.write_text(text, encoding="utf-8")
+        page = options.cases if marker == "step" else options.page
+        page.write_text(replace_between(page.read_text(encoding="utf-8"), marker, lines), encoding="utf-8")
     draw([run for run in runs if _kind(run) == "step"], options.picture)
 
 
@@ -73,13 +73,14 @@ def read_runs(files: Sequence[Path]) -> list[Run]:
 
 def sections(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Markdown by marker."""
-    of_kind = {
-        kind: [run for run in runs if _kind(run) == kind] for kind in ("step", "ablation", "throughput")
-    }
+    kinds = ("step", "ablation", "throughput", "gradients")
+    of_kind = {kind: [run for run in runs if _kind(run) == kind] for kind in kinds}
     return {
         "summary": _summary(of_kind["step"]),
         "step": [line for run in of_kind["step"] for line in _run(run)],
         "ablation": _ablation(of_kind["ablation"]),
+        "gradients": _gradients(of_kind["gradients"])
+        or ["Not measured yet since the comparison is with float32."],
         "throughput": [line for run in of_kind["throughput"] for line in _throughput(run)]
         or ["Not measured yet: it needs a GPU, and none was at hand."],
     }
@@ -102,6 +103,8 @@ def replace_between(text: str, marker: str, lines: Sequence[str]) -> str:
 def _kind(run: Run) -> str:
     if run["optimizer_step"]:
         return "throughput"
+    if not any(row["seconds"] for row in run["contenders"]):
+        return "gradients"
     ours = [row for row in run["contenders"] if row["name"].startswith("ours")]
     return "ablation" if len(ours) > 1 else "step"
 
@@ -169,6 +172,20 @@ def _ablation(runs: Sequence[Run]) -> list[str]:
     return [*lines, "", f"{_about(runs[-1])}."]
 
 
+def _gradients(runs: Sequence[Run]) -> list[str]:
+    """One line a run: how far each contender's gradients are from those in float32."""
+    if not runs:
+        return []
+    labels = list(dict.fromkeys(summary.label for run in runs for summary in summarize(run)))
+    lines = ["| case | dtype | " + " | ".join(labels) + " |", "|---" * (len(labels) + 2) + "|"]
+    for run in runs:
+        found = {summary.label: cells(summary)[-1] for summary in summarize(run)}
+        lines.append(
+            " | ".join([f"| {run['case']}", run["dtype"], *(found.get(each, "") for each in labels)]) + " |"
+        )
+    return [*lines, "", f"{describe(runs[-1]['machine'])}."]
+
+
 def _throughput(run: Run) -> list[str]:
     title = f"**{run['model']}, {run['title']}, {run['dtype']}, on {run['device']}.**"
     return [title, "", *(f"- {line}" for line in throughput_lines(run)), "", f"{_about(run)}.", ""]
@@ -203,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", type=Path, nargs="*", help=f"default: all of {RESULTS.relative_to(ROOT)}/")
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--cases", type=Path, default=CASES, help="the page with every case")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     return parser
 

@@ -215,11 +215,30 @@ def to_completion_request(request: dict[str, Any]) -> dict[str, Any]:
         raise RequestRefused("/generate does not repeat the prompt: ask for `prompt_logprobs`", param="echo")
     return {
         **_NEUTRAL_SAMPLING,
-        **request,
+        **_with_stop_token_ids(request),
         "prompt": _one_prompt(request.get("prompt")),
         "return_token_ids": True,
         # Otherwise the keys of the likeliest tokens are texts, and several tokens can have the same text.
         "return_tokens_as_token_ids": True,
+    }
+
+
+def _with_stop_token_ids(request: dict[str, Any]) -> dict[str, Any]:
+    """Token ids in `stop`, where environments put their end-of-sequence token, are no texts for vLLM.
+
+    >>> _with_stop_token_ids({"stop": [2, "."], "stop_token_ids": [3]})
+    {'stop': ['.'], 'stop_token_ids': [3, 2]}
+    """
+    stop = request.get("stop")
+    entries = stop if isinstance(stop, list) else [stop]
+    ids = [each for each in entries if isinstance(each, int) and not isinstance(each, bool)]
+    if not ids:
+        return request
+    known = request.get("stop_token_ids") or []
+    return {
+        **request,
+        "stop": [each for each in entries if each not in ids],
+        "stop_token_ids": [*known, *ids],
     }
 
 

@@ -50,7 +50,7 @@ class LocalCommand:
         )
         parser.add_argument(
             "--vllm-python",
-            type=Path,
+            type=_path,
             default=None,
             metavar="PATH",
             help="interpreter of the environment with vLLM; default: .venv-vllm/bin/python",
@@ -58,13 +58,16 @@ class LocalCommand:
         parser.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and training")
         parser.add_argument(
             "--run-dir",
-            type=Path,
+            type=_path,
             default=None,
             help="where everything is written; an unfinished run goes on from its newest checkpoint; "
             "default: a new directory below runs/",
         )
         parser.add_argument(
-            "--config", type=Path, default=_DEFAULT_CONFIG, help="the trainer's settings; default: the demo's"
+            "--config",
+            type=_path,
+            default=_DEFAULT_CONFIG,
+            help="the trainer's settings; default: the demo's",
         )
         parser.epilog = (
             "Every setting of `atropos-train run` can be given too, e.g. --optimizer.learning_rate 1e-5"
@@ -97,6 +100,12 @@ def new_run_directory(now: datetime | None = None) -> Path:
     """Return a name below runs/ that says when the run began."""
     moment = now or datetime.now().astimezone()
     return Path("runs") / f"local-{moment:%Y%m%d-%H%M%S}"
+
+
+def _path(text: str) -> Path:
+    from trainer.config import expand_home
+
+    return Path(expand_home(text))
 
 
 def _positive(text: str) -> int:

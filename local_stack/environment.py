@@ -12,15 +12,20 @@ Environment variable `ATROPOS_ENVIRONMENT_LOG` sets the lowest level of log line
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig, ScoredDataGroup
 from pydantic import Field
+from tenacity import RetryError
 
+from atropos_client.readable import require_readable
 from local_stack.arithmetic import Addition, share_right, split_problems, training_order
 from local_stack.turns import UNPUBLISHED, Turns
 
@@ -56,13 +61,13 @@ class ArithmeticConfig(BaseEnvConfig):  # type: ignore[misc] # atroposlib ships 
     )
     evaluate_before_training: bool = Field(
         default=False,
-        description="serve: evaluate before the first rollout, into data_dir_to_save_evals",
+        description="serve: evaluate before the first rollout, once, into data_dir_to_save_evals",
     )
     on_policy: bool = Field(
         default=True,
         description="Sample one training batch for each version of the weights, then wait for the next",
     )
-    ready_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for the inference server")
+    ready_timeout: float = Field(default=600.0, gt=0, description="Seconds to wait for the servers")
 
 
 class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships no annotations
@@ -84,46 +89,75 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
         )
         return ArithmeticConfig(), [server]
 
+    def __init__(self, config: ArithmeticConfig, *args: Any, **kwargs: Any) -> None:
+        require_readable(config.tokenizer_name)
+        super().__init__(config, *args, **kwargs)
+
     async def setup(self) -> None:
         """Wait for the inference server; with `evaluate_before_training`, measure the untrained model."""
         self._problems = training_order(self.config.seed)
         await self._wait_for_inference()
-        if self.config.evaluate_before_training:
+        if self.config.evaluate_before_training and not self._has_evaluated():
             await self.evaluate()
         self._turns: Turns | None = None  # the batch size is known after registration
         self._turn_of_task: dict[asyncio.Task[Any] | None, str | None] = {}
+
+    async def get_status(self) -> None:
+        """Ask how much is queued; an API that was restarted has forgotten us, so register again.
+
+        Raises:
+            RetryError: The API cannot be reached for `ready_timeout` seconds.
+        """
+        deadline = time.monotonic() + self.config.ready_timeout
+        while True:
+            try:
+                await super().get_status()
+            except RetryError as error:  # of BaseEnv, after three attempts
+                if time.monotonic() > deadline:
+                    raise
+                reason = error.last_attempt.exception()
+            else:
+                return
+            if not isinstance(reason, aiohttp.ClientResponseError):
+                logger.warning("The API at %s does not answer: %s", self.config.rollout_server_url, reason)
+                continue
+            logger.warning(
+                "The API at %s does not know us: registering again", self.config.rollout_server_url
+            )
+            with contextlib.suppress(RetryError):
+                await self.register_env()
+                await self.get_server_info()
+                self._turns = None  # what was sent for this version is gone: it may be sampled again
 
     async def get_next_item(self) -> Addition:
         """Return the next problem to sample replies for."""
         return next(self._problems)
 
     async def handle_env(self, item_uuid: str) -> Any:
-        """Roll out one item; if BaseEnv cancels it, even while it is sent, its turn goes to another group."""
+        """Roll out one item and send its group; a turn for which none was sent goes to another group."""
         task = asyncio.current_task()
+        group = None
         try:
-            return await super().handle_env(item_uuid)
-        except asyncio.CancelledError:
-            self._give_back(self._turn_of_task.get(task))
-            raise
+            group = await super().handle_env(item_uuid)  # None if it failed; BaseEnv may cancel it, too
         finally:
-            self._turn_of_task.pop(task, None)
+            turn = self._turn_of_task.pop(task, None)
+            if self._turns is not None:
+                flat = group is not None and len(group["scores"]) > 1 and len(set(group["scores"])) == 1
+                if group is None or (flat and self.config.ensure_scores_are_not_same):
+                    self._turns.give_back(turn)
+                elif flat:
+                    self._turns.note_flat(turn)
+        return group
 
     async def collect_trajectories(self, item: Addition) -> tuple[ScoredDataGroup, list[Addition]]:
         """Sample and score one group; the second element, the backlog, is always empty."""
-        turn = self._turn_of_task[asyncio.current_task()] = await self._take_turn()
-        try:
-            sampled = await self._sample(item, count=self.config.group_size, split="train")
-        except Exception:  # BaseEnv logs it and goes on without this group
-            self._give_back(turn)
-            raise
-        scores = [item.score(reply) for _, reply in sampled]
-        if self.config.ensure_scores_are_not_same and len(set(scores)) == 1:
-            self._give_back(turn)  # BaseEnv drops this group
+        self._turn_of_task[asyncio.current_task()] = await self._take_turn()
+        sampled = await self._sample(item, count=self.config.group_size, split="train")
         group = ScoredDataGroup(
             tokens=[node.tokens for node, _ in sampled],
             masks=[node.masked_tokens for node, _ in sampled],
             inference_logprobs=[node.logprobs for node, _ in sampled],
-            scores=scores,
+            scores=[item.score(reply) for _, reply in sampled],
             generation_params={"temperature": self.config.temperature},
             # BaseEnv reads a group size from group_overrides and cannot take None here.
             group_overrides={},
@@ -161,6 +195,11 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
             verbose=False,
         )
 
+    def _has_evaluated(self) -> bool:
+        """Whether an environment that was restarted measured the untrained model, which is no more."""
+        directory = self.config.data_dir_to_save_evals
+        return directory is not None and (Path(directory) / "metrics.json").exists()
+
     async def _sample(self, item: Addition, *, count: int, split: str) -> list[tuple[Any, str]]:
         """Return `count` pairs of (node with tokens, masked tokens and log-probs; text of the reply)."""
         async with self.server.managed_server(tokenizer=self.tokenizer) as managed:
@@ -184,10 +223,6 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
             url = self.server.servers[0].config.base_url.removesuffix("/v1") + "/weight_info"
             self._turns = Turns(lambda: _weight_version(url), per_version=groups)
         return await self._turns.take()
-
-    def _give_back(self, turn: str | None) -> None:
-        if self._turns is not None:
-            self._turns.give_back(turn)
 
     async def _wait_for_inference(self) -> None:
         """Return once every inference server answers `/health`.
@@ -227,17 +262,36 @@ async def _weight_version(url: str) -> str | None:
         return None
 
 
+class _OnceAMinute(logging.Filter):
+    """Drops a message that repeats the one before within a minute: BaseEnv says each second that it waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last, self._since = "", 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message, now = record.getMessage(), time.monotonic()
+        if message == self._last and now - self._since < 60:
+            return False
+        self._last, self._since = message, now
+        return True
+
+
 def main() -> None:
     """Run Atropos's command line (serve, process, evaluate) for this environment."""
     logging.basicConfig(
         level=os.environ.get("ATROPOS_ENVIRONMENT_LOG", "INFO").upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger().addFilter(_OnceAMinute())  # what BaseEnv logs without a logger of its own
     # BaseEnv logs its queue ten times a second at INFO, and every HTTP request is another line.
     for chatty in ("atroposlib", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("atroposlib.envs.base").setLevel(logging.WARNING)
-    ArithmeticEnvironment.cli()
+    try:
+        ArithmeticEnvironment.cli()
+    except PermissionError as error:
+        sys.exit(f"the environment cannot start: {error}")
 
 
 if __name__ == "__main__":

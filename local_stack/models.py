@@ -25,6 +25,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from atropos_client.private_files import set_modes
+
 __all__ = ["default_cache_directory", "make_tiny_model", "prepare_demo_model"]
 
 _log = logging.getLogger(__name__)
@@ -211,7 +213,7 @@ def _written_aside(target: Path) -> Iterator[Path]:
         for path in unfinished.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        unfinished.chmod(0o755)  # mkdtemp makes it private
+        set_modes(unfinished, 0o755)  # mkdtemp and safetensors make theirs private; a model is for every user
         try:
             unfinished.rename(target)
         except OSError:

@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from atropos_client.private_files import replace_private
 from local_stack.curve import curve
 from local_stack.state import RunState
 
@@ -51,9 +52,7 @@ class Report(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the report as JSON, complete or not at all."""
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_private(path, self.model_dump_json(indent=2).encode() + b"\n")
 
 
 def make_report(state: RunState, *, model: str, heldout_after: float) -> Report:

@@ -28,8 +28,8 @@ class Turns:
             Weights that no trainer has labelled yet, at the start or after the server was restarted, get no
             turns: they may be far from the newest.
         per_version: Turns for each version: the groups of one training batch.
-        patience: Seconds after which new turns are handed out although the version stayed. A trainer that
-            can do nothing with a batch makes no new version and needs another batch.
+        patience: Seconds after which new turns are handed out although the version stayed: the trainer may
+            have skipped the batch for a reason that is not seen here.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Turns:
         self._patience = patience
         self._version: str | None = None
         self._left = 0
+        self._flat = 0
         self._lock = asyncio.Lock()
 
     async def take(self) -> str | None:
@@ -52,16 +53,31 @@ class Turns:
                     return None
                 if version != self._version:
                     self._version = version
-                    self._left = 0 if version == UNPUBLISHED else self._per_version
+                    self._refill(0 if version == UNPUBLISHED else self._per_version)
+                elif self._flat >= self._per_version:
+                    logger.info("no group of version %s has a spread in its scores: sampling again", version)
+                    self._refill(self._per_version)
                 elif not self._left and time.monotonic() - since > self._patience:
                     logger.warning("still version %s after %.0f s: sampling again", version, self._patience)
-                    self._left = self._per_version
+                    self._refill(self._per_version)
                 if self._left:
                     self._left -= 1
                     return version
                 await asyncio.sleep(_POLL_SECONDS)
 
     def give_back(self, version: str | None) -> None:
-        """Return a turn that was not used, because its task was cancelled."""
+        """Return a turn for which no group was sent."""
         if version is not None and version == self._version:
             self._left += 1
+
+    def note_flat(self, version: str | None) -> None:
+        """Count a group that was sent although its scores are all equal.
+
+        A batch of such groups has no advantage that differs from 0. The trainer skips it and makes no new
+        version, so `take` hands out new turns for the old one at once.
+        """
+        if version is not None and version == self._version:
+            self._flat += 1
+
+    def _refill(self, turns: int) -> None:
+        self._left, self._flat = turns, 0

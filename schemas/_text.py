@@ -1,4 +1,4 @@
-"""Text of others on our terminals and in our logs: nothing in it may act, only be read."""
+"""Escapes control characters in untrusted text, and writes counts, for terminals and logs."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def printable(text: str, *, lines: bool = False) -> str:
     """
     pattern = _ON_LINES if lines else _ON_ONE_LINE
     return pattern.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Write how many there are of something: `1 batch`, `2 batches`, `0 bodies`."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return f"{number} {noun}es"
+    if noun.endswith("y"):
+        return f"{number} {noun[:-1]}ies"
+    return f"{number} {noun}s"

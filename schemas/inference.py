@@ -16,7 +16,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity in every log-prob that is sent as JSON; the value is vLLM's."""
@@ -88,12 +88,6 @@ class ModelList(_Message):
     data: list[ModelCard] = Field(default_factory=list)
 
 
-class ServerVersion(_Message):
-    """Reply of `GET /version`."""
-
-    version: str
-
-
 class PromptTokensDetails(_Message):
     """Where the tokens of a prompt came from."""
 
@@ -115,9 +109,6 @@ class TokenLogProb(_Message):
     """One candidate at one position."""
 
     logprob: float
-    rank: int | None = None
-    """1 for the likeliest token of the vocabulary."""
-    decoded_token: str | None = None
 
 
 PromptLogProbs = list[dict[int, TokenLogProb] | None]
@@ -140,12 +131,10 @@ class SamplingFields(_OpenMessage):
     min_p: float | None = None
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     max_tokens: int | None = None
-    min_tokens: int = 0
     stop: str | list[str] | None = None
     """The text ends before the first of these; the token ids keep the tokens that completed it."""
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     """Also score the prompt: that many likeliest tokens per position, besides the prompt's own token."""
@@ -160,10 +149,6 @@ class CompletionRequest(SamplingFields):
     max_tokens: int | None = 16
     logprobs: int | None = None
     """Also return the sampled tokens' log-probs, and those of that many likeliest tokens."""
-    echo: bool | None = False
-    stream: bool | None = False
-    add_special_tokens: bool = True
-    """For text prompts: let the tokenizer add its beginning-of-sequence token."""
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     """Write tokens in `logprobs` as `token_id:<id>` instead of as text."""
@@ -223,36 +208,8 @@ class ChatCompletionRequest(SamplingFields):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     """Wins over `max_tokens`; with neither, the rest of the context."""
-    logprobs: bool | None = False
-    top_logprobs: int | None = 0
-    stream: bool | None = False
     add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
-
-
-class ChatTopLogProb(_Message):
-    """One candidate at one position of a chat completion."""
-
-    token: str
-    logprob: float = LOWEST_LOGPROB
-    bytes: list[int] | None = None
-
-
-class ChatTokenLogProb(ChatTopLogProb):
-    """One generated token of a chat completion and its likeliest rivals."""
-
-    top_logprobs: list[ChatTopLogProb] = Field(default_factory=list)
-
-
-class ChatLogProbs(_Message):
-    """Log-probs of one chat completion, one entry per generated token."""
-
-    content: list[ChatTokenLogProb] | None = None
 
 
 class ChatReplyMessage(_Message):
@@ -267,10 +224,8 @@ class ChatCompletionChoice(_Message):
 
     index: int
     message: ChatReplyMessage
-    logprobs: ChatLogProbs | None = None
     finish_reason: str | None = "stop"
     stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
 
 
 class ChatCompletionReply(_Message):
@@ -282,8 +237,6 @@ class ChatCompletionReply(_Message):
     model: str
     choices: list[ChatCompletionChoice]
     usage: Usage
-    prompt_logprobs: PromptLogProbs | None = None
-    prompt_token_ids: list[int] | None = None
 
 
 # --- Atropos's own generation route ---------------------------------------------------------------
@@ -302,7 +255,18 @@ class GenerateRequest(SamplingFields):
     prompt: GeneratePrompt | TokenIds | str
     max_tokens: int | None = 16
     logprobs: int | None = None
-    stream: bool | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_token_ids_out_of_stop(cls, fields: Any) -> Any:
+        """Environments put the id of their end-of-sequence token into `stop`."""
+        stop = fields.get("stop") if isinstance(fields, dict) else None
+        entries = stop if isinstance(stop, list) else [stop]
+        ids = [each for each in entries if isinstance(each, int) and not isinstance(each, bool)]
+        if not ids:
+            return fields
+        texts = [each for each in entries if each not in ids]
+        return {**fields, "stop": texts, "stop_token_ids": [*(fields.get("stop_token_ids") or []), *ids]}
 
 
 class GenerateReply(_Message):
@@ -326,14 +290,10 @@ class GenerateReply(_Message):
 
 
 class TokenizeRequest(_Message):
-    """Body of `POST /tokenize`: text, or a conversation for the chat template."""
+    """Body of `POST /tokenize`."""
 
     model: str | None = None
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool | None = None
-    """None: added to text, not to a conversation, whose template adds its own."""
-    add_generation_prompt: bool = True
+    prompt: str
 
 
 class TokenizeReply(_Message):

@@ -1,4 +1,4 @@
-"""What SGLang's HTTP server says (0.5.23): the routes that publishing uses, no others.
+"""Models what SGLang's HTTP server says (0.5.23): the routes that publishing uses, no others.
 
 Field names, types and defaults are those of SGLang's own request models. Requests refuse unknown fields,
 because SGLang drops them without a word: a misspelt `flush_cache` would do nothing. Replies drop unknown
@@ -22,12 +22,6 @@ PauseMode = Literal["abort", "retract", "in_place"]
 """What becomes of the requests in flight: ended; back into the queue, their keys and values to be computed
 again; or frozen as they are, with keys and values that old weights computed."""
 
-Selector = Literal["target", "draft", "all"]
-"""Which models of a server take new weights, if one drafts for the other."""
-
-GROUP_NAME = "weight_update_group"
-"""Name of a process group, where none is given."""
-
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,8 +39,6 @@ class ModelInfo(_Reply):
 
     model_path: str
     """Directory of the weights; the last one that was loaded from disk."""
-    served_model_name: str | None = None
-    """The name in `/v1/models`; loading from disk replaces it by the directory."""
     is_generation: bool = True
     weight_version: str | None = None
     """The label; `default` until somebody sets one."""
@@ -55,13 +47,6 @@ class ModelInfo(_Reply):
 class ServerInfo(_Reply):
     """Reply of `GET /server_info`: what the server was started with."""
 
-    version: str | None = None
-    tp_size: int = Field(ge=1)
-    """Workers that share one copy of the model."""
-    dp_size: int = 1
-    """Copies of the model behind one address."""
-    pp_size: int = 1
-    """Stages of the model, on workers of their own."""
     tokenizer_worker_num: int = 1
     """Processes that take HTTP requests."""
     hicache_storage_backend: str | None = None
@@ -89,10 +74,7 @@ class PauseRequest(_Request):
 
 
 class ContinueRequest(_Request):
-    """Body of `POST /continue_generation`."""
-
-    torch_empty_cache: bool = True
-    """Give memory that is cached but not used back to the driver."""
+    """Body of `POST /continue_generation`: nothing but `{}`."""
 
 
 class WeightVersionRequest(_Request):
@@ -111,65 +93,10 @@ class DiskUpdateRequest(_Request):
 
     model_path: str
     """Directory, as the server sees it."""
-    load_format: str | None = None
-    """None: as the server was started."""
-    abort_all_requests: bool = False
     weight_version: str | None = None
     """New label; None leaves it."""
-    is_async: bool = False
-    torch_empty_cache: bool = False
-    keep_pause: bool = False
-    recapture_cuda_graph: bool = False
-    token_step: int = 0
     flush_cache: bool = True
     """Empty the prefix cache. With requests in flight that is refused, after the weights were loaded."""
-
-
-class GroupInitRequest(_Request):
-    """Body of `POST /init_weights_update_group`: the workers join a process group."""
-
-    master_address: str
-    """Where rank 0 listens."""
-    master_port: int
-    rank_offset: int
-    """Rank of the server's first worker."""
-    world_size: int
-    """All workers and the sender."""
-    group_name: str = GROUP_NAME
-    backend: str = "nccl"
-
-
-class GroupDestroyRequest(_Request):
-    """Body of `POST /destroy_weights_update_group`."""
-
-    group_name: str = GROUP_NAME
-
-
-class UpdateBeginRequest(_Request):
-    """Body of `POST /begin_weight_update`; only after it are weights taken from a group."""
-
-    selector: Selector = "all"
-
-
-class UpdateEndRequest(_Request):
-    """Body of `POST /end_weight_update`; an empty object."""
-
-
-class GroupUpdateRequest(_Request):
-    """Body of `POST /update_weights_from_distributed`: what rank 0 will broadcast, in this order."""
-
-    names: list[str]
-    dtypes: list[str]
-    """`bfloat16`, `float32`, ...: names in torch."""
-    shapes: list[list[int]]
-    group_name: str = GROUP_NAME
-    flush_cache: bool = True
-    abort_all_requests: bool = False
-    weight_version: str | None = None
-    load_format: str | None = None
-    """None: one broadcast for each weight. `flattened_bucket`: one for all."""
-    selector: Selector = "all"
-    torch_empty_cache: bool = False
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -201,7 +128,6 @@ class GenerateRequest(_Request):
     -1: none, only generated tokens."""
     top_logprobs_num: int | None = None
     """How many of the likeliest tokens to tell at each position."""
-    stream: bool = False
 
 
 class TokenLogProb(NamedTuple):
@@ -213,32 +139,11 @@ class TokenLogProb(NamedTuple):
     text: str | None = None
 
 
-class FinishReason(_Reply):
-    """Why generation ended."""
-
-    type: str
-    """`stop`, `length` or `abort`."""
-    message: str | None = None
-
-
-class VersionSpan(_Reply):
-    """Which weights generated which tokens of a reply."""
-
-    version: str
-    start: int
-    """First generated token."""
-    end: int
-    """One after the last."""
-
-
 class MetaInfo(_Reply):
     """What SGLang tells of one reply, besides its text."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     cached_tokens: int | None = None
     """Prompt tokens whose keys and values were taken from the prefix cache."""
-    finish_reason: FinishReason | None = None
     input_token_logprobs: list[TokenLogProb] | None = None
     """From `logprob_start_len` on; the first has no log-prob. Ids at the very end of the vocabulary come
     back as 0."""
@@ -246,15 +151,11 @@ class MetaInfo(_Reply):
     """Of the generated tokens, divided by the temperature unless the server runs with
     SGLANG_RETURN_ORIGINAL_LOGPROB=1."""
     output_top_logprobs: list[list[TokenLogProb] | None] | None = None
-    weight_version: str | None = None
-    weight_versions: list[VersionSpan] = Field(default_factory=list)
 
 
 class GenerateReply(_Reply):
     """Reply of `POST /generate` to one prompt."""
 
-    text: str = ""
-    output_ids: list[int] = Field(default_factory=list)
     meta_info: MetaInfo
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,17 @@ def read_services(**overrides: str) -> dict[str, dict[str, Any]]:
     values = {**read_defaults(), **overrides}
     services: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE_FILE.read_text(encoding="utf-8"))["services"]
     return {name: _filled_in(service, values) for name, service in services.items()}
+
+
+def compose_program() -> list[str] | None:
+    """The installed docker-compose, of either generation; None without one."""
+    if shutil.which("docker-compose"):
+        return ["docker-compose"]
+    if shutil.which("docker"):
+        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+        if plugin.returncode == 0:
+            return ["docker", "compose"]
+    return None
 
 
 def read_defaults() -> dict[str, str]:

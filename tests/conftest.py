@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -31,6 +32,11 @@ class RunningInferenceServer:
     engine: Engine
     client: httpx.Client
     """A client with `url` as its base."""
+    server: InferenceServer
+
+    def stop(self) -> None:
+        """Tell it to stop, as a signal does."""
+        self.server.should_exit = True
 
     def post(self, path: str, body: Any = None, **parameters: Any) -> httpx.Response:
         """Post JSON and return the response, whatever its status."""
@@ -43,6 +49,12 @@ class RunningInferenceServer:
         assert response.status_code == 200, response.text
         choices: list[dict[str, Any]] = response.json()["choices"]
         return choices
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through torch and transformers again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -106,9 +118,9 @@ def _running_server(
         try:
             with httpx.Client(base_url=url, timeout=60.0) as client:
                 _wait_until(lambda: server.started or not thread.is_alive())
-                yield RunningInferenceServer(url, model_name, directory, engine, client)
+                yield RunningInferenceServer(url, model_name, directory, engine, client, server)
         finally:
-            server.stop()
+            server.should_exit = True
             thread.join(_START_TIMEOUT)
             assert not thread.is_alive(), "the inference server did not stop"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -11,10 +12,27 @@ from pathlib import Path
 
 import pytest
 
+from trainer.config import ON_RESUME, config_fields, matching_rows
+
 ROOT = Path(__file__).parent.parent
 ROOMS = ("schemas", "atropos_client", "trainer", "local_stack")
 # Every room may import itself and the rooms before it.
 MAY_IMPORT = {room: set(ROOMS[: position + 1]) for position, room in enumerate(ROOMS)}
+
+# The same within the trainer, a floor a line: a room may import itself, and rooms of the floors before.
+FLOORS = (
+    ("errors", "row_files"),
+    ("extensions",),
+    ("config", "launch", "losses"),
+    ("monitoring", "samples"),
+    ("packing",),
+    ("model", "sources"),
+    ("export",),
+    ("checkpoints", "publish"),
+    ("run",),
+    ("check",),
+    ("cli",),
+)
 
 
 def imported_modules(source: str) -> Iterator[str]:
@@ -46,6 +64,41 @@ def test_imports_between_rooms_point_one_way(room: str) -> None:
     assert files_of(room)
     forbidden = set(ROOMS) - MAY_IMPORT[room]
     assert {top: files for top, files in tops_of(room).items() if top in forbidden} == {}
+
+
+def room_of(module: str) -> str:
+    """The room of a module of the trainer."""
+    return module.split(".")[1]
+
+
+def trainer_imports() -> Iterator[tuple[str, str]]:
+    """Yield each import within the trainer: who imports, and what, as full names."""
+    for path in files_of("trainer"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if module == "trainer":
+            continue  # what the package gives by name, from any room
+        for imported in imported_modules(path.read_text(encoding="utf-8")):
+            if imported.startswith("trainer."):
+                yield module, imported
+
+
+def test_rooms_of_the_trainer_import_only_rooms_of_lower_floors() -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    imports = set(trainer_imports())
+    assert {room_of(module) for pair in imports for module in pair} == floor.keys()
+    upwards = {
+        (module, imported)
+        for module, imported in imports
+        if room_of(module) != room_of(imported) and floor[room_of(imported)] >= floor[room_of(module)]
+    }
+    assert upwards == set()
+
+
+def test_no_file_of_the_trainer_imports_itself_by_way_of_others() -> None:
+    arrows: dict[str, set[str]] = {}
+    for module, imported in trainer_imports():
+        arrows.setdefault(module, set()).add(imported)
+    tuple(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
 
 
 def test_schemas_imports_only_pydantic_and_the_standard_library() -> None:
@@ -85,6 +138,13 @@ def test_all_lists_exactly_what_the_package_imports_by_name_and_is_sorted(packag
     assert len(module.__all__) == len(set(module.__all__))
     assert list(module.__all__) == sorted(module.__all__, key=_ruff_order)
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_every_setting_says_whether_it_may_change_on_resume() -> None:
+    names = [field.name for field in config_fields()]
+    rows = {name: matching_rows(name) for name in names}  # of trainer.config._resume
+    assert {name: found for name, found in rows.items() if len(found) != 1} == {}
+    assert {row for found in rows.values() for row in found} == set(ON_RESUME)
 
 
 def _ruff_order(name: str) -> tuple[int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from local_stack.commands import Address, api_command, inference_command, serve_command, train_command
-from tests.compose import ROOT, read_defaults, read_services
+from tests.compose import ROOT, compose_program, read_defaults, read_services
 from trainer.config import load_config
 
 SERVICES = read_services()
@@ -28,24 +27,14 @@ def active(profile: str) -> set[str]:
     return {name for name, service in SERVICES.items() if profile in service.get("profiles", [profile])}
 
 
-def compose_program() -> list[str]:
-    """The installed docker-compose; without one the test is skipped, but never on continuous integration."""
-    if shutil.which("docker-compose"):
-        return ["docker-compose"]
-    if shutil.which("docker"):
-        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
-        if plugin.returncode == 0:
-            return ["docker", "compose"]
-    message = "docker-compose is not installed (Debian: apt-get install docker-compose)"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
-
-
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_docker_compose_accepts_the_file(profile: str) -> None:
+    program = compose_program()
+    if program is None:
+        message = "docker-compose is not installed (Debian: apt-get install docker-compose)"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
     done = subprocess.run(
-        [*compose_program(), "--profile", profile, "config"],
+        [*program, "--profile", profile, "config"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -170,5 +159,5 @@ def test_vllm_is_started_with_the_routes_that_publishing_needs() -> None:
     "needed", ["README.md", "LICENSE", "pyproject.toml", "configs", "local_stack", "trainer"]
 )
 def test_the_image_build_sees_what_it_copies(needed: str) -> None:
-    ignore = (ROOT / "docker" / "Dockerfile.dockerignore").read_text().splitlines()
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
     assert f"!{needed}" in ignore

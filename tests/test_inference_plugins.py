@@ -16,11 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from inference_plugins import atropos_generate
 from inference_plugins.atropos_generate import AtroposGenerate, to_completion_request, to_generate_reply
-from local_stack.inference import Engine, create_app
 from schemas.inference import CurrentAdapter, ErrorReply, GenerateReply
 from tests.compose import ROOT
 from tests.conftest import RunningInferenceServer
@@ -37,13 +35,19 @@ def over(app: Any, *, root_path: str = "") -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
-def embedded_app(engine: Engine) -> Any:
-    """The embedded server's own application, but without the `/generate` that it has of its own."""
-    app: FastAPI = create_app(engine, model_name="tiny")
+def embedded_app(url: str) -> Any:
+    """The embedded server as an application, but without the `/generate` that it has of its own."""
 
     async def without_generate(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         assert scope["path"] != "/generate", "the middleware let /generate through"
-        await app(scope, receive, send)
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            body = (await receive()).get("body", b"")
+            reply = await client.request(
+                scope["method"], scope["path"], content=body, headers={"content-type": "application/json"}
+            )
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": reply.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": reply.content})
 
     return without_generate
 
@@ -51,7 +55,7 @@ def embedded_app(engine: Engine) -> Any:
 @pytest.fixture
 async def embedded(inference_server: RunningInferenceServer) -> AsyncIterator[httpx.AsyncClient]:
     """The middleware over the embedded server."""
-    async with over(embedded_app(inference_server.engine)) as client:
+    async with over(embedded_app(inference_server.url)) as client:
         yield client
 
 
@@ -484,3 +488,14 @@ def kept(sent: list[Any]) -> Any:
         sent.append(message)
 
     return send
+
+
+@pytest.mark.parametrize(
+    ("given", "stop", "ids"), [(7, [], [7]), ([7, "x"], ["x"], [3, 7]), ("x", "x", None), (None, None, None)]
+)
+def test_token_ids_in_stop_become_stop_token_ids(given: Any, stop: Any, ids: list[int] | None) -> None:
+    request: dict[str, Any] = {"prompt": [1], "stop": given}
+    if ids and len(ids) == 2:
+        request["stop_token_ids"] = [3]
+    rewritten = to_completion_request(request)
+    assert (rewritten.get("stop"), rewritten.get("stop_token_ids")) == (stop, ids)

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig, load_config
-    from trainer.loop import RunSummary, Trainer
-    from trainer.setup import Prepared, prepare_run
-    from trainer.sources import AtroposSource, BatchSource, RecordedSource
-    from trainer.weighted_sft import compute_advantage_weighted_sft_loss
+    from trainer.model.weighted_sft_call import compute_advantage_weighted_sft_loss
+    from trainer.run.loop import RunSummary, Trainer
+    from trainer.run.train_state import PreparedRun, prepare_run
+    from trainer.sources.incoming import BatchSource
+    from trainer.sources.live import AtroposSource
+    from trainer.sources.recorded import RecordedSource
 
 __all__ = [
     "AtroposSource",
     "BatchSource",
-    "Prepared",
+    "PreparedRun",
     "RecordedSource",
     "RunSummary",
     "Trainer",
@@ -29,16 +31,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AtroposSource": "trainer.sources",
-    "BatchSource": "trainer.sources",
-    "Prepared": "trainer.setup",
-    "RecordedSource": "trainer.sources",
-    "RunSummary": "trainer.loop",
-    "Trainer": "trainer.loop",
+    "AtroposSource": "trainer.sources.live",
+    "BatchSource": "trainer.sources.incoming",
+    "PreparedRun": "trainer.run.train_state",
+    "RecordedSource": "trainer.sources.recorded",
+    "RunSummary": "trainer.run.loop",
+    "Trainer": "trainer.run.loop",
     "TrainerConfig": "trainer.config",
-    "compute_advantage_weighted_sft_loss": "trainer.weighted_sft",
+    "compute_advantage_weighted_sft_loss": "trainer.model.weighted_sft_call",
     "load_config": "trainer.config",
-    "prepare_run": "trainer.setup",
+    "prepare_run": "trainer.run.train_state",
 }
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong in the trainer, as one tree.
+"""Errors of the trainer, as one tree.
 
 ::
 
@@ -13,6 +13,7 @@
     ├── TooManySkippedBatches               too many batches in a row that could not be trained
     ├── TooManySetAside                     too large a share of the groups could not be trained
     ├── MismatchTooLarge                    sampler and trainer disagree about what was sampled
+    ├── AnotherProcessFailed                another process of the run ended, or says that it cannot go on
     ├── DeadlineExceeded (TimeoutError)     a party we waited for did not answer in time
     └── PublishError                        see trainer.publish
 """
@@ -45,7 +46,7 @@ class CheckpointError(TrainerError, OSError):
 
 
 class DamagedCheckpoint(CheckpointError):  # noqa: N818 - reads as what was found
-    """What lies on the disk is not what was written; the message names the file and the reason."""
+    """A checkpoint on the disk is not what was written; the message names the file and the reason."""
 
 
 class MetricsError(TrainerError, OSError):
@@ -62,6 +63,10 @@ class TooManySetAside(TrainerError):  # noqa: N818
 
 class MismatchTooLarge(TrainerError):  # noqa: N818
     """The sampler's log-probs of a batch are far from the trainer's, though both have the same weights."""
+
+
+class AnotherProcessFailed(TrainerError):  # noqa: N818
+    """Another process of the run ended or failed; what it said itself is the cause."""
 
 
 class DeadlineExceeded(TrainerError, TimeoutError):  # noqa: N818 - reads as the event that it is

@@ -1,4 +1,4 @@
-"""What the fetching process is told: its settings, on the first line of its standard input."""
+"""Describes what the fetching process is told when it starts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from atropos_client._client import AtroposClient
+from atropos_client._retry import RetryPolicy
 from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts
 from atropos_client.journal import JournalLimits
 from schemas import Registration
 
 
 class FetcherSettings(BaseModel):
-    """How to reach the API and how to poll it; see `AtroposClient` and `BatchPoller`."""
+    """Says how to reach the API and how to poll it; see `AtroposClient`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,18 +34,20 @@ class FetcherSettings(BaseModel):
     """Patience per phase of a request."""
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     """Largest reply, in bytes."""
-    first_pause: float = 0.1
+    first_pause: float = Field(default=0.1, gt=0)
     """Seconds between polls when the API has no data; doubles."""
     longest_pause: float = 1.0
     """Seconds that this pause never exceeds."""
     longest_failure_pause: float = 15.0
     """Seconds that the pause after failures never exceeds."""
-    heartbeat: float = 60.0
+    heartbeat: float = Field(default=60.0, gt=0)
     """Seconds between two log lines that say who is late."""
-    patience: float = 900.0
+    patience: float = Field(default=900.0, gt=0)
     """Seconds without any proper answer of the API after which fetching ends."""
     farewell: float = 60.0
     """Seconds that a poll under way may still take when the trainer is gone or stops."""
+    retries: RetryPolicy = Field(default_factory=RetryPolicy)
+    """Bounds on repeating a request."""
 
     def make_client(self) -> AtroposClient:
         """A client of this API."""
@@ -54,12 +57,13 @@ class FetcherSettings(BaseModel):
             headers=self.headers,
             verify=self.ca_file or True,
             timeouts=self.timeouts,
+            retries=self.retries,
             max_body_bytes=self.max_body_bytes,
         )
 
 
 class Order(BaseModel):
-    """The first line: the settings and what only the parent process knows."""
+    """Holds the settings and what only the parent process knows: the first line of standard input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,9 +77,7 @@ class Order(BaseModel):
     parent_pid: int
     """Process id of the trainer."""
     log_level: int
-    """Log lines below are not sent."""
-    served_version: int
-    """Policy version that is served now; -1: unknown."""
+    """Lines below are not logged."""
 
     def to_line(self) -> bytes:
         """Return it as a line of JSON, secrets included: for a pipe, never for a log."""

@@ -1,4 +1,4 @@
-"""The durable journal: every batch on the disk before anything is done with it, and what became of each.
+"""Keeps every batch on the disk before anything is done with it, and tracks its outcome: the durable journal.
 
 The Atropos API removes a batch when it answers and keeps no copy. So a body is written here first, and the
 ledger beside it says of every batch: received, trained at which step, set aside, or skipped.
@@ -25,7 +25,9 @@ format; for the same reason bodies are compressed, which makes the disk last 2.6
     ├── journal.sqlite3      0600; table `batches` (the ledger) and table `bodies`
     ├── journal.sqlite3-wal  the write-ahead log; gone after a clean end
     ├── journal.sqlite3-shm  its index
-    └── lock                 held by the run that writes, with its process ids
+    ├── journal.marks        what its processes tell each other, and what outlives a killed one
+    ├── unrecorded-*.json    a body that the database did not take; the next start does
+    └── lock                 held by the run that writes, with its process ids; also by one without a journal
 
 The ledger does not decide what was trained: the checkpoint does. Outcomes are provisional until a checkpoint
 counts their batch, and `Journal.rewind` undoes those that it does not count.
@@ -33,9 +35,11 @@ counts their batch, and `Journal.rewind` undoes those that it does not count.
 
 from __future__ import annotations
 
+from atropos_client.journal._database import FILE_NAME as JOURNAL_FILE
 from atropos_client.journal._export import ExportForm, export_batches
 from atropos_client.journal._journal import Journal
-from atropos_client.journal._lock import WriterLock
+from atropos_client.journal._lock import LOCK_NAME, WriterLock
+from atropos_client.journal._marks import COUNTED, Marks
 from atropos_client.journal._records import (
     JournaledBatch,
     JournalLimits,
@@ -47,12 +51,16 @@ from atropos_client.journal._records import (
 )
 
 __all__ = [
+    "COUNTED",
+    "JOURNAL_FILE",
+    "LOCK_NAME",
     "ExportForm",
     "Journal",
     "JournalLimits",
     "JournalUsage",
     "JournaledBatch",
     "LedgerEntry",
+    "Marks",
     "Outcome",
     "RewindReport",
     "VerifyReport",

@@ -1,4 +1,4 @@
-"""The journal as JSON lines, for other programs."""
+"""Exports the journal as JSON lines, for other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal: append bodies, read them, note what became of them, and keep within bounds."""
+"""Appends bodies, reads them, tracks their outcomes, and keeps the journal within bounds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -25,13 +25,17 @@ from atropos_client.errors import (
 )
 from atropos_client.journal._database import (
     FILE_NAME,
+    check_as_left,
     create_directory,
     damaged,
+    format_of,
     open_database,
     open_read_only,
     translated_errors,
 )
-from atropos_client.journal._lock import WriterLock
+from atropos_client.journal._ledger import IS_WHOLE, SEAL, count_write, find_problems
+from atropos_client.journal._lock import LOCK_NAME, WriterLock
+from atropos_client.journal._marks import UNCLEAN_ENDS, Marks
 from atropos_client.journal._records import (
     UNKNOWN_VERSION,
     JournaledBatch,
@@ -42,6 +46,8 @@ from atropos_client.journal._records import (
     RewindReport,
     VerifyReport,
 )
+from atropos_client.journal._unrecorded import keep_unrecorded, unrecorded_bodies
+from schemas import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +55,12 @@ logger = logging.getLogger(__name__)
 _COMPRESSION_LEVEL: Final = 1
 
 _ENTRY: Final = (
-    "SELECT batches.number, received_at, served_version, size, sha256, outcome, step, reason, "
-    "length(bodies.zlib) FROM batches LEFT JOIN bodies USING (number)"
+    "SELECT number, received_at, served_version, size, sha256, outcome, step, reason, skip_reason, "  # noqa: S608
+    f"length(bodies.zlib), {IS_WHOLE} FROM batches LEFT JOIN bodies USING (number)"
 )
+
+_Extent = tuple[int | None, int, int | None]
+"""The last batch; how many came before the first; the first after a checkpoint whose body is gone."""
 
 
 class Journal:
@@ -73,8 +82,10 @@ class Journal:
         directory: Path,
         connection: sqlite3.Connection,
         *,
+        marks: Marks,
         limits: JournalLimits,
         lock: WriterLock | None,
+        accept_loss: bool = False,
     ) -> None:
         """Take over an open database; see `open` and `read_only`."""
         self.directory = directory
@@ -85,6 +96,11 @@ class Journal:
         """The right to write. None: opened for reading."""
         self._path = directory / FILE_NAME
         self._connection = connection
+        self.marks = marks
+        """What its processes tell each other, and the next start."""
+        self._accept_loss = accept_loss
+        self.possibly_lost = 0
+        """Batches that nobody could count: whose reply was on its way when all processes of a run ended."""
         self._guard = threading.RLock()
         self._largest = int(self._one("SELECT coalesce(max(length(zlib)), 0) FROM bodies")[0])
 
@@ -95,34 +111,85 @@ class Journal:
         *,
         limits: JournalLimits | None = None,
         wait: float = 0.0,
+        lock: WriterLock | None = None,
         inherited_lock: int | None = None,
+        accept_loss: bool = False,
     ) -> Self:
         """Open a journal for writing; make it if there is none. Says in one log line what a crash left.
+
+        Bodies that the database did not take before are taken in. A batch that was being read when process
+        after process ended is marked to be set aside.
 
         Args:
             directory: Created with permissions 0700.
             limits: Bounds on its space. None: the defaults.
             wait: Seconds to wait for another writer to end.
+            lock: What `take_lock` gave; released when the journal is closed. None: take it.
             inherited_lock: Descriptor of the lock that the parent process holds. None: take the lock.
+            accept_loss: Go on without what is missing of the journal.
 
         Raises:
             JournalLocked: Another run writes to it.
-            JournalDamaged: The ledger is not what was written.
+            JournalDamaged: The ledger is not what was written, or lacks something.
             JournalNotWritten: The directory or the file cannot be written.
         """
         create_directory(directory)
         own = inherited_lock is None
-        lock = (
-            WriterLock.acquire(directory / "lock", wait=wait)
-            if inherited_lock is None
-            else WriterLock(inherited_lock)
-        )
+        if inherited_lock is not None:
+            lock = WriterLock(inherited_lock)
+        elif lock is None:
+            lock = cls.take_lock(directory, wait=wait)
+        with ExitStack() as closed_on_failure:
+            closed_on_failure.callback(lock.release)
+            marks = Marks(directory, writable=True)
+            closed_on_failure.callback(marks.close)
+            connection = open_database(directory / FILE_NAME, marks, fresh_start=own, accept_loss=accept_loss)
+            closed_on_failure.callback(connection.close)
+            journal = cls(
+                directory,
+                connection,
+                marks=marks,
+                limits=limits or JournalLimits(),
+                lock=lock,
+                accept_loss=accept_loss,
+            )
+            if own:
+                journal._take_over()
+            closed_on_failure.pop_all()
+        return journal
+
+    @staticmethod
+    def take_lock(directory: Path, *, wait: float = 0.0) -> WriterLock:
+        """Take the right to write, before there is anything to write to; the directory is made if need be.
+
+        Raises:
+            JournalLocked: Another run has it still, after `wait` seconds.
+            JournalNotWritten: The directory or the lock cannot be written.
+        """
+        create_directory(directory)
+        return WriterLock.acquire(directory / LOCK_NAME, wait=wait)
+
+    @staticmethod
+    def require_usable(directory: Path, *, after: int, accept_loss: bool = False) -> None:
+        """See that a run could `open` the journal and `rewind` it to `after`; changes nothing.
+
+        Raises:
+            JournalError: It could not; see there.
+        """
+        path = directory / FILE_NAME
+        marks = Marks(directory, writable=False)
         try:
-            connection = open_database(directory / FILE_NAME, fresh_start=own)
-        except BaseException:
-            lock.release()
-            raise
-        return cls(directory, connection, limits=limits or JournalLimits(), lock=lock)
+            check_as_left(path, marks, accept_loss=accept_loss)
+        finally:
+            marks.close()
+        for _ in unrecorded_bodies(directory):
+            pass
+        extent: _Extent = (None, 0, None)
+        if path.is_file() and path.stat().st_size:
+            with closing(open_read_only(path, may_be_new=True)) as connection, translated_errors(path):
+                if format_of(connection):
+                    extent = _extent(connection, after)
+        _require_rewind(directory, after, extent, accept_loss=accept_loss)
 
     @classmethod
     def read_only(cls, directory: Path) -> Self:
@@ -132,7 +199,8 @@ class Journal:
             JournalError: There is none, or it cannot be read.
         """
         connection = open_read_only(directory / FILE_NAME)
-        return cls(directory, connection, limits=JournalLimits(), lock=None)
+        marks = Marks(directory, writable=False)
+        return cls(directory, connection, marks=marks, limits=JournalLimits(), lock=None)
 
     def close(self) -> None:
         """Close it in order, so that no log is left behind. May be called twice."""
@@ -143,6 +211,7 @@ class Journal:
                 except sqlite3.Error as error:  # closed before, or the other process still writes
                     logger.debug("The journal %s keeps its log: %s", self.directory, error)
             self._connection.close()
+            self.marks.close()
             if self.lock is not None:
                 self.lock.release()
                 self.lock = None
@@ -168,25 +237,98 @@ class Journal:
             The number of the batch.
 
         Raises:
-            BatchNotRecorded: It could not be written; the body is attached.
+            BatchNotRecorded: It could not be written. It lies beside the journal if that could be written,
+                from where the next `open` takes it in.
         """
         received_at = time.time()
-        digest = hashlib.sha256(body).digest()
-        compressed = zlib.compress(body, _COMPRESSION_LEVEL)
         try:
-            with self._writing() as connection:
-                cursor = connection.execute(
-                    "INSERT INTO batches (received_at, served_version, size, sha256) VALUES (?, ?, ?, ?)",
-                    (received_at, served_version, len(body), digest),
-                )
-                number = int(cursor.lastrowid or 0)
-                connection.execute("INSERT INTO bodies VALUES (?, ?)", (number, compressed))
+            return self._insert(body, received_at=received_at, served_version=served_version)
         except JournalError as error:
+            kept = None
+            if self.lock is not None:
+                kept = keep_unrecorded(
+                    self.directory, body, received_at=received_at, served_version=served_version
+                )
+            where = f"it is kept as {kept}, and the next start takes it in" if kept else "it is in no file"
             raise BatchNotRecorded(
-                f"a batch of {len(body)} bytes is not in the journal: {error}", body=body
+                f"a batch of {len(body)} bytes is not in the journal: {error}; {where}"
             ) from error
+
+    def _insert(self, body: bytes, *, received_at: float, served_version: int) -> int:
+        compressed = zlib.compress(body, _COMPRESSION_LEVEL)
+        with self._writing() as connection:
+            cursor = connection.execute(
+                "INSERT INTO batches (received_at, served_version, size, sha256) VALUES (?, ?, ?, ?)",
+                (received_at, served_version, len(body), hashlib.sha256(body).digest()),
+            )
+            number = int(cursor.lastrowid or 0)
+            connection.execute("INSERT INTO bodies VALUES (?, ?)", (number, compressed))
+            connection.execute(f"{SEAL} = ?", (number,))
         self._largest = max(self._largest, len(compressed))
         return number
+
+    def _take_over(self) -> None:
+        """Put in order what the processes before have left."""
+        for unrecorded in unrecorded_bodies(self.directory):
+            # A start that died before it deleted the file has recorded it already.
+            number = self._row(
+                "SELECT number FROM batches WHERE received_at = ? AND sha256 = ?",
+                (unrecorded.received_at, hashlib.sha256(unrecorded.body).digest()),
+            ) or (
+                self._insert(
+                    unrecorded.body,
+                    received_at=unrecorded.received_at,
+                    served_version=unrecorded.served_version,
+                ),
+            )
+            unrecorded.path.unlink()
+            logger.warning("Took %s into the journal, as batch %d.", unrecorded.path, number[0])
+        if self.marks.get("polling_since"):
+            self.possibly_lost = 1
+            self.marks.set("polling_since", 0)
+            logger.error(
+                "The process that fetched ended while it was polling, so that a batch is possibly lost."
+            )
+        harmful = self.marks.blame()
+        if harmful is not None and self.numbers_after(harmful - 1)[:1] == [harmful]:
+            self.skip(harmful, f"the trainer ended {UNCLEAN_ENDS} times while it read this batch")
+
+    def skip(self, number: int, reason: str) -> None:
+        """Have a batch set aside unread when the run comes to it, also after a rewind.
+
+        Args:
+            number: Of the batch.
+            reason: Why.
+
+        Raises:
+            NoSuchBatch: There is none of this number.
+            JournalError: It does not wait any more.
+        """
+        outcome = self.entry(number).outcome
+        if outcome != "received":
+            raise JournalError(f"batch {number} is {outcome} already: only a batch that waits can be skipped")
+        with self._writing() as connection:
+            connection.execute("UPDATE batches SET skip_reason = ? WHERE number = ?", (reason, number))
+            connection.execute(f"{SEAL} = ?", (number,))
+        logger.warning("Batch %d will be set aside unread: %s", number, reason)
+
+    @contextmanager
+    def in_hand(self, number: int) -> Iterator[None]:
+        """Note that a batch is being read: if that ends the process again and again, it is set aside.
+
+        Raises:
+            JournalError: There is not enough memory to read it.
+        """
+        self.marks.hold(number)
+        try:
+            yield
+        except MemoryError as error:
+            raise JournalError(
+                f"there is not enough memory to read batch {number}. Start again with more; or set it aside "
+                f"unread: `atropos-train journal skip {self.directory} {number}`, which the {UNCLEAN_ENDS}nd "
+                "such end does by itself"
+            ) from error
+        self.marks.release()
 
     def settle(
         self, number: int, outcome: Outcome, *, step: int | None = None, reason: str | None = None
@@ -214,6 +356,7 @@ class Journal:
             if not changed:
                 before = self.entry(number).outcome
                 raise JournalMismatch(f"batch {number} is {before} already and cannot become {outcome} too")
+            connection.execute(f"{SEAL} = ?", (number,))
 
     def rewind(self, after: int) -> RewindReport:
         """Go back to a checkpoint: all batches after it are waiting again, in their order.
@@ -231,36 +374,28 @@ class Journal:
                 "WHERE number > ? AND outcome != 'received'",
                 (after,),
             ).rowcount
+            connection.execute(f"{SEAL} > ?", (after,))
             waiting, unsettled = connection.execute(
                 "SELECT count(*) FILTER (WHERE number > :after), "
                 "count(*) FILTER (WHERE number <= :after AND outcome = 'received') FROM batches",
                 {"after": after},
             ).fetchone()
         if unsettled:
-            logger.warning("%d batches up to %d were counted but have no outcome.", unsettled, after)
+            logger.warning(
+                "%s up to batch %d, which the checkpoint counts, without an outcome.",
+                count_of(unsettled, "batch"),
+                after,
+            )
         return RewindReport(waiting=waiting, undone=undone, unsettled=unsettled)
 
     def _check_rewind(self, connection: sqlite3.Connection, after: int) -> None:
-        last = connection.execute("SELECT max(number) FROM batches").fetchone()[0]
-        if last is None:
-            # A run that began without a journal: its numbers go on where the checkpoint ended.
-            connection.execute("DELETE FROM sqlite_sequence WHERE name = 'batches'")
-            connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('batches', ?)", (after,))
-        elif after > last:
-            raise JournalMismatch(
-                f"the checkpoint counts {after} batches but the journal {self.directory} ends with batch "
-                f"{last}: they are not of the same run. Move the journal away to go on from the checkpoint "
-                "without it"
-            )
-        pruned = connection.execute(
-            "SELECT min(number) FROM batches WHERE number > ? AND number NOT IN (SELECT number FROM bodies)",
-            (after,),
-        ).fetchone()[0]
-        if pruned is not None:
-            raise JournalMismatch(
-                f"batch {pruned} is needed after the checkpoint (which counts {after}) and its body was "
-                "pruned: this checkpoint is older than those the journal was kept for"
-            )
+        extent = _extent(connection, after)
+        if _require_rewind(self.directory, after, extent, accept_loss=self._accept_loss):
+            return
+        logger.warning("The journal %s begins after batch %d.", self.directory, after)
+        connection.execute("DELETE FROM sqlite_sequence WHERE name = 'batches'")
+        connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('batches', ?)", (after,))
+        connection.execute("UPDATE state SET begin = ?", (after,))
 
     def prune(self, up_to: int) -> int:
         """Delete the bodies of batches that lie safely behind the oldest kept checkpoint; the ledger stays.
@@ -285,11 +420,13 @@ class Journal:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                writes = count_write(self._connection)
                 self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+            self.marks.set("writes", writes)
 
     # Bounds.
 
@@ -347,7 +484,7 @@ class Journal:
         try:
             # Bounded: a damaged body must not unfold to any size.
             body = zlib.decompressobj().decompress(row[0], entry.size + 1)
-        except zlib.error as error:
+        except (zlib.error, TypeError) as error:
             raise damaged(
                 self._path, f"the body of batch {number} cannot be decompressed ({error})"
             ) from error
@@ -361,10 +498,13 @@ class Journal:
         Raises:
             NoSuchBatch: There is none of this number.
         """
-        row = self._row(f"{_ENTRY} WHERE batches.number = ?", (number,))
+        row = self._row(f"{_ENTRY} WHERE number = ?", (number,))
         if row is None:
             raise NoSuchBatch(f"the journal {self.directory} has no batch {number}")
-        return _entry(row)
+        *fields, is_whole = row
+        if not is_whole:
+            raise damaged(self._path, f"the ledger's row of batch {number} is not what was written")
+        return _entry(fields)
 
     def numbers_after(self, number: int) -> list[int]:
         """Return the numbers of all batches after this one, in order of arrival."""
@@ -385,9 +525,14 @@ class Journal:
         """Check the whole file and every body. Reads all of it."""
         try:
             problems = [row[0] for row in self._rows("PRAGMA integrity_check") if row[0] != "ok"]
+            with self._guard, translated_errors(self._path):
+                problems += find_problems(self._connection)
+            written, known = self._one("SELECT writes FROM state")[0], self.marks.get("writes")
+            if written < known:
+                problems.append(f"the last {known - written} of {known} writes are missing")
             numbers = self.numbers_after(0)
         except JournalDamaged as error:
-            return VerifyReport(batches=0, bodies=0, problems=(str(error),))
+            return VerifyReport(batches=0, bodies=0, problems=(error.found,))
         bodies = 0
         for number in numbers:
             try:
@@ -417,8 +562,10 @@ class Journal:
             return self._connection.execute(statement, values).fetchall()
 
 
-def _entry(row: tuple[Any, ...]) -> LedgerEntry:
-    number, received_at, served_version, size, sha256, outcome, step, reason, stored_size = row
+def _entry(fields: Sequence[Any]) -> LedgerEntry:
+    number, received_at, served_version, size, sha256, outcome, step, reason, skip_reason, stored_size = (
+        fields
+    )
     return LedgerEntry(
         number=number,
         received_at=received_at,
@@ -428,9 +575,56 @@ def _entry(row: tuple[Any, ...]) -> LedgerEntry:
         outcome=outcome,
         step=step,
         reason=reason,
+        skip_reason=skip_reason,
         stored_size=stored_size,
     )
 
 
 def _mebibytes(size: int) -> str:
     return f"{size / (1 << 20):.1f} MiB"
+
+
+def _extent(connection: sqlite3.Connection, after: int) -> _Extent:
+    return tuple(
+        connection.execute(
+            "SELECT (SELECT max(number) FROM batches), (SELECT begin FROM state), (SELECT min(number) "
+            "FROM batches WHERE number > ? AND number NOT IN (SELECT number FROM bodies))",
+            (after,),
+        ).fetchone()
+    )
+
+
+def _require_rewind(directory: Path, after: int, extent: _Extent, *, accept_loss: bool) -> bool:
+    """See that a run can go on after batch `after`; returns whether the journal has batches up to there.
+
+    Raises:
+        JournalMismatch: It cannot.
+    """
+    last, begin, pruned = extent
+    remedy = "start once with --journal.accept_loss true"
+    if pruned is not None:
+        counted = (
+            f"the newest checkpoint counts {count_of(after, 'batch')}"
+            if after
+            else "no checkpoint counts a batch"
+        )
+        raise JournalMismatch(
+            f"{counted}, and the journal {directory} has no body of batch {pruned} any more: it was deleted "
+            "behind a later checkpoint. Put back the checkpoints that were beside it; or choose another "
+            f"train.output_dir; or, to go on without these batches, move this journal away and {remedy}"
+        )
+    if after <= (begin if last is None else last):
+        return True
+    if last is not None:
+        raise JournalMismatch(
+            f"the checkpoint counts {count_of(after, 'batch')} but the journal {directory} ends with batch "
+            f"{last}: they are not of the same run. Put back the one that is; or move this one away and "
+            f"{remedy}, to go on from the checkpoint without it"
+        )
+    if not accept_loss:
+        raise JournalMismatch(
+            f"the checkpoint counts {count_of(after, 'batch')} but the journal {directory} is new or "
+            "emptied. Put it back; or, if the run had none or what was fetched after the checkpoint may be "
+            f"lost, {remedy}"
+        )
+    return False

@@ -1,4 +1,4 @@
-"""What the journal hands out, and its bounds."""
+"""Describes what the journal hands out, and its bounds."""
 
 from __future__ import annotations
 
@@ -60,6 +60,9 @@ class LedgerEntry:
     reason: str | None
     """Why it was set aside or skipped. None: it was not."""
 
+    skip_reason: str | None
+    """Why it is to be set aside unread when the run comes to it. None: it is read."""
+
     stored_size: int | None
     """Bytes that the compressed body takes. None: it was pruned."""
 
@@ -75,7 +78,7 @@ class JournaledBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class RewindReport:
-    """What a rewind found."""
+    """Reports a rewind."""
 
     waiting: int
     """Batches after the checkpoint, to be trained next."""
@@ -89,7 +92,7 @@ class RewindReport:
 
 @dataclass(frozen=True, kw_only=True)
 class JournalUsage:
-    """The space that the journal takes, in bytes."""
+    """Reports the space that the journal takes, in bytes."""
 
     used: int
     """Pages in use."""
@@ -100,7 +103,7 @@ class JournalUsage:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What a check of the whole journal found."""
+    """Reports a check of the whole journal."""
 
     batches: int
     """Rows of the ledger."""

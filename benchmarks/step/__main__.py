@@ -35,12 +35,11 @@ from benchmarks.step._example_trainer import ExampleTrainer, load_example_model
 from benchmarks.step._measure import empty_row, measure
 from benchmarks.step._models import MODELS, resolve_model
 from benchmarks.step._ours import Floor, FloorWithoutHead, Ours, Recomputing
-from benchmarks.step._padding import PlainPadding
+from benchmarks.step._padding import PlainPadding, float32_gradients
 from benchmarks.step._table import show
 from benchmarks.step._trl import Trl
 from benchmarks.step._work import arithmetic_of, peak_flops_of
 
-REFERENCE = PlainPadding.name
 PEERS = ("padding", "example-trainer", "example-trainer-stored", "trl")
 CONTENDERS = ("floor", "floor-body", "ours", "recomputing", *PEERS)
 
@@ -98,7 +97,11 @@ def _runs(
             score=lambda tokens: score(base, tokens),
             seed=options.seed,
         )
-        rows = measure(contenders, case, repeats=options.repeats, reference=REFERENCE, progress=log)
+        truth = None
+        if not setting.optimizer_step:
+            log(f"{name}: the gradients in float32, which all others are compared with")
+            truth = float32_gradients(setting, case)
+        rows = measure(contenders, case, repeats=options.repeats, truth=truth, progress=log)
         yield {
             "case": name,
             "title": case.title,
@@ -217,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--contenders", type=_list_of(CONTENDERS), default=list(CONTENDERS), help=", ".join(CONTENDERS))
     packing = "data.packing of ours; several, e.g. auto,padded, show what it gains"
     add("--ours-packing", type=_list_of(None), default=["auto"], help=packing)
-    add("--repeats", type=int, default=3, help="measured steps each, after one to warm up (default: 3)")
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        help="measured steps each, after one to warm up (default: 3; 0: gradients only)",
+    )
     add("--micro-batch-tokens", type=int, default=4096, help="budget of a pass (default: 4096)")
     add("--activation-recomputation", action="store_true", help="recompute activations in every contender")
     add("--optimizer-step", action="store_true", help="ours alone, with clipping and AdamW; tokens/s and MFU")

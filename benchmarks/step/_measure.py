@@ -26,27 +26,24 @@ def measure(
     case: Case,
     *,
     repeats: int,
-    reference: str,
+    truth: dict[str, Tensor] | None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Warm each contender up once, then let all take turns `repeats` times.
 
-    The warm-up is a whole step, and its peak memory counts. The contender named `reference` warms up first,
-    and the gradients of the others' warm-ups are compared with its: a fast wrong step cannot win unnoticed.
+    The warm-up is a whole step, and its peak memory counts. Its gradients are compared with `truth`, by
+    parameter name (None: with nothing): a fast wrong step cannot win unnoticed.
 
     Returns:
         One row a contender, in their order: name, label, status (`ok` or what went wrong), seconds (each
         repeat's), others_share (each repeat's: what part of all cores other processes took meanwhile; above a
         few hundredths the seconds say little), prepare_seconds, computed_tokens, loss, peak_bytes and
-        peak_total_bytes (the warm-up's, one value; None where unknown), gradient_difference (to the
-        reference; None where there is none to compare).
+        peak_total_bytes (the warm-up's, one value; None where unknown), gradient_difference (to
+        `truth`; None where there is nothing to compare).
     """
     rows = {contender.name: empty_row(contender.name, contender.label, "ok") for contender in contenders}
-    first = [contender for contender in contenders if contender.name == reference]
-    rest = [contender for contender in contenders if contender.name != reference]
-    expected: dict[str, Tensor] | None = None
     able = []
-    for contender in [*first, *rest]:
+    for contender in contenders:
         row = rows[contender.name]
         progress(f"{case.name}: warm-up, {contender.label}")
         try:
@@ -56,13 +53,9 @@ def measure(
             contender.forget()
             continue
         able.append(contender)
-        if contender.makes_gradients and not contender.setting.optimizer_step:
-            if contender.name == reference:
-                expected = {name: gradient.clone() for name, gradient in contender.gradients().items()}
-            elif expected is not None:
-                row["gradient_difference"] = relative_difference(contender.gradients(), expected)
+        if contender.makes_gradients and truth is not None:
+            row["gradient_difference"] = relative_difference(contender.gradients(), truth)
         contender.forget()
-    expected = None
     for number in range(1, repeats + 1):
         for contender in contenders:
             if contender in able:

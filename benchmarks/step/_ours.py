@@ -14,8 +14,9 @@ from schemas import BatchReply
 from trainer.config import TrainerConfig, load_config
 from trainer.errors import ConfigurationError
 from trainer.packing import MicroBatch
-from trainer.preparation import PreparedBatch, prepare_batch
-from trainer.setup import Prepared, make_step_runner, prepare_run
+from trainer.run.optimizer_step import StepRunner
+from trainer.run.train_state import PreparedRun, prepare_run
+from trainer.samples.prepare import PreparedBatch, prepare_batch
 
 __all__ = ["Floor", "FloorWithoutHead", "Ours", "Recomputing"]
 
@@ -23,25 +24,26 @@ __all__ = ["Floor", "FloorWithoutHead", "Ours", "Recomputing"]
 class Ours(Contender):
     """This library: `BatchReply`, `prepare_batch`, `StepRunner.pack`, `StepRunner.accumulate`.
 
-    The model is what `trainer.setup.prepare_run` makes of it. Timed: pack and accumulate; with an optimizer
-    step, the whole of `StepRunner.__call__`. Validating and preparing the batch have a benchmark of their own
+    The model is what `prepare_run` makes of it. Timed: pack and accumulate; with an optimizer step,
+    the whole of `StepRunner.train_on`. Validating and preparing the batch have a benchmark of their own
     and are reported beside it.
 
     Args:
         setting: What is equal for all.
         packing: The value of `data.packing`.
+        name: What it is called; its run directory bears the name, for two runs cannot share one.
     """
 
-    def __init__(self, setting: Setting, packing: str = "auto") -> None:
+    def __init__(self, setting: Setting, packing: str = "auto", name: str | None = None) -> None:
         super().__init__(setting)
-        self.name = "ours" if packing == "auto" else f"ours-{packing}"
+        self.name = name or ("ours" if packing == "auto" else f"ours-{packing}")
         self.label = "ours" if packing == "auto" else f"ours, packing {packing}"
         try:
-            self._config = run_config(setting, packing)
-            self.prepared: Prepared = prepare_run(self._config)
+            self._config = run_config(setting, packing, self.name)
+            self.prepared: PreparedRun = prepare_run(self._config)
         except ConfigurationError as error:
             raise UnavailableError(str(error)) from error
-        self._runner = make_step_runner(self._config, self.prepared)
+        self._runner = StepRunner(self._config, self.prepared)
         self._batch: PreparedBatch | None = None
         self._computed_tokens = 0
 
@@ -71,7 +73,7 @@ class Ours(Contender):
         """Pack and accumulate."""
         assert self._batch is not None
         if self.setting.optimizer_step:
-            result = self._runner(self._runner.pack(self._batch))
+            result = self._runner.train_on(self._runner.pack(self._batch))
             self._computed_tokens = result.computed_tokens
             return result.loss
         micro_batches: list[MicroBatch] = self._runner.pack(self._batch)
@@ -80,8 +82,8 @@ class Ours(Contender):
         return float(sums["loss"])
 
 
-def run_config(setting: Setting, packing: str) -> TrainerConfig:
-    """The configuration of a run that trains as the peers do."""
+def run_config(setting: Setting, packing: str, name: str) -> TrainerConfig:
+    """Make the configuration of a run that trains as the peers do."""
     return load_config(
         None,
         [
@@ -91,7 +93,7 @@ def run_config(setting: Setting, packing: str) -> TrainerConfig:
             *("--data.tokens_per_micro_batch", str(setting.micro_batch_tokens)),
             *("--loss.name", "ppo_clip"),
             *("--loss.reduction", "sequence"),
-            *("--train.output_dir", str(setting.scratch / f"run-{packing}")),
+            *("--train.output_dir", str(setting.scratch / f"run-{name}")),
             *("--train.device", "cpu" if setting.device.type == "cpu" else "auto"),
             *("--train.mixed_precision", "no" if setting.dtype == torch.float32 else "bf16"),
         ],
@@ -103,8 +105,7 @@ class Recomputing(Ours):
     """The same with activations recomputed in the backward pass, as the example trainer's loader has it."""
 
     def __init__(self, setting: Setting) -> None:
-        super().__init__(replace(setting, activation_recomputation=True))
-        self.name = "recomputing"
+        super().__init__(replace(setting, activation_recomputation=True), name="recomputing")
         self.label = "ours, recomputing activations"
 
 

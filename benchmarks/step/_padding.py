@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from benchmarks.step._cases import Case, Row
 from benchmarks.step._contender import Contender, Setting, autocast, clipped_surrogate, mean_of_means
 
-__all__ = ["PlainPadding", "micro_batched", "padded"]
+__all__ = ["PlainPadding", "float32_gradients", "micro_batched", "padded"]
 
 
 class PlainPadding(Contender):
     """Right-padded rows, `model(...).logits`, `log_softmax` everywhere, gathered at the targets.
 
     In the batch's order, as many rows a micro-batch as fit the token budget. Its loss is ours (`ppo_clip`,
-    mean over sequences of the mean over tokens), its model and autocast too: its gradients are the reference
-    that all others are compared with.
+    mean over sequences of the mean over tokens), its model and autocast too.
     """
 
     name = "padding"
@@ -66,6 +67,19 @@ class PlainPadding(Contender):
             share.backward()  # type: ignore[no-untyped-call]
             loss += float(share.detach())
         return loss
+
+
+def float32_gradients(setting: Setting, case: Case) -> dict[str, Tensor]:
+    """Compute a batch's gradients as plainly as can be: padding, float32, transformers' own attention.
+
+    On a copy of the model that nothing of ours has touched. The gradients of every contender, whatever its
+    dtype, are compared with these: in bfloat16 none of them could be the truth for the others.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
+    padding = PlainPadding(replace(setting, dtype=torch.float32), model.to(setting.device))
+    padding.prepare(case)
+    padding.step()
+    return padding.gradients()
 
 
 def micro_batched(rows: list[Row], budget: int) -> Iterator[list[Row]]:

@@ -27,7 +27,8 @@ COLUMNS = (
 def cells(summary: Summary) -> list[str]:
     """One text a column."""
     if summary.seconds is None:
-        return [summary.label, summary.status, *[""] * (len(COLUMNS) - 2)]
+        difference = _number(summary.gradient_difference, "{:.1e}")
+        return [summary.label, summary.status, *[""] * (len(COLUMNS) - 3), difference]
     return [
         summary.label,
         f"{summary.seconds:.2f}" if summary.seconds >= 1 else f"{summary.seconds:.4f}",

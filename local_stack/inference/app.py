@@ -1,101 +1,100 @@
-"""The HTTP application: routes of vLLM 0.32 and Atropos's `/generate`, over one engine."""
+"""The HTTP application over one engine: its life, its errors in vLLM's shape, and running it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from http import HTTPStatus
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from local_stack.inference.control_routes import control_routes
 from local_stack.inference.engine import Engine
-from local_stack.inference.errors import CheckpointMismatch, EngineFailure, RequestRefused
-from local_stack.inference.generation_routes import generation_routes
+from local_stack.inference.errors import InferenceError, validation_message
+from local_stack.inference.routes import make_routes
 from schemas.inference import ErrorInfo, ErrorReply
 
 _log = logging.getLogger(__name__)
 
-_MOST_ERRORS_REPORTED = 5
-_STOP_TIMEOUT = 5.0
-"""Seconds to wait for the engine's last step; a long prompt may take a few."""
+_KEEP_ALIVE = 75
+"""Seconds: longer than a client's pause between two calls, so that it seldom meets a closing connection."""
+_GRACE = 5
+"""Seconds for replies under way after the engine has ended all requests."""
 
 
 def create_app(engine: Engine, *, model_name: str) -> FastAPI:
-    """Make the application; it starts the engine when it starts and stops it when it ends.
+    """Make the application; it runs the engine from its start to its end.
 
     Args:
-        engine: Not started yet.
+        engine: The engine.
         model_name: The name that requests have to use.
     """
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        try:
-            yield
-        finally:
-            engine.stop()
-            await asyncio.to_thread(engine.join, _STOP_TIMEOUT)
+        running = asyncio.create_task(engine.run())
+        yield
+        await engine.stop()
+        await running
 
     app = FastAPI(title="atropos-trainer embedded inference server", lifespan=lifespan)
-    app.include_router(generation_routes(engine, model_name))
-    app.include_router(control_routes(engine, model_name))
-    app.add_exception_handler(RequestRefused, _on_refused)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(CheckpointMismatch, _on_mismatch)
-    app.add_exception_handler(EngineFailure, _on_engine_failure)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_unexpected)
+    app.include_router(make_routes(engine, model_name))
+    for kind in (InferenceError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _on_error)
     return app
 
 
-def _error(message: str, *, status: int, kind: str, parameter: str | None = None) -> JSONResponse:
-    body: BaseModel = ErrorReply(error=ErrorInfo(message=message, type=kind, param=parameter, code=status))
+async def _on_error(_: Request, error: Exception) -> Response:
+    """Answer in the shape of vLLM's errors."""
+    parameter = None
+    if isinstance(error, InferenceError):
+        message, status, kind, parameter = str(error), error.status, error.kind, error.parameter
+    elif isinstance(error, HTTPException):
+        status = error.status_code
+        message, kind = str(error.detail), HTTPStatus(status).phrase
+    elif isinstance(error, RequestValidationError):
+        status, kind = 400, "Bad Request"
+        details = error.errors()
+        message = validation_message(details)
+        parameter = str(details[0]["loc"][-1]) if len(details[0]["loc"]) == 2 else None
+    else:
+        _log.error("a request failed unexpectedly", exc_info=error)
+        message, status, kind = f"{type(error).__name__}: {error}", 500, "InternalServerError"
+    body = ErrorReply(error=ErrorInfo(message=message, type=kind, param=parameter, code=status))
     return JSONResponse(body.model_dump(), status_code=status)
 
 
-async def _on_refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestRefused)  # noqa: S101 - what it is registered for
-    return _error(str(error), status=error.status, kind=error.kind, parameter=error.parameter)
+class InferenceServer(uvicorn.Server):
+    """A uvicorn server that ends its engine's requests first when it is told to stop.
 
+    Args:
+        app: The application over `engine`.
+        engine: Its engine.
+        host: Address to listen on.
+        port: Port to listen on; 0 for any free one.
+    """
 
-async def _on_invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - what it is registered for
-    details = error.errors()
-    lines = [
-        f"{'.'.join(str(part) for part in detail['loc'])}: {detail['msg']}"
-        for detail in details[:_MOST_ERRORS_REPORTED]
-    ]
-    if len(details) > len(lines):
-        lines.append(f"and {len(details) - len(lines)} more")
-    return _error(
-        f"{len(details)} validation error(s): " + "; ".join(lines),
-        status=400,
-        kind="Bad Request",
-        parameter=str(details[0]["loc"][-1]) if details and len(details[0]["loc"]) == 2 else None,
-    )
+    def __init__(self, app: FastAPI, engine: Engine, *, host: str, port: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                access_log=False,
+                log_config=None,
+                timeout_keep_alive=_KEEP_ALIVE,
+                timeout_graceful_shutdown=_GRACE,
+            )
+        )
+        self._engine = engine
 
-
-async def _on_mismatch(_: Request, error: Exception) -> Response:
-    return _error(str(error), status=400, kind="BadRequestError", parameter="weights_path")
-
-
-async def _on_engine_failure(_: Request, error: Exception) -> Response:
-    return _error(str(error), status=500, kind="InternalServerError")
-
-
-async def _on_http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
-    return _error(str(error.detail), status=error.status_code, kind=HTTPStatus(error.status_code).phrase)
-
-
-async def _on_unexpected(_: Request, error: Exception) -> Response:
-    _log.error("a request failed unexpectedly", exc_info=error)
-    return _error(f"{type(error).__name__}: {error}", status=500, kind="InternalServerError")
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the engine's requests with what they have, before waiting for their replies."""
+        await self._engine.stop()
+        await super().shutdown(sockets)

@@ -1,28 +1,30 @@
-"""The engine: one thread that owns the model and generates for everybody.
+"""The engine: generates for everybody, one step of the whole batch after the other.
 
-Other threads hand it work through a queue; between two steps it does what was handed in. So pausing, loading
-weights and answering about the state happen at step boundaries, in the order in which they were asked for.
+Only the computing runs in a thread, `inference-engine`. Whoever changes the batch or the weights holds a fair
+lock, and so does every step: pausing, loading weights and new requests come between two steps, in the order
+in which they were asked for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import queue
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
+from atropos_client.readable import require_readable
+from local_stack.inference.batch import Batch
 from local_stack.inference.errors import EngineFailure, InferenceError
-from local_stack.inference.packed_model import PackedModel
-from local_stack.inference.scheduler import Scheduler
-from local_stack.inference.sequences import Generation, GenerationRequest
-from local_stack.inference.settings import EngineSettings
-from local_stack.inference.stopping import StopRules
+from local_stack.inference.model import Model
+from local_stack.inference.records import EngineSettings, Request
 from local_stack.inference.text import TextCodec
-from local_stack.inference.weights import read_checkpoint
+from local_stack.inference.weights import fill_model, read_checkpoint
 from schemas.inference import PauseMode
 
 _log = logging.getLogger(__name__)
@@ -36,47 +38,31 @@ class _Flow(Enum):
 
 
 class Engine:
-    """Generates for many requests at once, in a thread of its own.
-
-    Every method may be called from any thread. The methods that return a `Future` return at once.
+    """Generates for many requests at once; used from one event loop, in which `run` goes on.
 
     Args:
         settings: The model and the limits.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
-        self._model = PackedModel(settings)
-        self.codec = TextCodec(str(settings.model))
-        self._rules = StopRules.of(self.codec, self._model.eos_token_ids())
-        self._scheduler = Scheduler(self._model, self._rules, settings, self._deliver)
-        self._settings = settings
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._flow = _Flow.RUNNING
-        self._drained: list[Future[None]] = []
-        self._weight_version = "default"
-        self._stopping = False
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="inference-engine", daemon=True)
-
-    @property
-    def model(self) -> str:
+        require_readable(settings.model)
+        self.model = settings.model
         """What the server was started with: a directory or a hub id."""
-        return self._settings.model
-
-    @property
-    def vocabulary_size(self) -> int:
+        model = Model(settings)
+        self.vocabulary_size = model.vocabulary_size
         """Token ids are below this."""
-        return self._model.vocabulary_size
-
-    @property
-    def max_model_len(self) -> int:
+        self.max_model_len = model.max_model_len
         """Longest sequence in tokens, prompt and completion together."""
-        return self._model.max_model_len
-
-    @property
-    def weight_version(self) -> str:
+        self.codec = TextCodec(settings.model, model.eos_token_ids)
+        self.weight_version = "default"
         """The label set last."""
-        return self._weight_version
+        self.alive = True
+        """Whether requests are taken."""
+        self._module = model.module
+        self._batch = Batch(model, self.codec, settings)
+        self._flow = _Flow.RUNNING
+        self._changes = asyncio.Condition()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference-engine")
 
     @property
     def paused(self) -> bool:
@@ -86,171 +72,107 @@ class Engine:
     @property
     def running(self) -> int:
         """Sequences in the batch at the moment."""
-        return self._scheduler.running
+        return len(self._batch.running)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+    async def run(self) -> None:
+        """Generate until `stop`."""
+        while self.alive:
+            async with self._changes:
+                await self._changes.wait_for(lambda: self._has_work or not self.alive)
+                if self.alive:
+                    await self._step()
+                    self._changes.notify_all()
+        self._thread.shutdown(wait=False)
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+    async def stop(self) -> None:
+        """End all requests with what they have; no further one is taken."""
+        self.alive = False
+        async with self._changes:
+            self._deliver(self._batch.abort())
+            self._changes.notify_all()
 
-    def stop(self) -> None:
-        """End all requests with what they have, then the thread; returns without waiting for it."""
-        self._stopping = True
-        self._hand_in(lambda: None)
+    async def generate(self, requests: list[Request]) -> None:
+        """Complete requests that were checked; cancelled, it ends them."""
+        async with self._changes:
+            if not self.alive:
+                raise EngineFailure("the server is stopping")
+            for request in requests:
+                request.weight_version_start = self.weight_version
+                self._batch.add(request)
+            self._changes.notify_all()
+        try:
+            await asyncio.gather(*(request.done for request in requests))
+        except asyncio.CancelledError:
+            async with self._changes:
+                for request in requests:
+                    self._batch.abort(request)
+                self._changes.notify_all()
+            raise
 
-    def join(self, timeout: float) -> None:
-        """Wait for the end of the thread, at most `timeout` seconds."""
-        self._thread.join(timeout)
-
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request that was checked; its future gets the result."""
-        self._hand_in(lambda: self._add(request))
-
-    def cancel(self, request: GenerationRequest) -> None:
-        """End a request nobody waits for any more."""
-        self._hand_in(lambda: self._scheduler.abort(request))
-
-    def pause(self, mode: PauseMode) -> Future[None]:
-        """Stop generating; the future is done when nothing is being computed any more.
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop generating; returns when nothing is being computed any more.
 
         Args:
-            mode: `abort` ends all requests, `wait` lets the running ones end first, `keep` freezes them.
+            mode: `abort` ends running and waiting requests with what they have, `wait` lets the running ones
+                end first, `keep` freezes them until `resume`.
         """
-        done: Future[None] = Future()
-        self._hand_in(lambda: self._pause(mode, done))
-        return done
+        async with self._changes:
+            if mode == "abort":
+                self._deliver(self._batch.abort())
+            self._flow = _Flow.DRAINING if mode == "wait" else _Flow.FROZEN
+            self._changes.notify_all()
+            await self._changes.wait_for(lambda: self._flow is not _Flow.DRAINING or not self.running)
+            if self._flow is _Flow.DRAINING:
+                self._flow = _Flow.FROZEN
 
-    def resume(self) -> Future[None]:
+    async def resume(self) -> None:
         """Go on generating."""
-        return self._call(self._resume)
+        async with self._changes:
+            self._flow = _Flow.RUNNING
+            self._changes.notify_all()
 
-    def set_weight_version(self, label: str) -> Future[None]:
-        """Label the weights being served."""
-        return self._call(lambda: setattr(self, "_weight_version", label))
+    async def forget_keys(self) -> None:
+        """Compute the keys and values of running sequences anew, with the weights of now."""
+        async with self._changes:
+            self._batch.preempt()
+            self._changes.notify_all()
 
-    def forget_keys(self) -> Future[None]:
-        """Compute the keys and values of all running sequences anew, with the weights of the moment."""
-        return self._call(self._scheduler.preempt)
-
-    def reload_weights(self, directory: Path) -> Future[None]:
-        """Replace the weights by those in `directory`, between two steps; running sequences go on with them.
-
-        Reading and checking happen in the caller's thread. The keys and values of running sequences stay as
-        the old weights made them (like vLLM); `forget_keys` has them computed anew.
+    async def reload_weights(self, directory: Path) -> None:
+        """Load a checkpoint, whole or not at all.
 
         Raises:
             CheckpointMismatch: Nothing was changed.
         """
-        sources = self._model.targets.sources(read_checkpoint(directory))
-        return self._call(lambda: self._model.targets.fill(sources))
+        await self.fill(await asyncio.to_thread(read_checkpoint, directory))
 
-    def _call(self, function: Callable[[], _Result]) -> Future[_Result]:
-        future: Future[_Result] = Future()
+    async def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace the weights, like `reload_weights`."""
+        async with self._changes:
+            await self._compute(partial(fill_model, self._module, tensors))
 
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except Exception as error:  # noqa: BLE001 - handed to whoever asked; the engine must live on
-                future.set_exception(error)
-
-        self._hand_in(run)
-        return future
-
-    def _hand_in(self, task: Callable[[], None]) -> None:
-        self._work.put(task)
-        if self._ended:  # nobody else will run it; what it does is harmless now
-            self._run_queued()
-
-    def _add(self, request: GenerationRequest) -> None:
-        if self._stopping:
-            request.future.set_exception(EngineFailure("the server is stopping"))
-        else:
-            request.weight_version_start = self._weight_version
-            self._scheduler.add(request)
-
-    def _pause(self, mode: PauseMode, done: Future[None]) -> None:
-        if mode == "abort":
-            self._scheduler.abort()
-        self._flow = _Flow.DRAINING if mode == "wait" and self._scheduler.running else _Flow.FROZEN
-        self._drained.append(done)
-        self._report_drained()
-
-    def _resume(self) -> None:
-        self._flow = _Flow.RUNNING
-        self._report_drained()
-
-    def _report_drained(self) -> None:
-        if self._flow is _Flow.DRAINING and self._scheduler.running:
-            return
-        if self._flow is _Flow.DRAINING:
-            self._flow = _Flow.FROZEN
-        for done in self._drained:
-            done.set_result(None)
-        self._drained.clear()
-
-    def _run(self) -> None:
-        while not self._stopping:
-            self._do_what_was_handed_in()
-            if not self._has_work():
-                continue
-            try:
-                self._scheduler.step(admit=self._flow is _Flow.RUNNING)
-            except Exception as error:  # noqa: BLE001 - one bad step must not end the server: its requests fail
-                self._fail_all(error)
-            self._report_drained()
-        self._scheduler.abort()
-        self._resume()
-        self._ended = True
-        self._run_queued()
-
-    def _do_what_was_handed_in(self) -> None:
-        """Run everything in the queue; if there is nothing to generate, wait for something."""
-        if not self._has_work():
-            self._work.get()()
-        self._run_queued()
-
-    def _run_queued(self) -> None:
-        while True:
-            try:
-                task = self._work.get_nowait()
-            except queue.Empty:
-                return
-            task()
-
+    @property
     def _has_work(self) -> bool:
-        if self._flow is _Flow.RUNNING:
-            return bool(self._scheduler.running or self._scheduler.waiting)
-        return self._flow is _Flow.DRAINING and bool(self._scheduler.running)
+        waiting = self._flow is _Flow.RUNNING and self._batch.waiting
+        return bool(waiting or (self._flow is not _Flow.FROZEN and self.running))
 
-    def _fail_all(self, error: Exception) -> None:
-        _log.error("a generation step failed", exc_info=error)
-        failure = (
-            error
-            if isinstance(error, InferenceError)
-            else EngineFailure(f"a generation step failed: {error}")
-        )
-        for request in self._scheduler.drop_all():
-            if not request.future.done():
-                request.future.set_exception(failure)
-
-    def _deliver(self, request: GenerationRequest) -> None:
-        if request.future.cancelled() or request.future.done():
-            return
+    async def _step(self) -> None:
+        step = partial(self._batch.step, admit=self._flow is _Flow.RUNNING)
         try:
-            completions = [self._rules.completion(sequence) for sequence in request.sequences]
-        except Exception as error:  # noqa: BLE001 - it concerns this request only, and somebody waits for it
-            request.future.set_exception(error)
-            return
-        request.future.set_result(
-            Generation(
-                request.prompt_ids,
-                completions,
-                request.prompt_scores,
-                weight_version=self._weight_version,
-                weight_version_start=request.weight_version_start,
-            )
-        )
+            self._deliver(await self._compute(step))
+        except Exception as error:  # noqa: BLE001 - one bad step must not end the server: its requests fail
+            _log.error("a generation step failed", exc_info=error)
+            failure = error
+            if not isinstance(error, InferenceError):
+                failure = EngineFailure(f"a generation step failed: {error}")
+            for request in self._batch.drop_all():
+                if not request.done.done():
+                    request.done.set_exception(failure)
+
+    async def _compute(self, function: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _deliver(self, requests: list[Request]) -> None:
+        for request in requests:
+            if not request.done.done():
+                request.weight_version = self.weight_version
+                request.done.set_result(None)

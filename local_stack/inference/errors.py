@@ -1,23 +1,23 @@
-"""What can go wrong in the embedded server, as one tree.
+"""Errors of the embedded server.
 
-::
-
-    InferenceError (Exception)
-    ├── RequestRefused (ValueError)        the request is at fault; carries the HTTP status and the field
-    ├── CheckpointMismatch (ValueError)    weights that do not fit the served model; the old ones stay
-    ├── UnsupportedModel (ValueError)      a model that the batched forward cannot run, found at start
-    └── EngineFailure (RuntimeError)       a step failed, or the engine has stopped
+InferenceError
+├── RequestRefused (ValueError)        the request is at fault; names the field
+│   ├── UnknownModel                   it names a model that is not served
+│   └── CheckpointMismatch             weights that do not fit the served model; the old ones stay
+├── UnsupportedModel (ValueError)      a model that cannot be batched, found at start
+└── EngineFailure (RuntimeError)       a step failed, or the engine has stopped
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MOST_ERRORS_REPORTED = 5
+
 
 class InferenceError(Exception):
-    """Base class of everything that the embedded server raises on purpose."""
-
-
-class RequestRefused(InferenceError, ValueError):  # noqa: N818 - reads as the event that it is
-    """The request asks for something impossible or unsupported.
+    """Base class of everything that the embedded server raises on purpose.
 
     Attributes:
         parameter: The field at fault, or None.
@@ -25,27 +25,43 @@ class RequestRefused(InferenceError, ValueError):  # noqa: N818 - reads as the e
         kind: The class of error as vLLM names it.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        parameter: str | None = None,
-        status: int = 400,
-        kind: str = "BadRequestError",
-    ) -> None:
+    status = 500
+    kind = "InternalServerError"
+
+    def __init__(self, message: str, *, parameter: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
-        self.status = status
-        self.kind = kind
 
 
-class CheckpointMismatch(InferenceError, ValueError):  # noqa: N818 - reads as the event that it is
+class RequestRefused(InferenceError, ValueError):  # noqa: N818 - reads as the event that it is
+    """The request asks for something impossible or unsupported."""
+
+    status = 400
+    kind = "BadRequestError"
+
+
+class UnknownModel(RequestRefused):
+    """The request names a model that is not served."""
+
+    status = 404
+    kind = "NotFoundError"
+
+
+class CheckpointMismatch(RequestRefused):
     """A checkpoint whose tensors are not those of the served model; nothing of it was applied."""
 
 
 class UnsupportedModel(InferenceError, ValueError):  # noqa: N818 - reads as the event that it is
-    """A model whose own forward and the batched forward do not agree, or that lacks what the latter needs."""
+    """A model that gives other results in a padded batch than alone, or that is too short."""
 
 
 class EngineFailure(InferenceError, RuntimeError):  # noqa: N818 - reads as the event that it is
     """The engine could not finish a request through no fault of the request."""
+
+
+def validation_message(details: Sequence[Mapping[str, Any]]) -> str:
+    """Put pydantic's errors into one line."""
+    lines = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details]
+    if len(lines) > _MOST_ERRORS_REPORTED:
+        lines[_MOST_ERRORS_REPORTED:] = [f"and {len(lines) - _MOST_ERRORS_REPORTED} more"]
+    return f"{len(details)} validation error(s): " + "; ".join(lines)

@@ -1,38 +1,38 @@
-"""Text to token ids and back, for every thread of the server."""
+"""Text to token ids and back, and where a sequence ends, in vLLM's order: token, length, text."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from local_stack.inference.errors import RequestRefused
+from local_stack.inference.records import Sequence
 
 _CONTEXT_TOKENS = 6
 """How many prompt tokens are decoded along, so that the first generated piece keeps its leading space."""
 
 
 class TextCodec:
-    """The model's tokenizer and chat template. Thread-safe.
+    """The model's tokenizer, chat template and end-of-sequence tokens. Thread-safe.
 
     Args:
         model: Directory or hub id of the model.
+        generation_eos: End-of-sequence ids of the generation config.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, generation_eos: list[int]) -> None:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
         # A fast tokenizer refuses to be used by two threads at once ("Already borrowed").
         self._lock = threading.Lock()
+        main = self._tokenizer.eos_token_id
+        if main is None and generation_eos:
+            main = generation_eos[0]
+        self._eos: int | None = main  # ends a sequence without a stop reason; the others count as stop tokens
+        self._further_eos = frozenset(generation_eos) - {main}
 
-    @property
-    def eos_token_id(self) -> int | None:
-        """The tokenizer's own end-of-sequence token."""
-        value: int | None = self._tokenizer.eos_token_id
-        return value
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
         with self._lock:
             ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -46,34 +46,46 @@ class TextCodec:
         """
         import jinja2  # the template language of transformers; only needed where there is a template
 
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
-            except (ValueError, TypeError, jinja2.TemplateError) as error:
-                raise RequestRefused(f"the chat template cannot render this: {error}") from error
-            ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        except (ValueError, TypeError, jinja2.TemplateError) as error:
+            raise RequestRefused(f"the chat template cannot render this: {error}") from error
+        return self.encode(text, add_special_tokens=False)
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """Text of some token ids."""
         with self._lock:
             text: str = self._tokenizer.decode(
-                list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         return text
 
-    def decode_after(
-        self, prompt_ids: Sequence[int], token_ids: Sequence[int], *, skip_special_tokens: bool
-    ) -> str:
-        """Text that `token_ids` add after a prompt."""
-        context = list(prompt_ids[-_CONTEXT_TOKENS:])
-        before = self.decode(context, skip_special_tokens=skip_special_tokens)
-        both = self.decode([*context, *token_ids], skip_special_tokens=skip_special_tokens)
+    def finish(self, sequence: Sequence) -> None:
+        """Set reason and text if the token that was just appended ends the sequence."""
+        parameters = sequence.request.parameters
+        token = sequence.output_ids[-1]
+        if token == self._eos and not parameters.ignore_eos:
+            sequence.finish_reason = "stop"
+        elif token in parameters.stop_token_ids or (token in self._further_eos and not parameters.ignore_eos):
+            sequence.finish_reason, sequence.stop_reason = "stop", token
+        elif len(sequence.output_ids) >= parameters.max_tokens:
+            sequence.finish_reason = "length"
+        if parameters.stop or sequence.finish_reason:
+            sequence.text = self.text(sequence)
+        if found := [(sequence.text.find(stop), stop) for stop in parameters.stop if stop in sequence.text]:
+            position, stop = min(found)
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+            sequence.text = sequence.text[:position]
+
+    def text(self, sequence: Sequence) -> str:
+        """Text that a sequence adds after its prompt, without the token that ended it."""
+        ids = sequence.output_ids[:-1] if sequence.finish_reason == "stop" else sequence.output_ids
+        context = sequence.request.prompt_ids[-_CONTEXT_TOKENS:]
+        skip = sequence.request.parameters.skip_special_tokens
+        before = self.decode(context, skip_special_tokens=skip)
+        both = self.decode([*context, *ids], skip_special_tokens=skip)
         if both.startswith(before):
             return both[len(before) :]
         # The prompt ended inside a character that only became readable now.
-        return self.decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-    def tokens(self, token_ids: Sequence[int]) -> list[str]:
-        """Text of every token by itself."""
-        return [self.decode([token_id]) for token_id in token_ids]
+        return self.decode(ids, skip_special_tokens=skip)

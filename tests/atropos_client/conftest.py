@@ -1,15 +1,16 @@
-"""Fixtures for the client: a server that misbehaves on demand, and both clients behind one call."""
+"""Fixtures for the client: a server that misbehaves on demand, and one call of a fresh client."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atropos_client import AsyncAtroposClient, AtroposClient, RetryPolicy
-from tests.atropos_client.misbehaving_server import MisbehavingServer
+from atropos_client import AtroposClient, RetryPolicy
+from atropos_client.journal import Journal
+from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
 
 QUICK = RetryPolicy(attempts=3, wall_clock=20.0, first_pause=0.01, longest_pause=0.02)
 
@@ -22,19 +23,26 @@ def server() -> Iterator[MisbehavingServer]:
         yield running
 
 
-@pytest.fixture(params=["sync", "async"])
-def ask(request: pytest.FixtureRequest) -> Ask:
-    """Call ``ask(url, "method", *arguments, **client_options)`` on a fresh client of either kind."""
+@pytest.fixture
+def registered(server: MisbehavingServer) -> None:
+    """Let the server take a registration, and tell it."""
+    server.script("/register", Answer(body=b'{"uuid":1}'))
+    server.script("/info", Answer(body=b'{"batch_size":2,"max_token_len":128}'))
+    server.script("/status", Answer(body=b'{"current_step":0,"queue_size":0}'))
 
-    def ask_sync(url: str, method: str, *arguments: Any, **options: Any) -> Any:
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with Journal.open(tmp_path / "journal") as opened:
+        yield opened
+
+
+@pytest.fixture
+def ask() -> Ask:
+    """Call ``ask(url, "method", *arguments, **client_options)`` on a fresh client."""
+
+    def ask(url: str, method: str, *arguments: Any, **options: Any) -> Any:
         with AtroposClient(url, **{"retries": QUICK, **options}) as client:
             return getattr(client, method)(*arguments)
 
-    def ask_async(url: str, method: str, *arguments: Any, **options: Any) -> Any:
-        async def run() -> Any:
-            async with AsyncAtroposClient(url, **{"retries": QUICK, **options}) as client:
-                return await getattr(client, method)(*arguments)
-
-        return asyncio.run(run())
-
-    return ask_sync if request.param == "sync" else ask_async
+    return ask

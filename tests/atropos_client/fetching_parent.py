@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from atropos_client import BatchTimeout
-from atropos_client.fetcher import FetcherSettings, FetchingProcess
+from atropos_client.fetcher import Fetcher, FetcherSettings
 from atropos_client.journal import Journal
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     after = int(checkpoint.read_text()) if checkpoint.is_file() else 0
     with (
         Journal.open(Path(told["journal"]), wait=settings.farewell + 30) as journal,
-        FetchingProcess(journal, settings, after=after, served_version=lambda: 5) as fetcher,
+        Fetcher(journal, settings, after=after, served_version=lambda: 5) as fetcher,
     ):
         while True:
             try:

@@ -1,10 +1,8 @@
-"""Both clients over a real HTTP server that misbehaves on demand."""
+"""The client over a real HTTP server that misbehaves on demand."""
 
 from __future__ import annotations
 
-import asyncio
 import gzip
-import inspect
 import json
 import logging
 from typing import Any
@@ -15,7 +13,6 @@ from atropos_client import (
     NO_RETRIES,
     AccessDenied,
     ApiUnreachable,
-    AsyncAtroposClient,
     AtroposClient,
     BatchPossiblyLost,
     ConnectionLost,
@@ -284,21 +281,3 @@ def test_a_compressed_error_page_is_still_a_server_error(ask: Ask, server: Misbe
     server.script("/status", zipped(b"the proxy is sorry " * 20_000, status=500))
     with pytest.raises(ServerError, match="the proxy is sorry"):
         ask(server.url, "status")
-
-
-def test_both_clients_offer_the_same_calls() -> None:
-    def calls(kind: type) -> dict[str, list[str]]:
-        return {
-            name: list(inspect.signature(member).parameters)
-            for name, member in inspect.getmembers(kind, inspect.isfunction)
-            if not name.startswith("_")
-        }
-
-    assert calls(AtroposClient) == calls(AsyncAtroposClient)
-
-
-async def test_the_async_client_serves_many_tasks_at_once(server: MisbehavingServer) -> None:
-    server.script("/status", STATUS)
-    async with AsyncAtroposClient(server.url) as client:
-        replies = await asyncio.gather(*(client.status() for _ in range(8)))
-    assert [reply.queue_size for reply in replies] == [2] * 8

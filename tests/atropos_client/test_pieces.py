@@ -1,4 +1,4 @@
-"""The parts without a network: retries, pauses, the error tree, the shelf, the line that says who is late."""
+"""The parts without a network: retries, pauses, the error tree, the line that says who is late."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import dataclasses
 import inspect
 import pickle
 import random
-import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atropos_client import RetryPolicy, Timeouts, errors
-from atropos_client._backoff import Backoff
-from atropos_client._heartbeat import Heartbeat, WaitFacts, explain_wait
-from atropos_client._retry import Resend, pause_before_attempt, should_retry
-from atropos_client._shelf import Closed, NothingInTime, Shelf
+from atropos_client._retry import Resend, may_resend
+from atropos_client.backoff import Backoff
 from atropos_client.errors import (
     AccessDenied,
     ApiUnreachable,
     AtroposClientError,
-    BatchNotRecorded,
     ConnectionLost,
     ErrorStatus,
     InvalidReply,
@@ -29,16 +25,11 @@ from atropos_client.errors import (
     ReplyTooLarge,
     ServerError,
 )
+from atropos_client.waiting import EnvironmentFacts, Heartbeat, WaitFacts, explain_wait
 from schemas import StatusReply
 from tests.atropos_client.misbehaving_server import eventually
 
 POLICY = RetryPolicy(attempts=4, wall_clock=30.0)
-
-
-def retries(
-    error: AtroposClientError, resend: Resend, *, made: int = 1, elapsed: float = 0.0, pause: float = 0.1
-) -> bool:
-    return should_retry(error, resend=resend, attempts_made=made, elapsed=elapsed, pause=pause, policy=POLICY)
 
 
 @pytest.mark.parametrize(
@@ -60,23 +51,14 @@ def retries(
 def test_what_is_repeated_depends_on_the_error_and_on_what_a_second_sending_would_do(
     error: AtroposClientError, harmless: bool, only_if_not_sent: bool
 ) -> None:
-    assert retries(error, Resend.HARMLESS) is harmless
-    assert retries(error, Resend.ONLY_IF_NOT_SENT) is only_if_not_sent
+    assert may_resend(error, Resend.HARMLESS) is harmless
+    assert may_resend(error, Resend.ONLY_IF_NOT_SENT) is only_if_not_sent
 
 
 def test_attempts_and_wall_clock_both_end_repeating() -> None:
-    error = ApiUnreachable("x")
-    assert retries(error, Resend.HARMLESS, made=3, elapsed=29.8)
-    assert not retries(error, Resend.HARMLESS, made=4)
-    assert not retries(error, Resend.HARMLESS, elapsed=29.95)
-    assert not retries(error, Resend.HARMLESS, pause=31.0)
-
-
-@given(st.integers(2, 5_000), st.floats(0, 1, exclude_max=True))
-def test_pauses_between_sendings_grow_and_stay_bounded(attempt: int, fraction: float) -> None:
-    pause = pause_before_attempt(attempt, POLICY, fraction=fraction)
-    assert 0 < pause <= POLICY.longest_pause
-    assert pause_before_attempt(attempt + 1, POLICY, fraction=fraction) >= pause
+    assert POLICY.allows_another(3, 29.9)
+    assert not POLICY.allows_another(4, 29.9)
+    assert not POLICY.allows_another(1, 30.1)
 
 
 @pytest.mark.parametrize("wrong", [{"attempts": 0}, {"wall_clock": -1.0}, {"first_pause": float("nan")}])
@@ -120,31 +102,65 @@ def test_every_error_survives_pickling_with_its_attributes() -> None:
             assert type(back) is kind
             assert str(back) == str(error) == "GET http://h/batch: what happened"
             assert vars(back) == vars(error)
-    assert BatchNotRecorded("x", body=b"kept").body == b"kept"
 
 
 FACTS = WaitFacts(
     url="http://h:8000",
     waited=60.4,
     batch_size=64,
+    max_token_len=2048,
     batches=0,
     group_size=None,
     in_flight=None,
     trouble=None,
     status=StatusReply(current_step=0, queue_size=0),
+    environments=EnvironmentFacts(
+        registered=2, without_groups=(0, 1), largest_group=1, latest_group=None, reserved=False
+    ),
 )
+
+
+def among(**changes: object) -> EnvironmentFacts:
+    assert FACTS.environments is not None
+    return dataclasses.replace(FACTS.environments, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "no environment connected for 60 s"),
-        ({"batches": 2, "group_size": 4.0}, "environments are late for 60 s: queue 0/64 sequences"),
+        ({"environments": among(registered=0)}, "no environment connected for 60 s: none is registered"),
+        (
+            {"environments": among(registered=0), "batches": 9},
+            "they have ended, or it was restarted or reset",
+        ),
+        ({}, "queue 0/64 sequences (0 groups, 2 registered) at http://h:8000; none has sent a group yet"),
+        ({}, "a sequence of 2048 tokens or more"),
+        (
+            {"batches": 2, "group_size": 4.0, "status": StatusReply(current_step=1000, queue_size=0)},
+            "1000 by now): start them again with --env.total_steps -1",
+        ),
         (
             {"status": StatusReply(current_step=0, queue_size=3), "batches": 1, "group_size": 4.0},
-            "queue 12/64 sequences (3 groups of about 4)",
+            "environments are late for 60 s: queue 12/64 sequences (3 groups, 2 registered)",
         ),
-        ({"status": StatusReply(current_step=0, queue_size=3)}, "queue 3 groups, a batch needs 64 sequences"),
+        (
+            {"status": StatusReply(current_step=0, queue_size=3), "environments": among(latest_group=4)},
+            "queue 12/64",
+        ),
+        ({"environments": among(latest_group=3)}, "groups of 3 sequences never make a batch of exactly 64"),
+        ({"environments": among(largest_group=12)}, "groups of 12 sequences never make a batch of exactly"),
+        (
+            {"environments": among(latest_group=4, largest_group=6), "batch_size": 24},
+            "groups of 4 sequences do not fit beside groups of 6",
+        ),
+        (
+            {
+                "status": StatusReply(current_step=0, queue_size=20),
+                "group_size": 4.0,
+                "environments": among(reserved=True, without_groups=(1,)),
+            },
+            "min_batch_allocation, no batch is formed without its share, and nothing waits of environment 1",
+        ),
         (
             {"status": StatusReply(current_step=0, queue_size=20), "group_size": 5.0},
             "make the batch size a multiple of every environment's group size",
@@ -152,6 +168,7 @@ FACTS = WaitFacts(
         ({"trouble": "status 500"}, "the Atropos API at http://h:8000 fails: status 500"),
         ({"in_flight": 42.0}, "has not answered GET /batch for 42 s"),
         ({"status": None}, "did not tell its status"),
+        ({"environments": None}, "did not tell its status"),
     ],
 )
 def test_the_heartbeat_line_names_who_is_late(changes: dict[str, object], said: str) -> None:
@@ -165,55 +182,3 @@ def test_a_heartbeat_beats_until_it_is_stopped(caplog: pytest.LogCaptureFixture)
     eventually(lambda: "two are late" in caplog.text)
     heartbeat.stop()
     assert [record.getMessage() for record in caplog.records] == ["one is late", "two are late"]
-
-
-def test_a_shelf_hands_over_in_order_and_up_to_its_depth() -> None:
-    shelf: Shelf[int] = Shelf(2)
-    for item in (1, 2):
-        assert shelf.has_room()
-        shelf.put(item)
-    assert not shelf.has_room()
-    assert (shelf.take(0), shelf.take(0)) == (1, 2)
-    assert shelf.has_room()
-
-
-def test_a_shelf_of_depth_zero_has_room_only_while_somebody_waits() -> None:
-    shelf: Shelf[int] = Shelf(0)
-    assert not shelf.has_room()
-    taken: list[int] = []
-    taker = threading.Thread(target=lambda: taken.append(shelf.take(20)))
-    taker.start()
-    assert shelf.wait_for_room()
-    shelf.put(7)
-    taker.join(20)
-    assert taken == [7]
-    assert not shelf.has_room()
-
-
-def test_a_shelf_is_emptied_before_it_says_why_the_producer_ended() -> None:
-    shelf: Shelf[int] = Shelf(1)
-    shelf.put(1)
-    shelf.end(KeyError("gone"))
-    assert shelf.take(None) == 1
-    for _ in range(2):
-        with pytest.raises(KeyError, match="gone"):
-            shelf.take(None)
-
-
-def test_a_shelf_tells_late_from_closed() -> None:
-    shelf: Shelf[int] = Shelf(1)
-    with pytest.raises(NothingInTime):
-        shelf.take(0.01)
-    shelf.end(None)
-    with pytest.raises(Closed):
-        shelf.take(None)
-
-
-def test_stopping_a_shelf_wakes_its_producer() -> None:
-    shelf: Shelf[int] = Shelf(0)
-    woken: list[bool] = []
-    producer = threading.Thread(target=lambda: woken.extend([shelf.wait_for_room(), shelf.pause(1_000)]))
-    producer.start()
-    shelf.stop()
-    producer.join(20)
-    assert woken == [False, False]

@@ -1,4 +1,4 @@
-"""Client and poller against the real Atropos API server, in a process of its own."""
+"""Client and fetching against the real Atropos API server, in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import pytest
 
-from atropos_client import AtroposClient, BatchPoller, BatchPossiblyLost, ServerError
+from atropos_client import AtroposClient, BatchPossiblyLost, ServerError, ask_environments
+from atropos_client.fetcher import FetchCounters, Fetcher
+from atropos_client.journal import Journal
+from atropos_client.waiting import EnvironmentFacts
 from schemas import EnvironmentRegistration, Registration, ScoredGroup
 from tests.atropos_client.conftest import Ask
+from tests.atropos_client.in_thread import ThreadFetcher
 from tests.atropos_client.misbehaving_server import closed_port, eventually
+from tests.atropos_client.test_fetcher import settings_for
 
 pytestmark = pytest.mark.slow
 
@@ -138,47 +144,88 @@ def push_with_nan(url: str) -> None:
     httpx.post(f"{url}/scored_data_list", content=content, headers=headers).raise_for_status()
 
 
-def test_the_poller_outlives_a_lost_batch(api: RealApi) -> None:
-    with AtroposClient(api.url) as client, BatchPoller(client, REGISTRATION, first_pause=0.01) as poller:
-        eventually(lambda: poller.counters.empty_replies)
+@pytest.fixture
+def fetching(tmp_path: Path) -> Callable[[str], Fetcher]:
+    """Make a fetcher of the API at an address; to be used as a context manager."""
+
+    def make(url: str) -> Fetcher:
+        settings = settings_for(url, registration=REGISTRATION, longest_failure_pause=0.2)
+        return ThreadFetcher(Journal.open(tmp_path / "journal"), settings, after=0)
+
+    return make
+
+
+def tokens_of(fetcher: Fetcher) -> list[int]:
+    """The first token of each group of the next batch."""
+    return [group.tokens[0][0] for group in fetcher.get(PATIENCE).reply.groups]
+
+
+def test_fetching_outlives_a_lost_batch(api: RealApi, fetching: Callable[[str], Fetcher]) -> None:
+    with AtroposClient(api.url) as client, fetching(api.url) as fetcher:
+        eventually(lambda: fetcher.counters.empty_replies)
         push_with_nan(api.url)
-        eventually(lambda: poller.counters.possibly_lost)
+        eventually(lambda: fetcher.counters.possibly_lost)
         client.push_groups([group(3), group(4)])
-        polled = poller.get(PATIENCE)
-        assert poller.counters.possibly_lost == 1
-        assert poller.counters.re_registrations == 0
-    assert [g.tokens[0][0] for g in polled.reply.groups] == [3, 4]
+        assert tokens_of(fetcher) == [3, 4]
+        assert (fetcher.counters.possibly_lost, fetcher.counters.re_registrations) == (1, 0)
 
 
-def test_the_poller_registers_again_after_a_reset(api: RealApi) -> None:
-    with AtroposClient(api.url) as client, BatchPoller(client, REGISTRATION, first_pause=0.01) as poller:
-        eventually(lambda: poller.counters.empty_replies)
+def test_one_registers_again_after_a_reset(api: RealApi, fetching: Callable[[str], Fetcher]) -> None:
+    with AtroposClient(api.url) as client, fetching(api.url) as fetcher:
+        eventually(lambda: fetcher.counters.empty_replies)
         client.reset_data()
-        eventually(lambda: poller.counters.re_registrations)
+        eventually(lambda: fetcher.counters.re_registrations)
         client.push_groups([group(5), group(6)])
-        assert poller.get(PATIENCE).sequence_count == 4
+        assert tokens_of(fetcher) == [5, 6]
 
 
-def test_the_poller_registers_again_after_the_api_was_killed_and_restarted() -> None:
-    with RealApi() as api, AtroposClient(api.url) as client:
-        poller = BatchPoller(client, REGISTRATION, first_pause=0.01, longest_failure_pause=0.2)
-        with poller:
-            # Groups pushed before a trainer has registered would keep this API from ever taking one.
-            eventually(lambda: client.info().registered, PATIENCE)
-            client.push_groups([group(7), group(8)])
-            assert poller.get(PATIENCE).sequence_count == 4
-            api.kill()
-            failures = poller.counters
-            eventually(
-                lambda: (
-                    poller.counters.failed_requests + poller.counters.possibly_lost
-                    > failures.failed_requests + failures.possibly_lost
-                )
-            )
-            api.start()
-            eventually(lambda: poller.counters.re_registrations, PATIENCE)
-            eventually(lambda: client.register_environment(ENVIRONMENT).accepted)
-            client.push_groups([group(9), group(10)])
-            polled = poller.get(PATIENCE)
-    assert [g.tokens[0][0] for g in polled.reply.groups] == [9, 10]
-    assert polled.number == 2
+def test_one_registers_again_after_the_api_was_killed_and_restarted(
+    fetching: Callable[[str], Fetcher],
+) -> None:
+    def failures(counters: FetchCounters) -> int:
+        return counters.failed_requests + counters.possibly_lost
+
+    with RealApi() as api, AtroposClient(api.url) as client, fetching(api.url) as fetcher:
+        # Groups pushed before a trainer has registered would keep this API from ever taking one.
+        eventually(lambda: client.info().registered, PATIENCE)
+        client.push_groups([group(7), group(8)])
+        assert tokens_of(fetcher) == [7, 8]
+        api.kill()
+        before = failures(fetcher.counters)
+        eventually(lambda: failures(fetcher.counters) > before)
+        api.start()
+        eventually(lambda: fetcher.counters.re_registrations, PATIENCE)
+        eventually(lambda: client.register_environment(ENVIRONMENT).accepted)
+        client.push_groups([group(9), group(10)])
+        assert tokens_of(fetcher) == [9, 10]
+
+
+def test_what_the_api_knows_of_its_environments_is_asked(api: RealApi) -> None:
+    with AtroposClient(api.url) as client:
+        client.fetch_batch()
+        nobody = ask_environments(client)
+        assert nobody is not None
+        assert (nobody.registered, nobody.without_groups, nobody.reserved) == (0, (), False)
+        client.register_environment(ENVIRONMENT)
+        reserving = ENVIRONMENT.model_copy(update={"min_batch_allocation": 0.5})
+        client.register_environment(reserving)
+        client.push_group(group(1))
+        assert ask_environments(client) == EnvironmentFacts(
+            registered=2, without_groups=(1,), largest_group=2, latest_group=2, reserved=True
+        )
+
+
+def test_groups_that_never_fill_a_batch_are_named_before_the_heartbeat(
+    api: RealApi,
+    fetching: Callable[[str], Fetcher],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("atropos_client.fetcher._fetcher._SOON", 0.05)
+    three = ScoredGroup(tokens=[[1, 2]] * 3, masks=[[-100, 2]] * 3, scores=[1.0, 0.0, 0.0])
+    with AtroposClient(api.url) as client, fetching(api.url) as fetcher:
+        client.register_environment(ENVIRONMENT)
+        client.push_groups([three, three])
+        eventually(lambda: "groups of 3 sequences never make a batch of exactly 4" in caplog.text)
+        assert "groups of 3 sequences never make" in fetcher.explain_wait()
+    assert caplog.text.count("no batch will come") == 1

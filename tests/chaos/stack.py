@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import random
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,6 +21,7 @@ from schemas import EnvironmentRegistration, ScoredGroup
 from tests.atropos_client.test_real_api import RealApi
 from tests.chaos.deaths import KINDS, Death
 from tests.chaos.trainer_run import run
+from tests.forked import PROCESSES
 from tests.trainer.batches import make_group
 
 GROUPS_IN_A_BATCH = 2
@@ -33,9 +32,6 @@ DEADLINE = 240.0
 STEPS_IN_A_LIFE = 12
 """At most so many steps that a trainer may do before it is killed from outside."""
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.chaos.trainer_run"])
-
 
 class RecordingEngine(Engine):
     """Notes the checksum of every version that it is told to serve."""
@@ -45,12 +41,11 @@ class RecordingEngine(Engine):
         self.served: dict[int, set[str]] = defaultdict(set)
         """Checksums of the weights by version."""
 
-    def reload_weights(self, directory: Path) -> Future[None]:
-        """Note, then load."""
+    async def reload_weights(self, directory: Path) -> None:
+        """Load, and note."""
         digest = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
-        done = super().reload_weights(directory)
+        await super().reload_weights(directory)
         self.served[int(directory.name.removeprefix("v"))].add(digest)
-        return done
 
 
 def recorded_groups(batches: int) -> list[ScoredGroup]:
@@ -103,16 +98,24 @@ class Life:
 
 
 class Stack:
-    """An API and the trainer's settings; `live` starts one trainer after the other."""
+    """An API and the trainer's settings; `live` starts one trainer after the other.
 
-    def __init__(self, output: Path, *, model: Path, api: str, inference: str, steps: int) -> None:
+    `inference`: the server that is published to. None: nothing is published.
+    """
+
+    def __init__(
+        self, output: Path, *, model: Path, api: str, steps: int, inference: str | None = None
+    ) -> None:
+        publishing = (
+            ("disk", "--publish.servers", inference, "--publish.keep", "3") if inference else ("none",)
+        )
         self.output = output
         self.log = output.with_name(f"{output.name}.log")
         self._words = [
             *("--model.path", str(model), "--train.output_dir", str(output)),
             *("--atropos.url", api, "--atropos.batch_size", str(GROUPS_IN_A_BATCH * GROUP_SIZE)),
-            *("--atropos.max_token_length", "64", "--journal.farewell", "20"),
-            *("--publish.transport", "disk", "--publish.servers", inference, "--publish.keep", "3"),
+            *("--atropos.max_token_length", "64", "--journal.shutdown_timeout", "20"),
+            *("--publish.transport", *publishing),
             *("--train.steps", str(steps), "--train.device", "cpu", "--train.mixed_precision", "no"),
             *("--train.mismatch_alarm", "null", "--checkpoint.every", "3", "--logging.progress", "false"),
             *("--optimizer.learning_rate", "1e-3", "--optimizer.schedule", "cosine"),
@@ -121,9 +124,16 @@ class Stack:
 
     def start(self, *others: str, death: Death | None = None) -> BaseProcess:
         """Start a trainer, with further settings; whoever starts it has to end it."""
-        process = _PROCESSES.Process(target=run, args=([*self._words, *others], self.log, death))
+        process = PROCESSES.Process(target=run, args=([*self._words, *others], self.log, death))
         process.start()
         return process
+
+    def wait_for(self, trainer: BaseProcess, *, steps: int) -> None:
+        """Wait until the metrics file knows of so many steps, or the trainer has ended."""
+        deadline = time.monotonic() + DEADLINE
+        while self._rows() < steps and trainer.is_alive():
+            assert time.monotonic() < deadline, self.log.read_text()[-6000:]
+            trainer.join(0.02)
 
     def live(self, death: Death | None = None) -> Life:
         """Let a trainer live until it ends or dies."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import pytest
 from local_stack.inference import Engine, EngineSettings
 from tests.atropos_client.test_real_api import RealApi
 from tests.chaos.stack import DEADLINE, RecordedEnvironment, Stack, recorded_groups
-from trainer.watch import STACKS_FILE, STUCK
+from trainer.monitoring import STACKS_FILE, STUCK
 
 STEPS = 8
-PUBLISHING_TIMEOUT = 15.0
+PUBLISHING_TIMEOUT = 6.0
 """For the phase under test; the publish of an unchanged model at the start is over in a second."""
-GRACE = 20.0
+GRACE = 6.0
 SETTINGS = (
     *("--watchdog.publishing_timeout", str(PUBLISHING_TIMEOUT), "--watchdog.grace", str(GRACE)),
     *("--health.port", "0", "--health.file_every", "0.2"),
@@ -37,12 +37,12 @@ class HangingEngine(Engine):
         self.released = threading.Event()
         self.slow_for = 0.0
 
-    def reload_weights(self, directory: Path) -> Future[None]:
+    async def reload_weights(self, directory: Path) -> None:
         """Hang, or dawdle; then load."""
         if directory.name != "v000000":
-            self.released.wait()
-            time.sleep(self.slow_for)
-        return super().reload_weights(directory)
+            await asyncio.to_thread(self.released.wait)
+            await asyncio.sleep(self.slow_for)
+        await super().reload_weights(directory)
 
 
 def health(output: Path) -> httpx.Response | None:

@@ -10,14 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 
-import trainer.assembly
 from tests.chaos.deaths import Death
 from trainer.cli import main
-
-# Loaded lazily, which would be done anew in every life.
-LOADED = (transformers.LlamaForCausalLM, transformers.AutoTokenizer, trainer.assembly)
 
 
 def run(words: list[str], log: Path, death: Death | None) -> None:

@@ -17,7 +17,7 @@ from tests.hostile.case import Case
 from tests.hostile.harness import Training, configure, train_over_http
 from tests.trainer.runs import assert_equal_tensors, rows, weights
 from trainer import RecordedSource, RunSummary
-from trainer.assembly import build_trainer
+from trainer.run.build import build_trainer
 
 Check = Callable[..., None]
 Weights = dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""Real runs over HTTP: real client, real poller, real training loop, a tiny model."""
+"""Real runs over HTTP: real client, real fetching, real training loop, a tiny model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 import httpx
 
-from atropos_client import AtroposClient, BatchPoller, RetryPolicy, Timeouts
+from atropos_client import RetryPolicy, Timeouts
+from atropos_client.fetcher import Fetcher, FetcherSettings
+from atropos_client.journal import Journal
+from tests.atropos_client.in_thread import ThreadFetcher
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
 from trainer import RunSummary, TrainerConfig, load_config
-from trainer.assembly import build_trainer
-from trainer.sources import AtroposSource, make_registration
-from trainer.watch import atropos_api
+from trainer.run.build import build_trainer
+from trainer.sources.live import AtroposSource
 
 PATIENCE = 60.0
 """Seconds; only ends a hang."""
@@ -28,30 +30,18 @@ NO_DATA = Answer(body=b'{"batch":null}')
 
 
 class ImpatientSource(AtroposSource):
-    """The trainer's own source with the pauses and patience of a test."""
+    """The trainer's own source with the pauses and patience of a test, fetching in a thread."""
 
-    def __init__(self, config: TrainerConfig) -> None:
-        atropos = config.atropos
-        self.party = atropos_api(atropos.url)
-        self._client = AtroposClient(
-            atropos.url,
-            token=atropos.token,
-            timeouts=Timeouts(batch_read=atropos.read_timeout, total=atropos.read_timeout),
-            retries=RetryPolicy(attempts=2, first_pause=0.01, longest_pause=0.01),
-            max_body_bytes=atropos.max_body_bytes,
-        )
-        self._ready_timeout = atropos.ready_timeout
-        self._poller = BatchPoller(
-            self._client,
-            lambda: make_registration(config, 0),
-            depth=atropos.prefetch,
-            tag=lambda: 0,
-            first_pause=0.01,
-            longest_pause=0.05,
-            longest_failure_pause=0.05,
-            heartbeat=atropos.heartbeat_every,
-            patience=atropos.batch_timeout,
-        )
+    def _make_fetcher(self, journal: Journal, settings: FetcherSettings, **options: Any) -> Fetcher:
+        patience = self._config.atropos.read_timeout
+        impatient = {
+            "timeouts": Timeouts(batch_read=patience, total=patience),
+            "retries": RetryPolicy(attempts=2, first_pause=0.01, longest_pause=0.01),
+            "first_pause": 0.01,
+            "longest_pause": 0.05,
+            "longest_failure_pause": 0.05,
+        }
+        return ThreadFetcher(journal, settings.model_copy(update=impatient), **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +92,9 @@ def train_over_http(
         if row["kind"] == "step":
             on_step(row["step"])
 
-    return build_trainer(config, source=ImpatientSource(config), on_row=on_row).run()
+    return build_trainer(
+        config, source=ImpatientSource(config, step=lambda: 0, served_version=lambda: 0), on_row=on_row
+    ).run()
 
 
 def script_api(server: MisbehavingServer, answers: Sequence[Answer], **others: Answer) -> None:

@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from schemas import BatchReply
 from tests.hostile.invariants import check_reply
 from tests.schemas.groups import groups
-from trainer.advantages import AdvantageNormalizer
 from trainer.config import DataSettings, LossSettings
 from trainer.packing import Packing, pack
-from trainer.preparation import prepare_batch
-from trainer.samples import ModelLimits
+from trainer.samples.advantages import AdvantageNormalizer
+from trainer.samples.prepare import prepare_batch
+from trainer.samples.validation import ModelLimits
 
 LIMITS = ModelLimits(vocabulary_size=150_000, max_sequence_length=10)
 
@@ -93,7 +93,7 @@ def pack_everything(reply: BatchReply, packing: Packing, budget: int, estimator:
     ] == []
     json.dumps([vars(each) for each in prepared.set_aside])
     if not prepared.samples:
-        assert prepared.why_empty is not None
+        assert prepared.empty_reason is not None
         return
     batches = pack(prepared.samples, prepared.denominators, packing=packing, tokens_per_micro_batch=budget)
     trained = sum(sample.trained_tokens for sample in prepared.samples)

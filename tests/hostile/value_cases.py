@@ -16,7 +16,7 @@ from tests.hostile.case import (
     with_value,
     without,
 )
-from trainer.errors import MissingLogProbsError, TooManySetAside, TooManySkippedBatches
+from trainer.errors import TooManySetAside, TooManySkippedBatches
 
 NAN, INFINITY = float("nan"), float("inf")
 RAW_SCORES = ("--data.advantage_estimator", "raw", "--loss.name", "weighted_sft")
@@ -170,12 +170,13 @@ WISHES = [
     ),
     GroupCase(
         name="log-probs missing in every group",
-        sent="no inference_logprobs, which the loss needs",
+        sent="no inference_logprobs, train.max_consecutive_skips 1",
         outcome="refused",
-        errors=(MissingLogProbsError,),
-        says="ManagedServer",
+        errors=(TooManySkippedBatches,),
+        says="2 x no inference_logprobs.*ManagedServer",
         groups=[without("inference_logprobs")] * 2,
         neighbours=(),
+        options=("--train.max_consecutive_skips", "1"),
     ),
     GroupCase(
         name="too large a share of bad groups",

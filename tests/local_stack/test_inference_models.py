@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from local_stack.inference import Engine, EngineSettings
 from local_stack.inference.errors import UnsupportedModel
-from local_stack.inference.packed_model import preferred_dtype
-from local_stack.models import make_tiny_model
+from local_stack.inference.model import Model
 from tests.conftest import RunningInferenceServer
 from tests.local_stack.inference_reference import Reference
 
@@ -45,6 +44,7 @@ def make_model(tiny: Path, directory: Path, kind: str, **settings: Any) -> Path:
         ("qwen2", {}),
         ("qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
         ("mistral", {"sliding_window": 64}),
+        ("gemma2", {"head_dim": 16, "sliding_window": 64}),
     ],
 )
 def test_other_architectures_are_served_with_their_own_logprobs(
@@ -62,33 +62,24 @@ def test_other_architectures_are_served_with_their_own_logprobs(
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(expected, abs=2e-4)
 
 
-def test_bfloat16_keeps_the_head_in_float32_through_a_reload(
-    tiny_model_directory: Path, tmp_path: Path, start_inference_server: Callable[..., RunningInferenceServer]
-) -> None:
-    server = start_inference_server(tiny_model_directory, dtype="bfloat16")
-    other = make_tiny_model(tmp_path / "other", seed=1)
-    for directory in (tiny_model_directory, other):
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
-        assert server.post("/collective_rpc", body).status_code == 200
-        (choice,) = server.complete(PROMPT, max_tokens=12, ignore_eos=True)
-        served = choice["logprobs"]["token_logprobs"]
-        # Rounded to eight bits, the logits themselves would mostly be multiples of 1/64.
-        assert served == pytest.approx(Reference(directory).logprobs(PROMPT, choice["token_ids"]), abs=0.2)
-
-
-def test_half_precision_is_only_chosen_where_it_is_stored() -> None:
-    assert preferred_dtype(torch.float32) == torch.float32
-    assert preferred_dtype(torch.bfloat16) in (torch.float32, torch.bfloat16)
-
-
 def test_a_context_longer_than_the_models_is_refused(tiny_model_directory: Path) -> None:
     with pytest.raises(UnsupportedModel, match="more than the model's 2048"):
         Engine(EngineSettings(model=str(tiny_model_directory), max_model_len=2049))
 
 
-def test_a_model_with_another_kind_of_attention_is_refused(
-    tiny_model_directory: Path, tmp_path: Path
-) -> None:
-    directory = make_model(tiny_model_directory, tmp_path / "gemma2", "gemma2", head_dim=16)
-    with pytest.raises(UnsupportedModel, match="not supported"):
-        Engine(EngineSettings(model=str(directory)))
+class BlindModel(torch.nn.Module):
+    """Looks at no mask: padding counts as text."""
+
+    def __init__(self, real: Any) -> None:
+        super().__init__()
+        self.real = real
+
+    def forward(self, *, attention_mask: torch.Tensor | None = None, **inputs: Any) -> Any:
+        return self.real(**inputs)
+
+
+def test_a_model_for_which_padding_changes_the_result_is_refused(tiny_model_directory: Path) -> None:
+    model = Model(EngineSettings(model=str(tiny_model_directory)))
+    model.module = BlindModel(model.module)
+    with pytest.raises(UnsupportedModel, match="other log-probs in a padded batch"):
+        model.check_padding()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def test_an_existing_directory_is_kept(tmp_path: Path) -> None:
     assert make_tiny_model(directory, seed=5) == directory
     assert (directory / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_every_user_can_read_a_model_that_another_one_prepared(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        directory = make_tiny_model(tmp_path / "tiny")
+    finally:
+        os.umask(before)
+    assert directory.stat().st_mode & 0o777 == 0o755
+    assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == {
+        path.name: 0o644 for path in directory.iterdir()
+    }
 
 
 def test_processes_that_make_the_same_directory_at_once_all_succeed(tmp_path: Path) -> None:

@@ -52,6 +52,26 @@ async def test_a_version_that_stays_too_long_gets_new_turns() -> None:
     assert await taken(turns, 3) == ["0", "0", "0"]
 
 
+async def test_a_version_of_flat_groups_only_gets_new_turns_at_once() -> None:
+    turns = Turns(Served().read, per_version=2)
+    for _ in range(2):  # a batch of them, and the next one
+        assert await taken(turns, 5) == ["0", "0"]
+        turns.note_flat("0")
+        assert await taken(turns, 5) == []  # the other group may yet have something to teach
+        turns.note_flat("0")
+    assert await taken(turns, 5) == ["0", "0"]
+
+
+async def test_flat_groups_of_another_version_do_not_count() -> None:
+    served = Served()
+    turns = Turns(served.read, per_version=1)
+    await turns.take()
+    served.version = "1"
+    assert await turns.take() == "1"
+    turns.note_flat("0")
+    assert await taken(turns, 5) == []
+
+
 async def test_nobody_waits_for_a_server_that_tells_no_version() -> None:
     served = Served()
     served.version = None

@@ -11,8 +11,7 @@ from pydantic import SecretStr
 from atropos_client import NO_RETRIES, AtroposClient, AtroposClientError
 from trainer.check._inference import check_inference_server
 from trainer.config import TrainerConfig, load_config
-from trainer.publish._http import Deadline, ServerConnection
-from trainer.publish._retry import Repeatability
+from trainer.publish.engines.connection import Deadline, ServerConnection
 from trainer.publish.errors import Phase, ServerFailure
 
 SECRET = "tell-no-one-ABC123"  # noqa: S105 - of no service
@@ -39,7 +38,7 @@ def publish_to(url: str) -> str:
                 phase=Phase.READY,
                 version=None,
                 deadline=Deadline(PATIENCE),
-                repeatability=Repeatability.ONCE,
+                once=True,
             ).decode(errors="replace")
         except ServerFailure as error:
             return f"failed: {error}"

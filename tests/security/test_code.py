@@ -6,8 +6,6 @@ import ast
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,16 +18,17 @@ from atropos_client import AtroposClientError
 from atropos_client.journal import Journal
 from local_stack.inference.errors import CheckpointMismatch
 from local_stack.inference.weights import read_checkpoint as read_served_weights
+from tests.forked import run_module
 from tests.test_architecture import ROOMS, ROOT
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import run
 from trainer.check import check_model
-from trainer.checkpoint_store import newest_whole_checkpoint
+from trainer.checkpoints.manifest import read_manifest, write_manifest
+from trainer.checkpoints.retention import find_newest_whole
 from trainer.config import load_config
-from trainer.errors import ConfigurationError, TrainerError
-from trainer.model import load_policy
-from trainer.replay import ReplaySource
-from trainer.sources import EndOfBatches
+from trainer.errors import ConfigurationError, DataError, TrainerError
+from trainer.model.load import load_policy
+from trainer.sources.replay import ReplaySource
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {
@@ -38,7 +37,7 @@ FORBIDDEN_CALLS = {
     *("pickle.Unpickler", "torch.jit.load", "torch.hub.load", "importlib.reload", "subprocess.getoutput"),
 }
 FORBIDDEN_ARGUMENTS = {"shell": True, "verify": False, "trust_remote_code": True, "weights_only": False}
-MAY_IMPORT = {("trainer/publish/_vllm_engine.py", "pickle")}
+MAY_IMPORT = {("trainer/publish/engines/vllm/nccl_sender.py", "pickle")}
 """It writes one, of CUDA handles, for a server that trusts us; nothing here reads one."""
 
 
@@ -196,10 +195,10 @@ def resume(output: Path, model: Path, *words: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
-@pytest.mark.parametrize("with_manifest", [True, False], ids=["with manifest", "format 1"])
+@pytest.mark.parametrize("checksums_match", [False, True], ids=["damaged", "with new checksums"])
 def test_a_pickle_in_a_checkpoint_never_runs(
     adapters: bool,
-    with_manifest: bool,
+    checksums_match: bool,
     bomb: bytes,
     marker: Path,
     finished_run: Path,
@@ -218,13 +217,13 @@ def test_a_pickle_in_a_checkpoint_never_runs(
         shutil.rmtree(output / "checkpoints/step-000000", ignore_errors=True)
         place = output / name
         place.unlink()
-        if not with_manifest:
-            as_format_one(output / "checkpoints/step-000002")
         renamed = {".safetensors": (".bin", ".pt", ".pkl", ".pth")}.get(place.suffix, ())
         for suffix in ("same", *renamed):
             (place if suffix == "same" else place.with_suffix(suffix)).write_bytes(bomb)
+            if checksums_match and place.name != "manifest.json":
+                renew_manifest(output / "checkpoints/step-000002")
             with suppress(TrainerError, ValueError, OSError):
-                newest_whole_checkpoint(output / "checkpoints")
+                find_newest_whole(output / "checkpoints")
             with suppress(TrainerError, ValueError, OSError, pickle.UnpicklingError):
                 if place.suffix == ".safetensors":  # the others end before anything is loaded
                     resume(output, tiny_model_directory, *words)
@@ -233,12 +232,10 @@ def test_a_pickle_in_a_checkpoint_never_runs(
         shutil.rmtree(output)
 
 
-def as_format_one(checkpoint: Path) -> None:
-    """Without checksums, so that nothing is found before it is read."""
-    (checkpoint / "manifest.json").unlink(missing_ok=True)
-    state = checkpoint / "state.json"
-    if state.exists():
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 1}))
+def renew_manifest(checkpoint: Path) -> None:
+    """Let the manifest name the files as they are now, so that nothing is found before it is read."""
+    manifest = read_manifest(checkpoint)
+    write_manifest(checkpoint, configuration=manifest.configuration, versions=manifest.versions)
 
 
 def test_a_pickle_in_the_place_of_a_journal_or_a_recording_never_runs(
@@ -252,9 +249,14 @@ def test_a_pickle_in_the_place_of_a_journal_or_a_recording_never_runs(
             opened(tmp_path / "journal").close()
     recording = tmp_path / "groups.jsonl"
     recording.write_bytes(bomb + b"\n" + b'{"deep":' * 100_000 + b"\n" + json.dumps({"reply": None}).encode())
+    with pytest.raises(ConfigurationError, match="its first line is no JSON object"):
+        ReplaySource([recording], batch_size=4)
+    recording.write_bytes(b'{"reply": null}\n' + recording.read_bytes())
     source = ReplaySource([recording], batch_size=4)
+    with pytest.raises(ConfigurationError, match="there is no batch to replay"):
+        source.require_batches()
     source.start()
-    with pytest.raises(EndOfBatches):
+    with pytest.raises(DataError, match="there is no batch to replay"):
         source.get(1.0)
     assert source.counters()["replay_unreadable_lines"] >= 2
     assert not marker.exists()
@@ -307,16 +309,10 @@ def test_a_template_of_a_model_cannot_reach_python(
         "score": 1.0,
     }
     (tmp_path / "texts.jsonl").write_text(json.dumps(line) + "\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "trainer.cli", "replay", "--replay.from", str(tmp_path / "texts.jsonl")),
-            *("--model.path", str(model), "--train.output_dir", str(tmp_path / "run")),
-            *("--train.device", "cpu", "--train.mixed_precision", "no", "--atropos.batch_size", "1"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = run_module(
+        *("trainer.cli", "replay", "--replay.from", tmp_path / "texts.jsonl"),
+        *("--model.path", model, "--train.output_dir", tmp_path / "run"),
+        *("--train.device", "cpu", "--train.mixed_precision", "no", "--atropos.batch_size", "1"),
     )
     assert done.returncode != 0
     assert "is unsafe" in " ".join(done.stderr.split()), done.stderr[-2000:]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,20 +13,20 @@ from pathlib import Path
 import pytest
 
 from atropos_client.errors import JournalNotWritten
-from atropos_client.fetcher._lines import LineWriter, LogSender
 from atropos_client.journal import Journal
 from atropos_client.private_files import make_private_directory, make_run_directory, open_private
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
+from tests.forked import run_module
 from tests.hostile.harness import script_api
 from tests.security.parties import paths_below
 from tests.trainer.batches import make_body
-from tests.trainer.models import tiny_model
+from tests.trainer.models import stream_of, tiny_model
 from tests.trainer.runs import run
 from trainer.errors import CheckpointError, MetricsError
-from trainer.metrics import MetricsFile
-from trainer.model_directory import capture_model
+from trainer.export.hf_model import capture_model
 from trainer.publish import DiskTransport
-from trainer.set_aside import SetAsideStore
+from trainer.run.metrics import MetricsFile
+from trainer.samples.quarantine import QuarantineStore
 
 NOBODY = 65534
 PATIENCE = 120.0
@@ -55,18 +52,12 @@ def train(
     server: MisbehavingServer, model: Path, output: Path, steps: int
 ) -> subprocess.CompletedProcess[str]:
     """The command itself, under a umask that allows everything to everybody."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "trainer.cli", "run"),
-            *("--model.path", str(model), "--train.output_dir", str(output), "--train.steps", str(steps)),
-            *("--train.device", "cpu", "--train.mixed_precision", "no", "--loss.name", "policy_gradient"),
-            *("--atropos.url", server.url, "--logging.trackers", "tensorboard"),
-        ],
+    return run_module(
+        *("trainer.cli", "run"),
+        *("--model.path", model, "--train.output_dir", output, "--train.steps", steps),
+        *("--train.device", "cpu", "--train.mixed_precision", "no", "--loss.name", "policy_gradient"),
+        *("--atropos.url", server.url, "--logging.trackers", "tensorboard"),
         umask=0,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
     )
 
 
@@ -105,7 +96,7 @@ def test_everything_that_a_run_writes_is_private_also_where_an_earlier_one_left_
 def test_published_weights_are_for_those_who_may_read_them(
     mode: int, directory: int, file: int, tmp_path: Path
 ) -> None:
-    captured = capture_model(tiny_model("llama"), tokenizer=None)
+    captured = capture_model(stream_of(tiny_model("llama")))
     transport = DiskTransport(
         tmp_path / "published", lambda: lambda path: captured.write(path, mode=mode), keep=1, mode=mode
     )
@@ -117,25 +108,13 @@ def test_published_weights_are_for_those_who_may_read_them(
 
 
 @pytest.mark.usefixtures("no_umask")
-def test_a_journal_and_what_its_process_says_alone_are_private(tmp_path: Path) -> None:
+def test_a_journal_is_private(tmp_path: Path) -> None:
     directory = tmp_path / "journal"
     directory.mkdir(0o777)
     with Journal.open(directory) as journal:
         journal.append(b"{}", 1)
-        reading, writing = os.pipe()
-        os.close(reading)
-        before = signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        sender = LogSender(LineWriter(writing), directory / "fetcher.log")
-        sender.emit(sender_record("the trainer is gone"))
-        signal.signal(signal.SIGPIPE, before)
-        os.close(writing)
         assert "journal.sqlite3-wal" in paths_below(directory)
-        assert (directory / "fetcher.log").read_text().endswith("the trainer is gone\n")
         assert open_to_others(directory) == {}
-
-
-def sender_record(text: str) -> logging.LogRecord:
-    return logging.LogRecord("x", logging.WARNING, "", 0, text, None, None)
 
 
 @pytest.mark.usefixtures("no_umask")
@@ -161,7 +140,7 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
     victim.write_text('{"step": 0}\n')
     run_directory = tmp_path / "run"
     (run_directory / "set_aside").mkdir(parents=True)
-    store = SetAsideStore(run_directory / "set_aside")
+    store = QuarantineStore(run_directory / "set_aside")
     for name in ("set_aside/groups.jsonl", "set_aside/batch-000001.json", "metrics.jsonl"):
         (run_directory / name).symlink_to(victim)
     metrics = MetricsFile(run_directory / "metrics.jsonl", resumed_step=9, resumed_batch=9)
@@ -190,7 +169,7 @@ def test_a_link_that_another_user_has_put_in_the_place_of_a_directory_is_not_fol
         (tmp_path / name).symlink_to(theirs)
         os.chown(tmp_path / name, NOBODY, NOBODY, follow_symlinks=False)
     with pytest.raises(PermissionError, match="user 65534 has put there"):
-        SetAsideStore(tmp_path / "set_aside").keep_batch(b"{}", batch=1, reason="x")
+        QuarantineStore(tmp_path / "set_aside").keep_batch(b"{}", batch=1, reason="x")
     with pytest.raises(PermissionError, match="user 65534 has put there"):
         make_private_directory(tmp_path / "checkpoints")
     with pytest.raises(JournalNotWritten, match="user 65534 has put there"):
@@ -217,7 +196,7 @@ def test_a_run_does_not_write_checkpoints_through_another_users_link(
 def test_a_link_of_our_own_to_a_larger_disk_is_followed(tmp_path: Path) -> None:
     (tmp_path / "large").mkdir(0o755)
     (tmp_path / "set_aside").symlink_to(tmp_path / "large")
-    SetAsideStore(tmp_path / "set_aside").keep_batch(b"{}", batch=1, reason="x")
+    QuarantineStore(tmp_path / "set_aside").keep_batch(b"{}", batch=1, reason="x")
     assert (tmp_path / "large/batch-000001.json").read_bytes() == b"{}"
     assert stat.S_IMODE((tmp_path / "large").stat().st_mode) == 0o700
 
@@ -245,6 +224,6 @@ def test_no_name_from_the_network_becomes_the_name_of_a_file(
     assert [path for path in paths_below(tmp_path) if "evil" in path] == []
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("checkpoints", "final", "metrics.jsonl", "set_aside")
+        *("checkpoints", "final", "journal", "metrics.jsonl", "set_aside")
     }
     assert {path.name for path in (tmp_path / "run/set_aside").iterdir()} == {"groups.jsonl"}

@@ -18,7 +18,7 @@ from atropos_client import NO_RETRIES, ApiUnreachable, AtroposClient
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
 from tests.security.certificate import CERTIFICATE, KEY
 from tests.security.parties import PARTIES, SECRET, Party, ask_api, check, publish_to
-from trainer.publish._http import MAX_REPLY_BYTES
+from trainer.publish.engines.connection import MAX_REPLY_BYTES
 
 STATUS = b'{"current_step":0,"queue_size":0}'
 EVERY_PATH = ("/status", "/health", "/v1/models")

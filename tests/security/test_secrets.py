@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from atropos_client import AtroposClient
-from atropos_client.fetcher import FetcherSettings, FetchingProcess
+from atropos_client.fetcher import Fetcher, FetcherSettings
 from atropos_client.journal import Journal
 from schemas import Registration
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
+from tests.forked import run_module
 from tests.hostile.harness import script_api
 from tests.security.parties import SECRET
 from tests.trainer.batches import make_body
@@ -32,14 +32,7 @@ def server() -> Iterator[MisbehavingServer]:
 
 
 def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "trainer.cli", *words],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+    return run_module("trainer.cli", *words, environment=os.environ | environment)
 
 
 def files_with(secret: str, directory: Path) -> list[str]:
@@ -163,7 +156,7 @@ def test_the_fetching_process_is_given_its_secrets_where_other_users_cannot_see_
         token=SECRET,
         headers={"X-Key": SECRET},
     )
-    with Journal.open(tmp_path) as journal, FetchingProcess(journal, settings, after=0) as fetcher:
+    with Journal.open(tmp_path) as journal, Fetcher(journal, settings, after=0) as fetcher:
         eventually(lambda: server.paths("/register"))
         assert fetcher.pid is not None
         assert SECRET.encode() not in Path(f"/proc/{fetcher.pid}/cmdline").read_bytes()

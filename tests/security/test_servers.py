@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,20 +10,19 @@ import pytest
 import yaml
 
 from local_stack.commands import Address, api_command, inference_command, vllm_command
+from tests.forked import Forked
 from tests.test_architecture import ROOT
 
 PATIENCE = 120.0
 
 
 @pytest.mark.slow
-def test_the_embedded_server_listens_on_loopback_only(tiny_model_directory: Path, free_port: int) -> None:
+def test_the_embedded_server_listens_on_loopback_only(
+    tiny_model_directory: Path, free_port: int, tmp_path: Path
+) -> None:
     """By its default: no address is given."""
-    words = ("--model", str(tiny_model_directory), "--port", str(free_port))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "local_stack.inference", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words = ("--model", tiny_model_directory, "--port", free_port)
+    process = Forked("local_stack.inference", words, stdout=tmp_path / "log")
     try:
         deadline = time.monotonic() + PATIENCE
         while not (listening := listening_addresses(process.pid)):

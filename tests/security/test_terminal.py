@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atropos_client.journal import Journal
+from atropos_client.log_lines import PrintableFormatter
 from schemas import printable
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
+from tests.forked import run_module
 from tests.hostile.harness import script_api
 from tests.security.parties import check, publish_to
 from tests.trainer.batches import make_body
 from trainer.cli import main
-from trainer.cli._logging import PrintableFormatter, configure_logging
+from trainer.cli._logging import configure_logging
 from trainer.cli._progress import show_step
 
 PATIENCE = 120.0
@@ -85,18 +87,13 @@ def test_what_an_environment_sends_does_not_act_in_the_log_of_a_run(
             Answer(body=json.dumps({"batch": batch, "message": EVIL, "status": EVIL}).encode()),
         ],
     )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "trainer.cli", "run", "--model.path", str(tiny_model_directory)),
-            *("--train.output_dir", str(tmp_path / "run"), "--train.steps", "1", "--train.device", "cpu"),
-            *("--train.mixed_precision", "no", "--loss.name", "policy_gradient", "--atropos.url", server.url),
-        ],
-        capture_output=True,
-        timeout=PATIENCE,
-        check=False,
-        env=os.environ | {"FORCE_COLOR": ""},
+    done = run_module(
+        *("trainer.cli", "run", "--model.path", tiny_model_directory),
+        *("--train.output_dir", tmp_path / "run", "--train.steps", "1", "--train.device", "cpu"),
+        *("--train.mixed_precision", "no", "--loss.name", "policy_gradient", "--atropos.url", server.url),
+        environment=os.environ | {"FORCE_COLOR": ""},
     )
-    shown = done.stderr.decode()
+    shown = done.stderr
     assert done.returncode == 0, shown
     assert shown.count("Set aside group") == 5
     assert "[red]x[/blue]" in shown, "shown as it stands, not taken for markup"
@@ -156,6 +153,12 @@ def test_a_traceback_does_not_act_either() -> None:
 def test_the_handler_of_every_command_uses_it_and_no_markup() -> None:
     configure_logging("INFO")
     assert [type(handler.formatter) for handler in logging.getLogger().handlers] == [PrintableFormatter]
+
+
+def test_log_lines_that_go_to_a_file_are_whole_and_carry_their_day(capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO")
+    logging.getLogger("a").info("said %s", 60 * "long ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO said (long ){60}\n", capfd.readouterr().err)
 
 
 def test_a_line_of_progress_is_no_markup(capfd: pytest.CaptureFixture[str]) -> None:

@@ -90,7 +90,7 @@ class Account:
     @cached_property
     def counters(self) -> dict[str, int]:
         """What the trainer counted, as it said in the end."""
-        counted = re.search(r"^ +counted +(.+)$", self.outcome.log, re.MULTILINE)
+        counted = re.search(r"^Counters, as in metrics\.jsonl: (.+)\.$", self.outcome.log, re.MULTILINE)
         pairs = re.findall(r"(\w+) (\d+)", counted[1]) if counted else []
         return {name: int(count) for name, count in pairs}
 

@@ -54,8 +54,13 @@ class Passage:
 
     @property
     def broken_by_the_server(self) -> bool:
-        """Whether the server itself answered that it failed: at ``/batch`` that costs a batch."""
+        """Whether the server itself answered that it failed."""
         return self.status is not None and self.status >= 500
+
+    @property
+    def took_a_batch(self) -> bool:
+        """Whether the server had a batch less afterwards: given away, or lost in a failed answer."""
+        return self.batch is not None or (self.path == "/batch" and self.broken_by_the_server)
 
     @property
     def spoilt(self) -> bool:
@@ -159,7 +164,7 @@ class FaultyProxy:
     def note(self, passage: Passage) -> None:
         with self._lock:
             self._passages.append(passage)
-            self._taken += passage.batch is not None or passage.broken_by_the_server
+            self._taken += passage.took_a_batch
 
     def __enter__(self) -> Self:
         self._thread.start()

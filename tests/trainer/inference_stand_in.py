@@ -29,6 +29,9 @@ BLOCK = 16
 Weights = tuple[float, float]
 Answer = tuple[int, Any]
 
+BASE: Weights = (0.5, 0.3)
+STEP: Weights = (0.6, 0.2)
+
 
 def scores(weights: Weights, token_id_lists: list[list[int]]) -> list[list[float]]:
     one, other = weights
@@ -97,8 +100,6 @@ class StandIn:
         self.released = threading.Event()
         """Ends every hang."""
         self.noise: Callable[[], float] = lambda: 0.0
-        self.trickle = False
-        """Send bodies one byte at a time, with pauses."""
         self.cache: dict[tuple[int, ...], Weights] = {}
         """The first block of prompts, and the weights that computed it."""
         self.keeps_cache = False
@@ -232,11 +233,7 @@ def _server(stand_in: StandIn) -> ThreadingHTTPServer:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                if not stand_in.trickle:
-                    self.wfile.write(data)
-                for byte in data if stand_in.trickle else b"":
-                    self.wfile.write(bytes([byte]))
-                    stand_in.released.wait(0.05)
+                self.wfile.write(data)
             except ConnectionError:
                 self.close_connection = True
 

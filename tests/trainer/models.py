@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from hypothesis import assume
@@ -23,7 +26,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trainer.samples import Sample
+from trainer.model.base_checkpoint import BaseCheckpoint, read_base
+from trainer.model.weight_stream import WeightStream
+from trainer.model.wrappers import unwrap, weights_by_name
+from trainer.samples.sample import Sample
 
 VOCABULARY = 97
 
@@ -200,3 +206,30 @@ def forests(draw: st.DrawFn) -> list[Sample]:
         samples.append(replace(sample, loss_mask=mask, advantages=advantages))
     assume(any(sample.trained_tokens for sample in samples))
     return samples
+
+
+def cast_weights(weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Cast tensors, those that share memory together."""
+    cast: dict[int, Tensor] = {}
+    return {
+        name: cast.setdefault(tensor.data_ptr(), tensor.to(dtype or tensor.dtype))
+        for name, tensor in weights.items()
+    }
+
+
+def base_of(model: nn.Module, dtype: torch.dtype | None = None) -> BaseCheckpoint:
+    """Return a base that `model` could have been loaded from, as transformers itself writes it.
+
+    Args:
+        model: Perhaps inside wrappers; adapters are left out.
+        dtype: Of the base's floating-point tensors. None: the model's.
+    """
+    inner = unwrap(model)
+    with tempfile.TemporaryDirectory() as directory:
+        inner.save_pretrained(directory, state_dict=cast_weights(weights_by_name(inner), dtype))
+        return read_base(directory)
+
+
+def stream_of(model: nn.Module, dtype: torch.dtype | None = None, **options: Any) -> WeightStream:
+    """Return the stream of a model, written like a base of its own in `dtype`."""
+    return WeightStream(model, base_of(model, dtype), **options)

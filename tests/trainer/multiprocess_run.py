@@ -9,5 +9,5 @@ from tests.trainer.batches import make_bodies
 from tests.trainer.runs import run
 
 if __name__ == "__main__":
-    model, output, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    run(model, output, make_bodies(steps), *sys.argv[4:], steps=steps)
+    model, output, first, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    run(model, output, make_bodies(steps)[first:], *sys.argv[5:], steps=steps)

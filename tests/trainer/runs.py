@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainer import RecordedSource, RunSummary, load_config
-from trainer.assembly import build_trainer
+from trainer.run.build import build_trainer
 
 
 def run(model: Path, output: Path, bodies: Iterable[bytes], *overrides: str, steps: int = 4) -> RunSummary:

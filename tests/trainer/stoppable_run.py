@@ -21,7 +21,7 @@ from trainer import RecordedSource
 from trainer.cli._logging import configure_logging
 from trainer.cli._run import report, train
 from trainer.config import TrainerConfig, load_config
-from trainer.sources import EndOfBatches, IncomingBatch
+from trainer.sources.incoming import EndOfBatches, IncomingBatch
 
 SETTINGS = (
     *("--train.device", "cpu", "--train.mixed_precision", "no", "--optimizer.learning_rate", "1e-3"),
@@ -69,6 +69,8 @@ def bodies_of(kind: str) -> Iterator[bytes]:
     elif kind == "no descriptors":  # and stuck: it cannot open a file any more
         use_up_descriptors()
         time.sleep(600)
+    elif kind == "no signal":  # with train.max_consecutive_skips 1, what every process ends by
+        yield make_body(3, scores=[1.0, 1.0, 1.0, 1.0])
     elif kind == "steps":
         for number in range(2, 100_000):
             yield make_body(number)
@@ -104,7 +106,7 @@ def main(model: str, output: str, kind: str, *others: str) -> int:
     configure_logging("INFO")
     say(f"rank {os.environ.get('RANK', 0)} pid {os.getpid()}")
     config = settings(model, output, "--train.steps", "100000", *others)
-    return report(train(config, source=SOURCES.get(kind, RecordedSource)(bodies_of(kind))))
+    return report(train(config, source=SOURCES.get(kind, RecordedSource)(bodies_of(kind))), config)
 
 
 if __name__ == "__main__":

@@ -12,19 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas import ScoredGroup
-from trainer.advantages import (
-    ESTIMATOR_NAMES,
+from trainer.errors import DataError
+from trainer.extensions import BUILT_IN_ESTIMATORS, AdvantageEstimator, GroupScores
+from trainer.samples.advantages import (
     group_center,
     group_norm,
     has_signal,
     has_spread,
     leave_one_out,
     raw,
-    resolve_estimator,
     sequence_advantages,
     token_advantages,
 )
-from trainer.errors import ConfigurationError, DataError
 
 SCORE_LISTS = [
     [1.0, 0.0],
@@ -134,8 +133,7 @@ def test_relative_advantages_sum_to_zero_and_stay_bounded(scores: list[float]) -
 def test_the_order_of_sequences_does_not_matter(scores: list[float], random: Any) -> None:
     order = list(range(len(scores)))
     random.shuffle(order)
-    for name in ESTIMATOR_NAMES:
-        estimator = resolve_estimator(name)
+    for estimator in (*RELATIVE, raw):
         assert estimator([scores[index] for index in order]) == [estimator(scores)[index] for index in order]
 
 
@@ -146,18 +144,24 @@ def test_the_unit_of_the_scores_does_not_matter_to_group_norm(scores: list[float
         np.testing.assert_allclose(group_norm(scaled), group_norm(scores), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ESTIMATOR_NAMES)
-def test_each_name_finds_its_estimator(name: Any) -> None:
-    assert resolve_estimator(name).__name__ == name
+@pytest.mark.parametrize("name", BUILT_IN_ESTIMATORS)
+def test_each_name_finds_its_estimator(name: str) -> None:
+    assert AdvantageEstimator.find(name).__name__ == name
 
 
-def test_an_unknown_estimator_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match="'grpo'; allowed are group_norm, group_center"):
-        token_advantages([make_group()], estimator="grpo")  # type: ignore[arg-type]
+def test_an_estimator_sees_the_scores_and_how_many_tokens_are_trained() -> None:
+    seen: list[GroupScores] = []
+
+    def see(group: GroupScores) -> list[float]:
+        seen.append(group)
+        return [0.0, 0.0]
+
+    token_advantages([make_group()], estimator=see)
+    assert seen == [GroupScores(scores=[1.0, 0.0], trained_tokens=[2, 2])]
 
 
 def test_trained_tokens_get_their_sequences_advantage_and_masked_ones_zero() -> None:
-    assert rows_of(make_group(), "group_center") == [
+    assert rows_of(make_group(), group_center) == [
         [0.0, 0.0, 0.5, 0.5],
         [0.0, -0.5, -0.5],
     ]
@@ -171,10 +175,10 @@ def test_overrides_zero_a_sequence_after_normalization() -> None:
         overrides=[{"set_advantage_to_zero": True}, {}, {"set_advantage_to_zero": False}, {}],
     )
     # Before normalization the zero would have been a score of 0 and changed its siblings' baseline.
-    assert sequence_advantages(group, estimator="group_center") == [0.0, 0.5, -0.5, -0.5]
+    assert sequence_advantages(group, estimator=group_center) == [0.0, 0.5, -0.5, -0.5]
 
 
-@pytest.mark.parametrize("estimator", ESTIMATOR_NAMES)
+@pytest.mark.parametrize("estimator", [*RELATIVE, raw])
 def test_token_level_advantages_win_over_scores(estimator: Any) -> None:
     group = make_group(advantages=[[9.0, 9.0, 0.25, -2.0], [9.0, 1.0, 3.0]])
     assert rows_of(group, estimator) == [[0.0, 0.0, 0.25, -2.0], [0.0, 1.0, 3.0]]
@@ -184,12 +188,12 @@ def test_overrides_zero_token_level_advantages_too() -> None:
     group = make_group(
         advantages=[[9.0, 9.0, 0.25, -2.0], [9.0, 1.0, 3.0]], overrides=[{"set_advantage_to_zero": True}, {}]
     )
-    assert rows_of(group, "raw") == [[0.0] * 4, [0.0, 1.0, 3.0]]
+    assert rows_of(group, raw) == [[0.0] * 4, [0.0, 1.0, 3.0]]
 
 
 def test_signal_is_asked_of_the_advantages_not_of_the_scores() -> None:
     equal = make_group(scores=[1.0, 1.0])
-    assert not has_signal(token_advantages([equal], estimator="group_norm"))
-    assert has_signal(token_advantages([equal], estimator="raw"))
+    assert not has_signal(token_advantages([equal], estimator=group_norm))
+    assert has_signal(token_advantages([equal], estimator=raw))
     with_own = make_group(scores=[1.0, 1.0], advantages=[[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5]])
-    assert has_signal(token_advantages([with_own], estimator="group_norm"))
+    assert has_signal(token_advantages([with_own], estimator=group_norm))

@@ -15,14 +15,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from tests.trainer.models import forests, make_sample, random_tree_samples, tiny_model
-from trainer.attention import FLEX, TILED, model_inputs, register_backends
-from trainer.attention._dense import dense_mask
-from trainer.attention._flex import BLOCK, FlexStructure, compiled_flex_attention, flex_tree_attention
-from trainer.attention._names import STRUCTURE
-from trainer.attention._tiled import tiled_attention
-from trainer.attention._tiles import TiledStructure, plan_tiles
+from trainer.model.attention import FLEX, TILED, model_inputs, register_backends
+from trainer.model.attention.flex import BLOCK, FlexStructure, compiled_flex_attention, flex_tree_attention
+from trainer.model.attention.inputs import STRUCTURE, dense_mask
+from trainer.model.attention.tile_plan import TiledStructure, plan_tiles
+from trainer.model.attention.tiled import tiled_attention
 from trainer.packing import MicroBatch, pack
-from trainer.samples import Sample
+from trainer.samples.sample import Sample
 
 CPU = torch.device("cpu")
 
@@ -98,7 +97,7 @@ def test_tiled_attention_without_stored_masks_computes_the_same(monkeypatch: pyt
     end = end_of(random_tree_samples(2, count=40))
     sources = inputs(len(end), torch.float64)
     stored = with_gradients(tiled_attention(*sources, TiledStructure(end, CPU, 40), None), sources)
-    monkeypatch.setattr("trainer.attention._tiles._MOST_STORED_PAIRS", 0)
+    monkeypatch.setattr("trainer.model.attention.tile_plan._MOST_STORED_PAIRS", 0)
     made = with_gradients(tiled_attention(*sources, TiledStructure(end, CPU, 40), None), sources)
     assert all(torch.equal(one, other) for one, other in zip(stored, made, strict=True))
 

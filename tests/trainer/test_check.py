@@ -11,8 +11,23 @@ import pytest
 
 from atropos_client import AtroposClient
 from local_stack.commands import Address, api_command
+from local_stack.inference import Engine
+from local_stack.inference.weights import read_checkpoint
+from schemas import EnvironmentRegistration, ScoredGroup
 from tests.conftest import RunningInferenceServer
 from tests.trainer.test_cli import atropos_train
+from trainer import load_config
+from trainer.check import check_api, check_writable
+from trainer.sources.live import make_registration
+
+
+class RoundingEngine(Engine):
+    """Rounds the weights that it is sent to bfloat16."""
+
+    async def reload_weights(self, directory: Path) -> None:
+        """Load them rounded."""
+        rounded = {name: tensor.bfloat16().float() for name, tensor in read_checkpoint(directory).items()}
+        await self.fill(rounded)
 
 
 @pytest.fixture
@@ -73,6 +88,39 @@ def test_a_whole_stack_passes_and_environments_may_come_later(
     assert "tokenizes as the trainer does" in done.stdout
 
 
+@pytest.mark.slow
+def test_environments_are_asked_for_and_groups_that_never_fill_a_batch_fail(api_url: str) -> None:
+    config = load_config(
+        None, ["--model.path", "m", "--atropos.url", api_url, "--atropos.batch_size", "8"], environment={}
+    )
+    with AtroposClient(api_url) as client:
+        client.register(make_registration(config, 0))
+        client.fetch_batch()  # before it, environments have to wait
+        environment = EnvironmentRegistration(max_token_length=64, desired_name="threes", group_size=3)
+        assert client.register_environment(environment).env_id == 0
+        quiet = check_api(config)[-1]
+        client.push_group(ScoredGroup(tokens=[[1, 2]] * 3, masks=[[-100, 2]] * 3, scores=[1, 0, 0], env_id=0))
+        misfit = check_api(config)[-1]
+    assert (quiet.status, quiet.found) == ("warning", "1 registered, none has sent a group yet")
+    assert (misfit.status, misfit.found) == (
+        "failed",
+        "groups of 3 sequences never make a batch of exactly 8",
+    )
+    assert "set atropos.batch_size to a multiple of 3" in (misfit.remedy or "")
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_environments_keep_no_checkpoints_unless_asked_for_and_never_end_by_themselves(
+    asked_for: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--atropos.environment_checkpoint_dir", "of/environments"] if asked_for else []
+    found = make_registration(load_config(None, ["--model.path", "m", *words], environment={}), 5)
+    expected = (str(tmp_path / "of/environments"), 50) if asked_for else ("", -1)
+    assert (found.checkpoint_dir, found.save_checkpoint_interval) == expected
+    assert found.num_steps == 2**31 - 1  # atroposlib refuses -1
+
+
 def check_publish(
     server: RunningInferenceServer, output: Path, *words: str
 ) -> subprocess.CompletedProcess[str]:
@@ -106,7 +154,7 @@ def test_publishing_unchanged_weights_changes_nothing_and_leaves_nothing_behind(
 def test_a_server_of_another_precision_fails_the_self_test_with_the_reason(
     start_inference_server: Callable[..., RunningInferenceServer], tiny_model_directory: Path, tmp_path: Path
 ) -> None:
-    server = start_inference_server(tiny_model_directory, dtype="bfloat16")
+    server = start_inference_server(tiny_model_directory, engine_class=RoundingEngine)
     done = check_publish(server, tmp_path / "run", "--publish.dtype", "float32")
     assert done.returncode == 1
     assert "failed   publish self-test" in done.stdout
@@ -115,11 +163,8 @@ def test_a_server_of_another_precision_fails_the_self_test_with_the_reason(
     assert not server.client.get("/is_paused").json()["is_paused"]
 
 
-def test_a_directory_that_cannot_be_written_is_named(tiny_model_directory: Path, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
-    done = atropos_train(
-        "check", "--model.path", str(tiny_model_directory), "--train.output_dir", str(blocked / "run")
-    )
-    assert done.returncode == 1
-    assert "failed   output" in done.stdout
+    result = check_writable("output", blocked / "run", bytes_needed=0)
+    assert (result.status, result.found) == ("failed", f"{blocked / 'run'}: Not a directory")

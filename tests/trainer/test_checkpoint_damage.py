@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
+import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from tests.forked import PROCESSES
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, run, weights
-from trainer.checkpoint import verify_checkpoint
-from trainer.checkpoint_store import list_checkpoints, newest_whole_checkpoint, prune_checkpoints
+from trainer.checkpoints.format import verify_checkpoint
+from trainer.checkpoints.retention import (
+    find_newest_whole,
+    list_checkpoints,
+    prune_checkpoints,
+    set_aside_damaged,
+)
 from trainer.cli import main
 from trainer.errors import CheckpointError, DamagedCheckpoint
 
@@ -81,7 +87,7 @@ def damages() -> Iterator[tuple[str, Damage]]:
 FILES = [
     *("model/config.json", "model/generation_config.json", "model/model.safetensors"),
     *("model/chat_template.jinja", "model/tokenizer.json", "model/tokenizer_config.json"),
-    *("optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"),
+    *("optimizer.safetensors", "state.json", "manifest.json"),
 ]
 
 
@@ -92,37 +98,31 @@ def test_the_list_of_files_is_whole(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_whatever_happens_to_a_file_the_checkpoint_before_is_used(
-    name: str, checkpoints: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_whatever_happens_to_a_file_the_checkpoint_before_is_used(name: str, checkpoints: Path) -> None:
     whole = verify_checkpoint(checkpoints / "step-000004")
     content = (checkpoints / "step-000004" / name).read_bytes()
     for kind, damage in damages():
-        caplog.clear()
         damage(checkpoints / "step-000004" / name)
         if name == "manifest.json" and kind == "longer":  # space after JSON: it still says the same
             assert verify_checkpoint(checkpoints / "step-000004").manifest == whole.manifest
             (checkpoints / "step-000004" / name).write_bytes(content)
             continue
-        found = newest_whole_checkpoint(checkpoints)
+        found, damaged = find_newest_whole(checkpoints)
         assert found is not None, kind
         assert found.state.step == 2, kind
-        warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert len(warnings) == 2, kind
-        assert f"step-000004 is damaged: {name} " in warnings[0], kind
-        # Kept aside for inspection. Put back for the next kind of damage.
-        (checkpoints / "step-000004.damaged").rename(checkpoints / "step-000004")
+        assert str(damaged[checkpoints / "step-000004"]).startswith(f"{name} "), kind
         (checkpoints / "step-000004" / name).write_bytes(content)
-    found = newest_whole_checkpoint(checkpoints)
+    found, damaged = find_newest_whole(checkpoints)
     assert found is not None
-    assert found.state.step == 4
+    assert (found.state.step, damaged) == (4, {})
 
 
 def test_a_run_goes_on_from_the_one_before_and_ends_as_if_nothing_had_happened(
-    tiny_model_directory: Path, checkpoints: Path, tmp_path: Path
+    tiny_model_directory: Path, checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flip(checkpoints / "step-000004/optimizer.safetensors", 0.5, 3)
     run(tiny_model_directory, checkpoints.parent, make_bodies(4, first_seed=2), steps=6)
+    assert "step-000004 is damaged: optimizer.safetensors " in caplog.text
     run(tiny_model_directory, tmp_path / "whole", make_bodies(6), steps=6)
     assert_equal_tensors(weights(checkpoints.parent / "final"), weights(tmp_path / "whole/final"))
     # The damaged one is neither used, nor deleted, nor counted as one of those that are kept.
@@ -135,7 +135,9 @@ def test_damaged_ones_do_not_count_as_kept_and_get_names_of_their_own(checkpoint
     for _ in range(2):
         shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000009", dirs_exist_ok=True)
         cut(checkpoints / "step-000009/state.json", 0.5)
-        newest_whole_checkpoint(checkpoints)
+        whole, damaged = find_newest_whole(checkpoints)
+        assert whole is not None
+        set_aside_damaged(damaged, instead=whole)
     prune_checkpoints(checkpoints, keep=1)
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         *("step-000004", "step-000009.damaged", "step-000009.damaged-2")
@@ -163,28 +165,27 @@ def test_a_whole_one_of_a_later_format_is_refused_and_not_passed_over(checkpoint
     content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="format 99") as caught:
-        newest_whole_checkpoint(checkpoints)
+        find_newest_whole(checkpoints)
     assert not isinstance(caught.value, DamagedCheckpoint)
     assert path.exists()
 
 
-# Every unpickler raises this audit event for every class or function that it is about to look up.
-NO_PICKLES = """
-import sys
-def refuse(event, arguments):
-    if event == "pickle.find_class":
-        raise RuntimeError(f"something was unpickled: {arguments}")
-from pathlib import Path
-from tests.trainer.batches import make_bodies
-from tests.trainer.runs import run
-import torch, pickle
-def refused(*arguments, **options):
-    raise RuntimeError("something was unpickled")
-sys.addaudithook(refuse)
-torch.load = pickle.load = pickle.loads = refused
-summary = run(Path(sys.argv[1]), Path(sys.argv[2]), make_bodies(1), steps=5)
-print(summary.step)
-"""
+def resume_without_pickles(model: Path, output: Path) -> None:
+    """Resume a run in this process, which has no more use for pickles."""
+
+    def refuse_class(event: str, arguments: tuple[Any, ...]) -> None:
+        # Raised by every unpickler for each class or function that it is about to look up.
+        if event == "pickle.find_class":
+            raise RuntimeError(f"something was unpickled: {arguments}")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("something was unpickled")
+
+    sys.addaudithook(refuse_class)
+    torch.load = pickle.load = pickle.loads = refuse
+    assert run(model, output, make_bodies(1), steps=5).step == 5
+
+
 PICKLE_STARTS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 
@@ -193,13 +194,10 @@ def test_loading_never_unpickles(tiny_model_directory: Path, checkpoints: Path) 
         if file.is_file():
             assert file.suffix in (".json", ".jinja", ".safetensors"), file
             assert not file.read_bytes().startswith((b"PK", *PICKLE_STARTS)), file
-    done = subprocess.run(
-        [sys.executable, "-c", NO_PICKLES, str(tiny_model_directory), str(checkpoints.parent)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+    process = PROCESSES.Process(
+        target=resume_without_pickles, args=(tiny_model_directory, checkpoints.parent)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["5"]
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from atropos_client.journal import Journal
 from tests.trainer.batches import make_bodies
@@ -53,11 +54,37 @@ def test_show_prints_the_groups_of_a_batch(output: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert shown.startswith("batch 3")
     assert "served version 6" in shown
-    assert len([line for line in shown.splitlines() if line.split()[:2] == ["0", "4"]]) == 3
+    assert len([line for line in shown.splitlines() if line.split()[1:3] == ["0", "4"]]) == 3
     assert main(["journal", "show", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "the body was pruned" in shown
     assert "unreadable: " in shown
+
+
+def test_show_tells_what_was_set_aside_and_prints_texts_with_masks(
+    tiny_model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codec = AutoTokenizer.from_pretrained(tiny_model_directory)
+    prompt, reply, end = codec.encode("2+2?"), codec.encode("Four"), codec.encode(".")
+    good = {
+        "tokens": [prompt + reply + end],
+        "masks": [[-100] * len(prompt) + reply + [-100] * len(end)],
+        "scores": [0.5],
+    }
+    with Journal.open(tmp_path / "journal") as journal:
+        journal.append(json.dumps({"batch": [{**good, "masks": [[7]]}, good, good]}).encode(), 0)
+        journal.settle(1, "trained", step=1)
+    aside = {"batch": 1, "group_index": 2, "env_id": None, "reason": "no inference_logprobs", "group": good}
+    (tmp_path / "set_aside").mkdir()
+    (tmp_path / "set_aside/groups.jsonl").write_text(json.dumps(aside) + "\n{cut")
+    assert main(["journal", "show", str(tmp_path), "1", "--text", str(tiny_model_directory)]) == 0
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["1", "None", "1", str(len(prompt + reply + end)), str(len(reply)), "0.5"] in lines
+    assert ["2", "None", "1", str(len(prompt + reply + end)), "set", "aside", "0.5"] in lines
+    assert "group 0 was set aside: tokens[0] has" in shown
+    assert "group 2 was set aside: no inference_logprobs" in shown
+    assert "2+2?⟦Four⟧." in shown
 
 
 def test_export_writes_json_lines(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +99,7 @@ def test_verify_finds_damage(output: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["journal", "verify", str(output)]) == 0
     assert "4 batches in the ledger, 3 bodies read, 0 problems" in capsys.readouterr().out
     path = output / "journal" / "journal.sqlite3"
-    with Journal.open(output / "journal") as journal:
+    with Journal.read_only(output / "journal") as journal:
         compressed = journal._connection.execute("SELECT zlib FROM bodies WHERE number = 3").fetchone()[0]
     content = path.read_bytes()
     assert content.count(compressed[100:200]) == 1
@@ -80,7 +107,25 @@ def test_verify_finds_damage(output: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["journal", "verify", str(output)]) == 1
     found = capsys.readouterr().out
     assert "the body of batch 3" in found
-    assert "1 problems" in found
+    assert "1 problem\n" in found
+    path.write_bytes(b"SQLite format 3" + bytes(4096))
+    for action in ("verify", "list"):
+        assert main(["journal", action, str(output)]) == 1
+        said = capsys.readouterr().err
+        assert "cannot be opened at all. Put a whole copy of it back" in said
+        assert "atropos-train journal verify" not in said
+
+
+def test_skip_has_a_batch_set_aside_unread(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["journal", "skip", str(output)]) == 2
+    assert main(["journal", "skip", str(output), "9"]) == 1
+    assert main(["journal", "skip", str(output), "3"]) == 0
+    assert "batch 3 will be set aside unread" in capsys.readouterr().out
+    assert main(["journal", "skip", str(output.parent), "3"]) == 1
+    assert not (output.parent / "journal.sqlite3").exists()
+    with Journal.read_only(output / "journal") as journal:
+        assert journal.entry(3).skip_reason is not None
+        assert journal.verify().problems == ()
 
 
 def test_a_directory_without_a_journal_and_a_number_that_is_not_there_are_named(
@@ -109,7 +154,7 @@ def test_replay_trains_from_the_command_line(tiny_model_directory: Path, tmp_pat
 def test_replay_says_what_it_cannot_replay(tiny_model_directory: Path, tmp_path: Path) -> None:
     words = ["--model.path", str(tiny_model_directory), "--train.output_dir", str(tmp_path / "out")]
     done = atropos_train("replay", "--replay.from", str(tmp_path / "nothing"), *words)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "nothing can be replayed from" in done.stderr
     assert "Traceback" not in done.stderr
     done = atropos_train("replay", *words)

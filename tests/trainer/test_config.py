@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import certifi
 import pytest
 
 from trainer.config import TrainerConfig, config_fields, load_config
@@ -31,13 +33,39 @@ def test_command_line_wins_over_environment_over_file_over_defaults(tmp_path: Pa
     ("words", "message"),
     [
         (["--train.stepz", "3"], r"train\.stepz: there is no such setting; did you mean train\.steps\?"),
+        (
+            ["--train.resume_changes", "optimizer.learning_rat"],
+            r"no such setting; did you mean optimizer\.learning_rate\?",
+        ),
         (["--trian.steps", "3"], r"trian: there is no such setting; did you mean train\?"),
         (["--nonsense.key", "3"], r"the sections are: model, atropos"),
         (["--train.completely_else", "3"], r"train has: steps, seed"),
         (["--train.steps", "many"], r"train\.steps: .*integer.*found 'many'"),
         (["--train.steps", "-1"], r"train\.steps: .*greater than or equal to 0"),
-        (["--loss.name", "dpo"], r"loss\.name: .*'weighted_sft', 'policy_gradient' or 'ppo_clip'"),
+        (
+            ["--loss.name", "dpo"],
+            r"loss\.name: there is no loss 'dpo'.*weighted_sft, policy_gradient, ppo_cl",
+        ),
+        (["--loss.name", "ppo_clp"], r"loss\.name: .*did you mean ppo_clip\?"),
+        (
+            ["--loss.ratio_cap", "3"],
+            r"loss\.ratio_cap: loss weighted_sft has no option ratio_cap: .*kl_coefficient",
+        ),
+        (["--loss.reducton", "3"], r"no option reducton \(did you mean reduction\?\)"),
+        (["--loss.name", "ppo_clip", "--loss.epsilon_low", "2"], r"loss\.epsilon_low: .*less than 1 .*'2'"),
+        (["--data.advantage_estimator", "gae"], r"data\.advantage_estimator: there is no .*estimator 'gae'"),
+        (
+            ["--data.advantage_options.x", "1"],
+            r"data\.advantage_options\.x: advantage estimator group_norm has no option x: it has none",
+        ),
         (["--atropos.url", "localhost:8000"], r"atropos\.url: .*http://"),
+        (["--atropos.url", "http://a:99999"], r"atropos\.url: it names no host, or a port that is none"),
+        (["--atropos.url", "http://[::1"], r"atropos\.url: it names no host"),
+        (["--publish.servers", "http://"], r"publish\.servers: it names no host"),
+        (
+            ["--atropos.ca_file", "/dev/null"],
+            r"atropos\.ca_file: no certificate authorities .*found '/dev/null'",
+        ),
         (["--publish.transport", "disk"], r"publish\.servers is empty"),
         (["--data.advantage_clip", "[1, 5]"], r"around 0"),
         (["--optimizer.learning_rate", "nan"], r"optimizer\.learning_rate: .*finite"),
@@ -45,6 +73,12 @@ def test_command_line_wins_over_environment_over_file_over_defaults(tmp_path: Pa
         (["steps=3"], r"unexpected argument 'steps=3'"),
         (["--model", "x", "--model.path", "y"], r"'model' was given a value already"),
         (["--publish.servers", "[http://a"], r"not a valid list"),
+        (["--atropos.headers", "{a: 1, a: 2}"], r"not a valid list or mapping"),
+        (["--model.path="], r"model\.path: it is empty"),
+        (["--train.output_dir="], r"train\.output_dir: it is empty"),
+        (["--train.output_dir", "~nobody-has-it/x"], r"nobody has the home directory ~nobody-has-it"),
+        (["--logging.trackers", "tensorboard,trackio"], r"logging\.trackers needs the package trackio: pip"),
+        (["--train", "3"], r"train: it must hold settings below it"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name_with_what_is_allowed(words: list[str], message: str) -> None:
@@ -58,9 +92,36 @@ def test_all_wrong_settings_are_told_at_once() -> None:
     assert all(name in str(caught.value) for name in ("model.path", "train.steps", "loss.name", "foo"))
 
 
-def test_unknown_environment_variables_of_ours_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="stepz"):
-        load(*MODEL, ATROPOS_TRAINER_TRAIN__STEPZ="3")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("TRAIN__STEPZ", "3", r"\(environment variable ATROPOS_TRAINER_TRAIN__STEPZ\): there is no such"),
+        ("TRAIN__STEPS", "x", r"\(environment variable ATROPOS_TRAINER_TRAIN__STEPS\): .*integer"),
+        ("TRAIN", "oops", r"\(environment variable ATROPOS_TRAINER_TRAIN\): it must hold settings"),
+        ("TRAIN", "{steps: x}", r"\(environment variable ATROPOS_TRAINER_TRAIN\): .*integer"),
+        ("TRIAN__STEPS", "3", r"\(environment variable ATROPOS_TRAINER_TRIAN__STEPS\).*did you mean train\?"),
+        ("TRAIN_STEPS", "3", r"ATROPOS_TRAINER_TRAIN_STEPS: .*use ATROPOS_TRAINER_TRAIN__STEPS"),
+    ],
+)
+def test_a_wrong_environment_variable_of_ours_is_refused_by_its_name(
+    name: str, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        load(*MODEL, **{f"ATROPOS_TRAINER_{name}": text})
+
+
+def test_a_variable_is_not_blamed_for_what_the_command_line_says() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load(*MODEL, "--train.steps", "x", ATROPOS_TRAINER_TRAIN="oops")
+    assert "train.steps: " in str(caught.value)
+
+
+def test_what_kubernetes_sets_for_services_of_our_name_does_not_matter() -> None:
+    port = {"PORT": "tcp://10.0.0.1:80", "PORT_80_TCP": "tcp://10.0.0.1:80", "PORT_80_TCP_ADDR": "10.0.0.1"}
+    service = {**port, "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80"}
+    # The second is of a service `atropos-trainer-health`, whose port has the words of a setting.
+    names = [f"ATROPOS_TRAINER_{more}{name}" for more in ("", "HEALTH_") for name in service]
+    assert load(*MODEL, **dict(zip(names, [*service.values()] * 2, strict=True))) == load(*MODEL)
 
 
 def test_other_environment_variables_do_not_matter() -> None:
@@ -71,6 +132,42 @@ def test_lists_can_be_written_with_commas_or_as_yaml() -> None:
     urls = ["http://a:1", "http://b:2"]
     for text in ("http://a:1,http://b:2/", "[http://a:1, 'http://b:2']"):
         assert load(*MODEL, "--publish.servers", text).publish.servers == urls
+
+
+def test_every_list_setting_but_one_of_texts_takes_commas() -> None:
+    given = {
+        "publish.servers": "http://a:1,http://b:2",
+        "logging.trackers": "tensorboard,wandb",
+        "model.lora.target_modules": "q_proj,v_proj",
+        "data.advantage_clip": "-5,5",
+        "train.resume_changes": "optimizer.beta1,optimizer.beta2",
+    }
+    lists = {field.name for field in config_fields() if field.type_name.startswith(("list[", "tuple["))}
+    assert lists | {"model.lora.target_modules"} == {*given, "publish.probes"}
+    config = load(*MODEL, *(word for name, text in given.items() for word in (f"--{name}", text)))
+    assert config.model.lora is not None
+    assert config.model.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.data.advantage_clip == (-5.0, 5.0)
+    assert load(*MODEL, "--model.lora.target_modules", "all-linear").model.lora is not None
+
+
+@pytest.mark.parametrize("way", ["command line", "file"])
+def test_a_home_directory_is_expanded_in_every_path(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").mkdir()
+    shutil.copy(certifi.where(), tmp_path / "x/y")  # for atropos.ca_file
+    names = [field.name for field in config_fields() if "path" in field.type_name.split("|")]
+    names += ["model.path", "model.tokenizer_path"]
+    for name in names:
+        section, _, key = name.partition(".")
+        (tmp_path / "run.yaml").write_text(f"{section}: {{{key}: ~/x/y}}" if way == "file" else "{}")
+        words = (f"--{name}", "~/x/y") if way == "command line" else ()
+        others = () if name == "model.path" else MODEL
+        config = load(*others, *words, file=tmp_path / "run.yaml")
+        assert str(getattr(getattr(config, section), key)) == str(tmp_path / "x/y"), name
+    assert len(names) > 4
 
 
 def test_words_that_look_like_numbers_stay_words() -> None:
@@ -94,13 +191,64 @@ def test_null_clears_a_setting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b\n", "must hold sections"), ("a: [", "not valid YAML"), ("model: 3\n", "model: ")],
+    [
+        ("- a\n- b\n", "must hold sections"),
+        ("a: [", "not valid YAML"),
+        ("model: 3\n", "model: it must hold settings"),
+        ("train:\n", r"train: it must hold settings below it \(found None\)"),
+        ("loss: {name: ppo_clip}\nmodel: {path: m}\nloss: {}\n", "'loss' is written twice in line 3"),
+        ("model:\n  path: m\n  lora: {rank: 1, 'rank': 2}\n", "'rank' is written twice in line 3"),
+        ("publish: {headers: {a: x, a: y}}\n", "'a' is written twice in line 1"),
+        ("? [a, b]\n: 3\n", "not valid YAML"),
+        ("train: {steps: true}\n", r"train\.steps: .*found 'true'"),
+        ("train: {output_dir: ''}\n", r"train\.output_dir: it is empty"),
+        ('train: {output_dir: "a\\0b"}\n', r"train\.output_dir: .*NUL"),
+    ],
 )
 def test_files_that_are_no_configuration_are_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ConfigurationError, match=message):
         load(file=file)
+
+
+def test_a_file_means_what_is_written_in_it(tmp_path: Path) -> None:
+    """Not what YAML 1.1 makes of it: no is false, 0123 is 83, 1:30 is 90, a date is no text."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: &model {path: 0123}\n"
+        "train: {mixed_precision: no, steps: 0010, seed: !!int 7}\n"
+        "journal: {enabled: off, prune: yes}\n"
+        "publish: {verify: false, tolerance: ~}\n"
+        "optimizer: {learning_rate: 1e-3}\n"
+        "logging: {project: 2026-01-02, group: 1:30}\n"
+    )
+    config = load(file=file)
+    assert (config.model.path, config.train.mixed_precision) == ("0123", "no")
+    assert (config.train.steps, config.train.seed) == (10, 7)
+    assert (config.journal.enabled, config.journal.prune, config.publish.verify) == (False, True, False)
+    assert (config.optimizer.learning_rate, config.publish.tolerance) == (1e-3, None)
+    assert (config.logging.project, config.logging.group) == ("2026-01-02", "1:30")
+
+
+def test_a_mapping_that_others_take_over_may_be_changed_there(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {path: m, lora: &a {<<: {rank: 1}, rank: 2}}\ntrain: {<<: {steps: 3, seed: 4}, seed: 5}\n"
+    )
+    config = load(file=file)
+    assert config.model.lora is not None
+    assert (config.model.lora.rank, config.train.steps, config.train.seed) == (2, 3, 5)
+
+
+def test_a_setting_keeps_its_old_name_for_a_version(caplog: pytest.LogCaptureFixture) -> None:
+    config = load(*MODEL, "--journal.farewell", "7")
+    assert config.journal.shutdown_timeout == 7
+    assert "journal.farewell is journal.shutdown_timeout now" in caplog.text
+    assert (
+        load(*MODEL, "--journal.farewell", "7", "--journal.shutdown_timeout", "8").journal.shutdown_timeout
+        == 8
+    )
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -115,6 +263,10 @@ def test_secrets_appear_neither_in_messages_nor_in_dumps() -> None:
     assert secret not in config.model_dump_json()
     with pytest.raises(ConfigurationError) as caught:
         load("--publish.token", f"[{secret}]", "--atropos.token", f"{{a: {secret}}}")
+    assert secret not in str(caught.value)
+    together = ("--publish.transport", "lora", "--publish.servers", "http://a:1", "--publish.token", secret)
+    with pytest.raises(ConfigurationError, match=r"model\.lora is not set") as caught:
+        load(*MODEL, *together)
     assert secret not in str(caught.value)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.errors import DataError
-from trainer.head import HeadScores, LogitTransform, Tile, row_chunk_scores, tiled_scores
+from trainer.model.lm_head import HeadScores, LogitTransform, TileSize, tiled_scores
 
 
 @dataclass
@@ -79,11 +79,6 @@ def assert_like_plain(
 
     close(scores.logprobs, reference)
     close(scores.entropy, -(plain.exp() * plain).sum(-1))
-    assert scores.top_ids is not None
-    assert scores.top_logprobs is not None
-    best = plain.topk(scores.top_ids.shape[1])
-    close(scores.top_logprobs, best.values)
-    close(plain.gather(1, scores.top_ids), best.values)
     for found, expected in zip(
         gradients(problem, scores.logprobs), gradients(problem, reference), strict=True
     ):
@@ -97,13 +92,12 @@ cases = {
     "entries": st.integers(1, 25),
     "bias": st.booleans(),
     "temperature": st.booleans(),
-    "tile": st.builds(Tile, st.integers(1, 14), st.integers(1, 45)),
+    "tile": st.builds(TileSize, st.integers(1, 14), st.integers(1, 45)),
     "transform": st.builds(
         LogitTransform,
         scale=st.sampled_from([1.0, 0.25, 3.0]),
         cap=st.sampled_from([None, 0.8, 5.0]),
     ),
-    "top_k": st.integers(1, 4),
 }
 
 
@@ -119,9 +113,8 @@ def test_values_and_gradients_are_those_of_plain_log_softmax(
     entries: int,
     bias: bool,
     temperature: bool,
-    tile: Tile,
+    tile: TileSize,
     transform: LogitTransform,
-    top_k: int,
 ) -> None:
     problem = make_problem(
         seed=seed,
@@ -136,50 +129,9 @@ def test_values_and_gradients_are_those_of_plain_log_softmax(
         *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
         temperature=problem.temperature,
         transform=transform,
-        top_k=top_k,
         tile=tile,
     )
     assert_like_plain(problem, transform, scores, tolerance)
-
-
-@settings(max_examples=40, deadline=None)
-@given(**{name: value for name, value in cases.items() if name != "tile"}, rows_per_chunk=st.integers(1, 14))
-def test_a_module_called_on_chunks_of_rows_gives_the_same(
-    seed: int,
-    rows: int,
-    vocabulary: int,
-    entries: int,
-    bias: bool,
-    temperature: bool,
-    transform: LogitTransform,
-    top_k: int,
-    rows_per_chunk: int,
-) -> None:
-    problem = make_problem(
-        seed=seed,
-        rows=rows,
-        vocabulary=vocabulary,
-        entries=entries,
-        bias=bias,
-        temperature=temperature,
-        dtype=torch.float64,
-    )
-    module = nn.Linear(6, vocabulary, bias=bias, dtype=torch.float64)
-    with torch.no_grad():
-        module.weight.copy_(problem.weight)
-        problem.weight = module.weight
-        if problem.bias is not None:
-            module.bias.copy_(problem.bias)
-            problem.bias = module.bias
-    scores = row_chunk_scores(
-        *(module, problem.hidden, problem.rows, problem.targets),
-        vocabulary=vocabulary,
-        temperature=problem.temperature,
-        transform=transform,
-        top_k=top_k,
-        rows_per_chunk=rows_per_chunk,
-    )
-    assert_like_plain(problem, transform, scores, 1e-10)
 
 
 def example(dtype: torch.dtype = torch.float64, *, entries: int = 40) -> Problem:
@@ -192,8 +144,7 @@ def test_targets_at_the_edges_of_blocks_are_found() -> None:
     scores = tiled_scores(
         *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
         temperature=problem.temperature,
-        tile=Tile(4, 8),
-        top_k=1,
+        tile=TileSize(4, 8),
     )
     assert_like_plain(problem, LogitTransform(), scores, 1e-12)
 
@@ -205,8 +156,7 @@ def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
     scores = tiled_scores(
         *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
         temperature=problem.temperature,
-        tile=Tile(4, 8),
-        top_k=2,
+        tile=TileSize(4, 8),
     )
     assert float(scores.logprobs.detach().min()) < -1000
     assert_like_plain(problem, LogitTransform(), scores, 1e-4)
@@ -215,7 +165,7 @@ def test_logits_far_apart_neither_overflow_nor_vanish() -> None:
 def test_no_entries_give_no_logprobs_and_zero_gradients() -> None:
     problem = example(entries=0)
     scores = tiled_scores(
-        problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets, tile=Tile(4, 8)
+        problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets, tile=TileSize(4, 8)
     )
     assert scores.logprobs.shape == (0,)
     assert all(float(value.abs().sum()) == 0 for value in gradients(problem, scores.logprobs))
@@ -236,7 +186,7 @@ def test_equal_inputs_give_equal_bits() -> None:
         )
         scores = tiled_scores(
             *(problem.hidden, problem.weight, problem.bias, problem.rows, problem.targets),
-            tile=Tile(128, 200),
+            tile=TileSize(128, 200),
         )
         return [scores.logprobs.detach(), scores.entropy, *gradients(problem, scores.logprobs)]
 
@@ -270,7 +220,7 @@ def test_under_autocast_products_are_bfloat16_and_everything_else_float32() -> N
         scores = tiled_scores(
             *(problem.hidden, problem.weight, None, problem.rows, problem.targets),
             temperature=problem.temperature,
-            tile=Tile(16, 32),
+            tile=TileSize(16, 32),
         )
         logits = nn.functional.linear(problem.hidden, problem.weight)
     assert logits.dtype == torch.bfloat16
@@ -301,7 +251,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_tokens_times_vocabulary_ever_exists() -> None:
-    rows, vocabulary, tile = 256, 4096, Tile(64, 512)
+    rows, vocabulary, tile = 256, 4096, TileSize(64, 512)
     problem = make_problem(
         rows=rows, vocabulary=vocabulary, entries=300, bias=True, temperature=True, dtype=torch.float32
     )
@@ -311,7 +261,6 @@ def test_no_tensor_of_tokens_times_vocabulary_ever_exists() -> None:
             temperature=problem.temperature,
             transform=LogitTransform(scale=0.5, cap=20.0),
             tile=tile,
-            top_k=2,
         )
         gradients(problem, scores.logprobs)
     assert largest.elements == max(tile.rows * tile.vocabulary, problem.weight.numel())

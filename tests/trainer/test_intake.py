@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 
 from atropos_client.errors import JournalLocked
 from atropos_client.journal import Journal
+from schemas import BatchReply
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
 from tests.trainer.batches import make_bodies, make_body
 from tests.trainer.runs import assert_equal_tensors, rows, run, weights
 from trainer import RunSummary, Trainer, load_config
-from trainer.assembly import build_trainer
-from trainer.checkpoint import read_checkpoint
-from trainer.errors import MissingLogProbsError
+from trainer.checkpoints.format import read_checkpoint
+from trainer.errors import DataError, TooManySetAside
+from trainer.run.build import build_trainer
+from trainer.samples.prepare import PreparedBatch, prepare_batch
 
 IN_MEMORY = ("--journal.enabled", "false")
 GLOBAL = ("--data.advantage_normalization", "global")
@@ -140,14 +142,14 @@ def test_a_checkpoint_knows_nothing_of_batches_that_were_only_prepared(
     assert_equal_tensors(load_file(halves / newest / name), load_file(tmp_path / "whole" / newest / name))
 
 
-def test_a_batch_that_cannot_be_prepared_ends_the_run_in_its_turn_is_kept_and_does_not_come_again(
+def test_a_batch_that_ends_the_run_ends_it_in_its_turn_is_kept_and_does_not_come_again(
     server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     bare = make_body(9, env_id=4, inference_logprobs=None)
     first, last = make_bodies(2)
     # The checkpoint of step 1 is there already when the batch fails.
-    every = ("--checkpoint.every", "1")
-    with pytest.raises(MissingLogProbsError, match="environment 4"):
+    every = ("--checkpoint.every", "1", "--train.set_aside_window", "1")
+    with pytest.raises(TooManySetAside, match="3 x no inference_logprobs"):
         run_from(server, tiny_model_directory, tmp_path, [first, bare, last], *every, steps=3, ahead=False)
     assert [row["step"] for row in rows(tmp_path)] == [1]
     assert (tmp_path / "set_aside/batch-000002.json").read_bytes() == bare
@@ -162,16 +164,19 @@ def test_a_batch_that_cannot_be_prepared_ends_the_run_in_its_turn_is_kept_and_do
 
 
 def test_without_a_journal_what_was_fetched_ahead_is_kept_when_the_run_fails(
-    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path
+    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bare = make_body(9, env_id=4, inference_logprobs=None)
-    first, last = make_bodies(2)
+    first, bad, last = make_body(0), make_body(9, env_id=4), make_body(1)
 
-    with pytest.raises(MissingLogProbsError, match="environment 4"):
-        run_from(
-            server, tiny_model_directory, tmp_path, [first, bare, last], *IN_MEMORY, steps=3, ahead=False
-        )
-    assert (tmp_path / "set_aside/batch-000002.json").read_bytes() == bare
+    def fail_on_environment_4(reply: BatchReply, **options: Any) -> PreparedBatch:
+        if reply.groups[0].env_id == 4:
+            raise DataError("unforeseen")
+        return prepare_batch(reply, **options)
+
+    monkeypatch.setattr("trainer.run.optimizer_step.prepare_batch", fail_on_environment_4)
+    with pytest.raises(DataError, match="unforeseen"):
+        run_from(server, tiny_model_directory, tmp_path, [first, bad, last], *IN_MEMORY, steps=3, ahead=False)
+    assert (tmp_path / "set_aside/batch-000002.json").read_bytes() == bad
     assert (tmp_path / "set_aside/batch-000003.json").read_bytes() == last
     assert (tmp_path / "checkpoints/step-000001/state.json").is_file()
 
@@ -200,11 +205,11 @@ def test_what_a_resumed_run_does_again_is_written_down_once(
 def test_a_run_in_a_directory_that_another_run_writes_to_is_refused_before_it_does_anything(
     server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.journaled_source._LOCK_PATIENCE_SECONDS", 0.1)
-    brief = ("--journal.farewell", "0.1")
+    monkeypatch.setattr("trainer.run.processes._LOCK_PATIENCE_SECONDS", 0.1)
+    brief = ("--journal.shutdown_timeout", "0.1")
     with (
         Journal.open(tmp_path / "journal"),
-        pytest.raises(JournalLocked, match="two runs cannot share"),
+        pytest.raises(JournalLocked, match="two runs cannot share a directory"),
     ):
         run_from(server, tiny_model_directory, tmp_path, [], *brief, steps=1, ahead=False)
     assert server.seen == []

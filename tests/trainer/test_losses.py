@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,18 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.errors import ConfigurationError, DataError, MissingLogProbsError, ShapeMismatchError
-from trainer.losses import (
-    LOSS_NAMES,
-    LossInputs,
-    policy_gradient,
-    ppo_clip,
-    resolve_loss,
-    weighted_sft,
-)
+from trainer.extensions import BUILT_IN_LOSSES, Loss
+from trainer.losses import LossInputs, policy_gradient, ppo_clip, weighted_sft
 
-Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-ALL_LOSSES: tuple[Loss, ...] = (weighted_sft, policy_gradient, ppo_clip)
-RATIO_LOSSES: tuple[Loss, ...] = (policy_gradient, ppo_clip)
+ALL_LOSSES: tuple[Loss[Any], ...] = (weighted_sft, policy_gradient, ppo_clip)
+RATIO_LOSSES: tuple[Loss[Any], ...] = (policy_gradient, ppo_clip)
 EVERY_LOSS = pytest.mark.parametrize("loss", ALL_LOSSES, ids=lambda loss: loss.__name__)
 
 
@@ -64,13 +56,13 @@ def one_token(advantage: float, ratio: float, **changes: Any) -> LossInputs:
     return LossInputs(**(fields | changes))
 
 
-def value_and_gradient(loss: Loss, inputs: LossInputs, **options: float) -> tuple[float, Tensor]:
+def value_and_gradient(loss: Loss[Any], inputs: LossInputs, **options: float) -> tuple[float, Tensor]:
     value, _ = loss(inputs, **options)
     (gradient,) = torch.autograd.grad(value, inputs.logprobs)
     return value.item(), gradient
 
 
-def by_hand(loss: Loss, inputs: LossInputs, kl_coefficient: float) -> float:
+def by_hand(loss: Loss[Any], inputs: LossInputs, kl_coefficient: float) -> float:
     """The definitions, token by token, in Python floats; default options."""
     assert inputs.inference_logprobs is not None
     assert inputs.ref_logprobs is not None
@@ -101,7 +93,7 @@ def by_hand(loss: Loss, inputs: LossInputs, kl_coefficient: float) -> float:
 @EVERY_LOSS
 @pytest.mark.parametrize("kl_coefficient", [0.0, 0.3])
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_its_definition(loss: Loss, kl_coefficient: float, seed: int) -> None:
+def test_equals_its_definition(loss: Loss[Any], kl_coefficient: float, seed: int) -> None:
     inputs = make_inputs(seed=seed)
     value, _ = loss(inputs, kl_coefficient=kl_coefficient)
     assert value.item() == pytest.approx(by_hand(loss, inputs, kl_coefficient), rel=1e-12)
@@ -109,7 +101,7 @@ def test_equals_its_definition(loss: Loss, kl_coefficient: float, seed: int) -> 
 
 # policy_gradient is left out: its weight is held constant, so its gradient is not its value's derivative.
 @pytest.mark.parametrize("loss", [weighted_sft, ppo_clip], ids=lambda loss: loss.__name__)
-def test_gradient_is_that_of_finite_differences(loss: Loss) -> None:
+def test_gradient_is_that_of_finite_differences(loss: Loss[Any]) -> None:
     base = make_inputs(seed=4)
 
     def run(logprobs: Tensor) -> Tensor:
@@ -208,20 +200,9 @@ def test_small_kl_keeps_its_digits_in_float32() -> None:
     assert weighted_sft(inputs)[1]["kl_ref"].item() == pytest.approx(4 * (2**-10) ** 2 / 2, rel=2e-3)
 
 
-def test_kl_estimate_is_unbiased_over_the_policys_own_samples() -> None:
-    policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    reference = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64).log()
-    # Each token once, weighted by its probability under the policy: the expectation, exactly.
-    inputs = LossInputs(
-        logprobs=policy, advantages=torch.zeros(3), loss_mask=policy.exp(), ref_logprobs=reference
-    )
-    expected = (policy.exp() * (policy - reference)).sum()
-    assert weighted_sft(inputs)[1]["kl_ref"].item() == pytest.approx(expected.item())
-
-
 @EVERY_LOSS
 @pytest.mark.parametrize("poison", [1.0, 1e30, math.inf, -math.inf, math.nan])
-def test_nothing_at_a_masked_position_matters(loss: Loss, poison: float) -> None:
+def test_nothing_at_a_masked_position_matters(loss: Loss[Any], poison: float) -> None:
     clean = make_inputs()
     masked = clean.loss_mask == 0
     poisoned = {
@@ -244,7 +225,7 @@ def test_nothing_at_a_masked_position_matters(loss: Loss, poison: float) -> None
 
 @EVERY_LOSS
 @pytest.mark.parametrize("difference", [-1e4, 1e4])
-def test_wildly_different_policies_stay_finite_in_float32(loss: Loss, difference: float) -> None:
+def test_wildly_different_policies_stay_finite_in_float32(loss: Loss[Any], difference: float) -> None:
     logprobs = torch.full((3,), -1.0, requires_grad=True)
     inputs = LossInputs(
         logprobs=logprobs,
@@ -262,7 +243,7 @@ def test_wildly_different_policies_stay_finite_in_float32(loss: Loss, difference
 
 
 @EVERY_LOSS
-def test_an_all_zero_mask_gives_zero_with_zero_gradients(loss: Loss) -> None:
+def test_an_all_zero_mask_gives_zero_with_zero_gradients(loss: Loss[Any]) -> None:
     for denominator in (None, 12.0, torch.zeros(3, 1)):
         inputs = make_inputs(loss_mask=torch.zeros(3, 7), denominator=denominator)
         value, gradient = value_and_gradient(loss, inputs, kl_coefficient=0.1)
@@ -273,7 +254,7 @@ def test_an_all_zero_mask_gives_zero_with_zero_gradients(loss: Loss) -> None:
 
 @EVERY_LOSS
 @pytest.mark.parametrize("sizes", [(1,) * 6, (2, 4), (5, 1), (3, 3)])
-def test_micro_batches_add_up_under_a_common_denominator(loss: Loss, sizes: tuple[int, ...]) -> None:
+def test_micro_batches_add_up_under_a_common_denominator(loss: Loss[Any], sizes: tuple[int, ...]) -> None:
     whole = make_inputs(shape=(6, 9))
     count = whole.loss_mask.sum().item()
     expected_value, expected_gradient = value_and_gradient(
@@ -315,7 +296,7 @@ def test_a_denominator_per_token_or_per_sequence_reduces_by_sequence() -> None:
 
 
 @EVERY_LOSS
-def test_metrics_are_detached_sums(loss: Loss) -> None:
+def test_metrics_are_detached_sums(loss: Loss[Any]) -> None:
     inputs = make_inputs()
     metrics = loss(inputs)[1]
     assert {"negative_logprob", "ratio", "mismatch_kl", "kl_ref"} <= set(metrics)
@@ -326,22 +307,16 @@ def test_metrics_are_detached_sums(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", RATIO_LOSSES, ids=lambda loss: loss.__name__)
-def test_losses_with_a_ratio_refuse_to_run_without_the_samplers_logprobs(loss: Loss) -> None:
+def test_losses_with_a_ratio_refuse_to_run_without_the_samplers_logprobs(loss: Loss[Any]) -> None:
     with pytest.raises(MissingLogProbsError, match=f"{loss.__name__} needs inference_logprobs"):
         loss(make_inputs(inference_logprobs=None))
 
 
 @EVERY_LOSS
-def test_a_kl_penalty_refuses_to_run_without_reference_logprobs(loss: Loss) -> None:
+def test_a_kl_penalty_refuses_to_run_without_reference_logprobs(loss: Loss[Any]) -> None:
     with pytest.raises(MissingLogProbsError, match="needs ref_logprobs"):
         loss(make_inputs(ref_logprobs=None), kl_coefficient=0.1)
     assert "kl_ref" not in loss(make_inputs(ref_logprobs=None))[1]
-
-
-def test_weighted_sft_needs_no_logprobs_but_the_trainers() -> None:
-    value, metrics = weighted_sft(make_inputs(inference_logprobs=None, ref_logprobs=None))
-    assert value.isfinite()
-    assert set(metrics) == {"negative_logprob"}
 
 
 def test_unequal_shapes_are_refused_and_all_are_listed() -> None:
@@ -356,49 +331,64 @@ def test_half_precision_logprobs_are_refused() -> None:
         make_inputs(logprobs=torch.zeros(3, 7, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("denominator", [0.0, -1.0, math.nan])
-def test_a_denominator_that_is_not_positive_is_refused(denominator: float) -> None:
-    with pytest.raises(DataError, match="denominator"):
-        make_inputs(denominator=denominator)
+def test_a_denominator_that_is_not_positive_or_of_a_foreign_shape_is_refused() -> None:
+    for denominator in (0.0, -1.0, math.nan):
+        with pytest.raises(DataError, match="denominator"):
+            make_inputs(denominator=denominator)
+    for shape in ((7, 3), (4,), (2, 3, 7)):
+        with pytest.raises(ShapeMismatchError, match="does not broadcast"):
+            make_inputs(denominator=torch.ones(shape))
 
 
-@pytest.mark.parametrize("shape", [(7, 3), (4,), (2, 3, 7)])
-def test_a_denominator_of_a_foreign_shape_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeMismatchError, match="does not broadcast"):
-        make_inputs(denominator=torch.ones(shape))
-
-
-@pytest.mark.parametrize("name", LOSS_NAMES)
-def test_a_resolved_loss_is_the_function_with_its_options(name: Any) -> None:
-    function = {loss.__name__: loss for loss in ALL_LOSSES}[name]
-    resolved = resolve_loss(name, kl_coefficient=0.25)
+@pytest.mark.parametrize("name", BUILT_IN_LOSSES)
+def test_a_bound_loss_is_the_function_with_its_options(name: str) -> None:
+    loss: Loss[Any] = Loss.find(name)
+    bound = loss.bind(loss.options(kl_coefficient=0.25))
     inputs = make_inputs()
-    assert resolved(inputs)[0].item() == function(inputs, kl_coefficient=0.25)[0].item()
-    assert resolved.needs_ref_logprobs
-    assert not resolve_loss(name).needs_ref_logprobs
-    assert resolved.needs_inference_logprobs == (name != "weighted_sft")
+    assert bound(inputs)[0].item() == loss(inputs, kl_coefficient=0.25)[0].item()
+    assert bound.needs_ref_logprobs
+    assert bound.trains_without_advantage
+    without = loss.bind(loss.options())
+    assert not without.needs_ref_logprobs
+    assert not without.trains_without_advantage
+    assert bound.needs_inference_logprobs == (name != "weighted_sft")
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("loss", "options", "message"),
     [
-        ("ppo", {}, "loss.name is 'ppo'; allowed are weighted_sft, policy_gradient, ppo_clip"),
-        ("weighted_sft", {"ratio_cap": 2.0}, "no option ratio_cap; its options are kl_coefficient"),
-        ("policy_gradient", {"ratio_cap": 0.0}, "ratio_cap is 0"),
-        ("ppo_clip", {"epsilon_low": 1.5}, "epsilon_low is 1.5; allowed are finite numbers from 0 to 1"),
-        ("ppo_clip", {"epsilon_high": math.nan}, "epsilon_high is nan"),
-        ("ppo_clip", {"kl_coefficient": -0.1}, "kl_coefficient is -0.1"),
+        (weighted_sft, {"ratio_cap": 2.0}, "weighted_sft has no option ratio_cap: its options are kl_coeff"),
+        (ppo_clip, {"epsilon_lo": 2.0}, r"no option epsilon_lo \(did you mean epsilon_low\?\)"),
+        (policy_gradient, {"ratio_cap": 0.0}, "policy_gradient: ratio_cap is 0.0: .*greater than 0"),
+        (ppo_clip, {"epsilon_low": 1.5}, "epsilon_low is 1.5: .*less than 1"),
+        (ppo_clip, {"epsilon_high": math.nan}, "epsilon_high is nan"),
+        (weighted_sft, {"kl_coefficient": -0.1}, "kl_coefficient is -0.1"),
+        (weighted_sft, {"kl_coefficient": math.inf}, "kl_coefficient is inf"),
     ],
 )
-def test_what_cannot_be_resolved_is_refused(name: Any, options: dict[str, float], message: str) -> None:
+def test_options_are_checked_on_a_direct_call_too(
+    loss: Loss[Any], options: dict[str, float], message: str
+) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        resolve_loss(name, **options)
+        loss(make_inputs(), **options)
 
 
-@EVERY_LOSS
-def test_options_are_checked_on_a_direct_call_too(loss: Loss) -> None:
-    with pytest.raises(ConfigurationError, match="kl_coefficient"):
-        loss(make_inputs(), kl_coefficient=math.inf)
+def test_what_belongs_to_a_sequence_is_summed_and_averaged_over_its_trained_tokens_only() -> None:
+    inputs = make_inputs(shape=(3, 4), loss_mask=torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]))
+    values = torch.arange(12.0, dtype=torch.float64).reshape(3, 4).masked_fill(~inputs.trained, math.nan)
+    sums = torch.tensor([[6.0] * 4, [7.0] * 4, [0.0] * 4], dtype=torch.float64)
+    means = torch.tensor([[2.0] * 4, [7.0] * 4, [0.0] * 4], dtype=torch.float64)
+    assert torch.equal(inputs.sequence_sum(values), sums)
+    assert torch.equal(inputs.sequence_mean(values), means)
+    kept = inputs.trained
+    packed = {name: value[kept] for name, value in vars_of(inputs).items() if isinstance(value, Tensor)}
+    flat = LossInputs(**packed, sequence_index=torch.tensor([0, 0, 0, 1]), sequence_count=3)
+    assert torch.equal(flat.sequence_sum(values[kept]), sums[kept])
+    assert torch.equal(flat.sequence_mean(values[kept]), means[kept])
+    (gradient,) = torch.autograd.grad(flat.sequence_mean(flat.logprobs)[0], flat.logprobs)
+    assert gradient.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])
+    with pytest.raises(DataError, match="pass sequence_index and sequence_count"):
+        LossInputs(**packed).sequence_sum(values[kept])
 
 
 seeds = st.integers(0, 10_000)
@@ -407,26 +397,7 @@ losses = st.sampled_from(ALL_LOSSES)
 
 @settings(deadline=None, max_examples=40)
 @given(seed=seeds, loss=losses)
-def test_the_order_of_tokens_does_not_matter(seed: int, loss: Loss) -> None:
-    inputs = make_inputs(seed=seed, shape=(12,))
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
-    shuffled = LossInputs(
-        **{name: value[order] for name, value in vars_of(inputs).items() if isinstance(value, Tensor)}
-    )
-    assert loss(shuffled)[0].item() == pytest.approx(loss(inputs)[0].item(), rel=1e-10, abs=1e-12)
-
-
-@settings(deadline=None, max_examples=40)
-@given(seed=seeds, loss=losses, factor=st.floats(0.0, 100.0))
-def test_scaling_the_advantages_scales_the_loss(seed: int, loss: Loss, factor: float) -> None:
-    inputs = make_inputs(seed=seed)
-    scaled = LossInputs(**(vars_of(inputs) | {"advantages": inputs.advantages * factor}))
-    assert loss(scaled)[0].item() == pytest.approx(factor * loss(inputs)[0].item(), rel=1e-10, abs=1e-10)
-
-
-@settings(deadline=None, max_examples=40)
-@given(seed=seeds, loss=losses)
-def test_masked_columns_can_be_dropped(seed: int, loss: Loss) -> None:
+def test_masked_columns_can_be_dropped(seed: int, loss: Loss[Any]) -> None:
     inputs = make_inputs(seed=seed, shape=(20,))
     kept = inputs.loss_mask != 0
     packed = LossInputs(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from schemas import ScoredGroup
-from trainer.advantages import token_advantages
 from trainer.losses import LossInputs, policy_gradient, ppo_clip, weighted_sft
-from trainer.weighted_sft import compute_advantage_weighted_sft_loss
+from trainer.model.weighted_sft_call import compute_advantage_weighted_sft_loss
+from trainer.samples.advantages import group_center, token_advantages
 
 PAGE = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
 VOCABULARY = 50257
@@ -38,7 +38,7 @@ def group(example: Any) -> ScoredGroup:
 def inputs(example: Any, group: ScoredGroup) -> LossInputs:
     return LossInputs(
         logprobs=torch.tensor(example["trainer_logprobs"]),
-        advantages=token_advantages([group], estimator="group_center").reshape(len(group.tokens), -1),
+        advantages=token_advantages([group], estimator=group_center).reshape(len(group.tokens), -1),
         loss_mask=torch.tensor(group.masks) != -100,
         inference_logprobs=torch.tensor(example["inference_logprobs"]),
     )

@@ -16,11 +16,19 @@ from tests.trainer.batches import make_body
 from tests.trainer.runs import rows, run, weights
 from trainer.config import TrainSettings
 from trainer.errors import MismatchTooLarge
-from trainer.mismatch import Mismatch, alarm_text, mismatch_sums, take_mismatch
+from trainer.run.logprob_mismatch import (
+    Mismatch,
+    alarm_text,
+    mismatch_sums,
+    take_mismatch,
+    temperature_text,
+    unjudged_text,
+)
 
 
 def of(logprobs: list[float], sampled: list[float], mask: list[float]) -> Mismatch | None:
-    sums = mismatch_sums(torch.tensor(logprobs), torch.tensor(sampled), torch.tensor(mask))
+    entropy = torch.ones(len(logprobs))
+    sums = mismatch_sums(torch.tensor(logprobs), torch.tensor(sampled), torch.tensor(mask), entropy)
     return take_mismatch({name: float(value) for name, value in sums.items()})
 
 
@@ -53,6 +61,35 @@ def settings(**options: Any) -> TrainSettings:
     return TrainSettings(**options)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 0.8, 0.95, 1.0, 1.2])
+def test_the_samplers_temperature_is_fitted_to_the_differences(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2.5 * torch.randn(4000, 50, generator=generator)
+    ours, theirs = logits.log_softmax(-1), (logits / temperature).log_softmax(-1)
+    tokens = torch.multinomial(theirs.exp(), 1, generator=generator)
+    sums = mismatch_sums(
+        ours.gather(1, tokens).squeeze(1),
+        theirs.gather(1, tokens).squeeze(1),
+        torch.ones(4000),
+        -(ours.exp() * ours).sum(-1),
+    )
+    found = take_mismatch({name: float(value) for name, value in sums.items()})
+    assert found is not None
+    assert found.fitted_temperature == pytest.approx(temperature, abs=0.04)
+    said = temperature_text(found, 0)
+    assert (said is None) == (temperature == 1.0)
+    assert temperature_text(found, 1) is None
+
+
+def test_differences_that_no_temperature_explains_name_none() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = -5 * torch.rand(1000, generator=generator)
+    theirs = ours + 0.3 * torch.randn(1000, generator=generator)
+    found = of(ours.tolist(), theirs.tolist(), [1.0] * 1000)
+    assert found is not None
+    assert temperature_text(found, 0) is None
+
+
 ALARMING = Mismatch(tokens=10, mean_difference=0.3, kl=0.1, large_share=0.2, ratio=1.1)
 
 
@@ -60,14 +97,19 @@ def test_the_alarm_judges_only_batches_of_the_current_version() -> None:
     assert "0.3 nats on average over 10 tokens" in (alarm_text(ALARMING, 0, settings()) or "")
     assert alarm_text(ALARMING, 1, settings()) is None
     assert alarm_text(ALARMING, None, settings()) is None
+    assert "judge neither this batch" in (unjudged_text(ALARMING, None, settings()) or "")
+    assert unjudged_text(ALARMING, 1, settings()) is None
+    assert unjudged_text(ALARMING, None, settings(mismatch_alarm=0.31)) is None
     assert alarm_text(None, 0, settings()) is None
     assert alarm_text(ALARMING, 0, settings(mismatch_alarm=None)) is None
     assert alarm_text(ALARMING, 0, settings(mismatch_alarm=0.31)) is None
 
 
-def batch_of(model: Any, *, temperature: float = 1.0, shift: float = 0.0, without: int = 0) -> bytes:
+def batch_of(
+    model: Any, *, temperature: float = 1.0, shift: float = 0.0, without: int = 0, groups: int = 3
+) -> bytes:
     """A batch whose log-probs are the model's own, off by `shift` nats; the last groups come without."""
-    batch = json.loads(make_body(3))
+    batch = json.loads(make_body(3, groups=groups))
     for number, group in enumerate(batch["batch"]):
         for tokens, mask, logprobs in zip(
             group["tokens"], group["masks"], group["inference_logprobs"], strict=True
@@ -156,3 +198,24 @@ def test_log_probs_of_the_wrong_kind_show_on_the_first_batch(
     (raw,) = rows(tmp_path / "raw")
     assert scaled["mismatch_difference"] < 1e-5
     assert raw["mismatch_difference"] > 100 * scaled["mismatch_difference"]
+
+
+def test_an_unsaid_temperature_is_named_once_and_the_setting_mends_it(
+    model: Any, tiny_model_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The environment samples at 0.5, as its second group says; the others do not."""
+    batch = json.loads(batch_of(model, temperature=0.5, groups=20))
+    batch["batch"][1]["generation_params"] = {"temperature": 0.5}
+    body = json.dumps(batch).encode()
+    said = "times the temperature that is assumed"
+    run(tiny_model_directory, tmp_path / "unsaid", [body, body], "--optimizer.learning_rate", "0", steps=2)
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    for name, words in (
+        ("all", ("--data.sampling_temperature", "0.5")),
+        ("one", ("--data.sampling_temperature_of", '{"0": 0.5}')),
+    ):
+        run(tiny_model_directory, tmp_path / name, [body], *words, steps=1)
+        (row,) = rows(tmp_path / name)
+        assert row["mismatch_difference"] < 1e-5
+    assert said not in caplog.text

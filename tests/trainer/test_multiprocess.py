@@ -1,28 +1,46 @@
-"""Two processes give what one gives: process 0 fetches, all train, gradients are summed."""
+"""Several processes give what one gives, and resume; process 0 fetches, all train, gradients are summed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from tests.forked import forked_ranks
 from tests.trainer.batches import make_bodies
-from tests.trainer.runs import rows, run, weights
+from tests.trainer.runs import assert_equal_tensors, rows, run, weights
 
 
-def run_in_two_processes(model: Path, output: Path, *options: str, port: int, steps: int) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_addr", "127.0.0.1", "--master_port", str(port)),
-        *("-m", "tests.trainer.multiprocess_run", str(model), str(output), str(steps), *options),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def run_in_processes(
+    count: int,
+    model: Path,
+    output: Path,
+    *options: str,
+    port: int,
+    steps: int,
+    first: int = 0,
+    torchrun: bool = False,
+) -> None:
+    """Train `steps` steps, of which the first `first` are done."""
+    module, words = "tests.trainer.multiprocess_run", [str(model), str(output), str(first), str(steps)]
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", module, *words, *options]
+        subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, timeout=200, check=True)
+        return
+    log = output.with_suffix(".log")
+    ranks = forked_ranks(count, port, module, [*words, *options], stdout=log, stderr=log)
+    try:
+        assert [rank.wait(200) for rank in ranks] == [0] * count, log.read_text()[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 @pytest.mark.slow
@@ -39,7 +57,10 @@ def test_two_processes_train_as_one(
     options: tuple[str, ...], tiny_model_directory: Path, tmp_path: Path, free_port: int
 ) -> None:
     run(tiny_model_directory, tmp_path / "one", make_bodies(2), *options, steps=2)
-    run_in_two_processes(tiny_model_directory, tmp_path / "two", *options, port=free_port, steps=2)
+    torchrun = "--loss.reduction" in options
+    run_in_processes(
+        2, tiny_model_directory, tmp_path / "two", *options, port=free_port, steps=2, torchrun=torchrun
+    )
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 2
     for ours, theirs in zip(two, one, strict=True):
@@ -49,3 +70,20 @@ def test_two_processes_train_as_one(
     expected = weights(tmp_path / "one/final")
     for name, tensor in weights(tmp_path / "two/final").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_resume_to_the_bits_of_an_uninterrupted_run(
+    count: int, tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    """With dropout, so that the random numbers of every process count."""
+    lora = ("--model.lora.rank", "4", "--model.lora.dropout", "0.3", "--data.tokens_per_micro_batch", "40")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run_in_processes(count, tiny_model_directory, whole, *lora, port=free_port, steps=4)
+    shutil.copytree(whole / "checkpoints/step-000002", halves / "checkpoints/step-000002")
+    run_in_processes(count, tiny_model_directory, halves, *lora, port=free_port, steps=4, first=2)
+    assert [row["loss"] for row in rows(halves)] == [row["loss"] for row in rows(whole)][2:]
+    newest = "checkpoints/step-000004"
+    for name in ("adapter/adapter_model.safetensors", "optimizer.safetensors"):
+        assert_equal_tensors(load_file(halves / newest / name), load_file(whole / newest / name))

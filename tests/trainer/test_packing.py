@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from tests.trainer.models import forests, make_exact, make_sample, random_tree_samples, tiny_model
-from trainer.attention import TILED, register_backends
-from trainer.attention._dense import dense_mask
-from trainer.logprobs import token_logprobs
+from trainer.model.attention import TILED, register_backends
+from trainer.model.attention.inputs import dense_mask
+from trainer.model.token_logprobs import token_logprobs
 from trainer.packing import MicroBatch, Packing, pack
-from trainer.samples import Sample
+from trainer.samples.sample import Sample
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gpt2"]
 ROW_PACKINGS: list[Packing] = ["prefix_tree", "plain"]

@@ -14,7 +14,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 from tests.trainer.models import forests, make_sample
 from trainer.packing import MicroBatch, Packing, PassCost, pack
 from trainer.packing._balancing import order_for_processes, process_costs
-from trainer.samples import Sample
+from trainer.samples.sample import Sample
 
 COST = PassCost(per_token=100.0, per_pair=1.0, per_trained_token=10.0)
 

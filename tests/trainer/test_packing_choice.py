@@ -12,11 +12,11 @@ from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, Ma
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from tests.trainer.models import random_tree_samples, tiny_model
-from trainer.attention import TILED
 from trainer.errors import ConfigurationError
-from trainer.logprobs import token_logprobs
+from trainer.model.attention import TILED
+from trainer.model.select_packing import choose_packing
+from trainer.model.token_logprobs import token_logprobs
 from trainer.packing import pack
-from trainer.packing_choice import choose_packing
 
 
 def small(architecture: str, **options: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from schemas import ScoredGroup
-from trainer.plausibility import implausible_reason
+from trainer.samples.advantages import raw
+from trainer.samples.validation import implausible_reason
 
 
 def reason(*, uses_temperature: bool = True, limit: float | None = 1e6, **changes: Any) -> str | None:
@@ -18,7 +19,7 @@ def reason(*, uses_temperature: bool = True, limit: float | None = 1e6, **change
     }
     return implausible_reason(
         ScoredGroup.model_validate(fields | changes),
-        estimator="raw",
+        estimator=raw,
         uses_temperature=uses_temperature,
         advantage_limit=limit,
     )

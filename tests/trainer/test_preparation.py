@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from schemas import BatchReply
 from tests.schemas.groups import groups
-from trainer.advantages import AdvantageNormalizer, resolve_estimator
 from trainer.config import DataSettings, LossSettings
-from trainer.preparation import PreparedBatch, prepare_batch
-from trainer.samples import ModelLimits
+from trainer.samples.advantages import AdvantageNormalizer
+from trainer.samples.prepare import PreparedBatch, prepare_batch
+from trainer.samples.validation import ModelLimits
 
 LIMITS = ModelLimits(vocabulary_size=200_001, max_sequence_length=64)
 
@@ -53,8 +53,8 @@ def batches(draw: st.DrawFn) -> list[dict[str, Any]]:
 def usable_temperature(*sources: Any) -> float:
     for source in sources:
         value = (source or {}).get("temperature")
-        if type(value) in (int, float) and value > 0:
-            return float(value)
+        if value is not None:  # the nearest word counts, greedy sampling included
+            return float(value) if type(value) in (int, float) and value > 0 else 1.0
     return 1.0
 
 
@@ -62,10 +62,15 @@ def reference(batch: list[dict[str, Any]], data: DataSettings) -> list[dict[str,
     """Every sequence of the batch, in Python lists."""
     sequences = []
     for group_index, group in enumerate(batch):
-        estimated = resolve_estimator(data.advantage_estimator)(group["scores"])
+        estimated = data.bound_estimator(group["scores"])
         for i, tokens in enumerate(group["tokens"]):
             override = (group.get("overrides") or [None] * len(group["tokens"]))[i]
-            is_binary = all(entry in (0, 1) for row in group["masks"] for entry in row)
+            # A mask of 0 for token 0 is the token's id: trained.
+            is_binary = any(
+                entry not in (-100, token)
+                for mask, row in zip(group["masks"], group["tokens"], strict=True)
+                for entry, token in zip(mask, row, strict=True)
+            )
             trained = [(e == 1 if is_binary else e != -100) for e in group["masks"][i]]
             trained[0] = False
             own = group["advantages"][i] if group.get("advantages") else [estimated[i]] * len(tokens)
@@ -186,3 +191,10 @@ def test_the_state_of_the_normalizer_after_each_batch_travels_with_it() -> None:
         )
     assert [state["count"] for state in states] == [1.0, 2.0]
     assert states[1]["mean"] == pytest.approx(1.5)
+
+
+def test_advantages_are_clipped_after_they_were_normalized() -> None:
+    group = {"tokens": [[1, 2]] * 3, "masks": [[-100, 2]] * 3, "scores": [-9.0, 1.0, 9.0]}
+    data = DataSettings(advantage_estimator="raw", advantage_clip=(-2.0, 5.0))
+    prepared = prepare([group], data, LossSettings(name="weighted_sft"))
+    assert prepared.advantages == [-2.0, 1.0, 5.0]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.publish.comparison import Baseline, Scores, Verdict, compare
+from trainer.publish.verification.compare_logprobs import Baseline, Scores, Verdict, compare
 
 TOKENS = 200
 
@@ -29,7 +29,7 @@ def versions(step: float, noise: float) -> tuple[Scores, Scores, Baseline]:
     """What the trainer expects now, what a fresh server says, and a baseline `step` nats away."""
     old = some_scores()
     new = shifted(old, step, seed=1)
-    baseline = Baseline(version=0, expected=old, served=shifted(old, noise, seed=2))
+    baseline = Baseline(expected=old, served=shifted(old, noise, seed=2))
     return new, shifted(new, noise, seed=3), baseline
 
 
@@ -89,7 +89,7 @@ def test_a_servers_constant_offset_does_not_hide_staleness() -> None:
     def add(one: Scores, other: Scores) -> Scores:
         return [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(one, other, strict=True)]
 
-    baseline = Baseline(version=0, expected=old, served=add(old, rounding))
+    baseline = Baseline(expected=old, served=add(old, rounding))
     fresh = compare(add(new, rounding), new, tolerance=1.0, baseline=baseline)
     assert fresh.verdict is Verdict.MATCH
     assert fresh.fraction == pytest.approx(1.0)
@@ -125,7 +125,7 @@ def test_stale_is_the_verdict_even_where_the_tolerance_is_exceeded_too() -> None
     assert result.verdict is Verdict.STALE
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, -1.7e308])
 @pytest.mark.parametrize("whose", ["server", "trainer"])
 def test_numbers_that_are_not_finite_never_match(broken: float, whose: str) -> None:
     good, bad = some_scores(), some_scores()
@@ -145,7 +145,7 @@ def test_a_wrong_number_of_log_probs_never_matches() -> None:
 
 def test_a_baseline_of_other_probes_is_not_used() -> None:
     expected = some_scores()
-    baseline = Baseline(version=0, expected=expected[:1], served=expected[:1])
+    baseline = Baseline(expected=expected[:1], served=expected[:1])
     assert compare(expected, expected, tolerance=1.0, baseline=baseline).expected_movement is None
 
 
@@ -159,7 +159,7 @@ def test_no_fresh_server_is_called_stale_and_no_judged_old_one_passes(
 ) -> None:
     old = some_scores(seed)
     new = shifted(old, step, seed=seed + 1)
-    baseline = Baseline(version=0, expected=old, served=shifted(old, noise, seed=seed + 2))
+    baseline = Baseline(expected=old, served=shifted(old, noise, seed=seed + 2))
     fresh = compare(shifted(new, noise, seed=seed + 3), new, tolerance=9.0, baseline=baseline)
     stale = compare(shifted(old, noise, seed=seed + 4), new, tolerance=9.0, baseline=baseline)
     assert fresh.verdict is Verdict.MATCH

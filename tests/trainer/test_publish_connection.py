@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
-from trainer.publish import LoadFailed
-from trainer.publish._http import Deadline, ServerConnection
-from trainer.publish._retry import Repeatability
+from trainer.publish import LoadFailed, PhaseDeadlineExceeded
+from trainer.publish.engines.connection import Deadline, ServerConnection, says_failed
 from trainer.publish.errors import Phase
 
 
@@ -19,7 +18,7 @@ def once(connection: ServerConnection, path: str) -> bytes:
         phase=Phase.LOAD,
         version=1,
         deadline=Deadline(10.0),
-        repeatability=Repeatability.ONCE,
+        once=True,
     )
 
 
@@ -32,3 +31,28 @@ def test_what_follows_an_error_is_not_sent_into_the_connection_that_the_server_c
         once(connection, "/finish_weight_update")
         once(connection, "/finish_weight_update")  # and not into one that has been idle for too long
     assert len({seen.client_port for seen in server.seen}) == 3
+
+
+def test_a_reply_that_trickles_in_does_not_outlive_the_deadline() -> None:
+    with MisbehavingServer() as server, ServerConnection(server.url) as connection:
+        server.script("/v1/completions", Answer(body=b"x" * 10_000, drip=0.05))
+        with pytest.raises(PhaseDeadlineExceeded, match=r"0\.5 s"):
+            connection.call("POST", "/v1/completions", phase=Phase.VERIFY, version=1, deadline=Deadline(0.5))
+
+
+@pytest.mark.parametrize(
+    ("content", "failed"),
+    [
+        (b"", False),
+        (b"ok", False),
+        (b"[1, 2]", False),
+        (b'{"status": "paused"}', False),
+        (b'{"success": true}', False),
+        (b'{"success": false, "message": "no such file"}', True),
+        (b'{"error": {"message": "boom"}}', True),
+        (b'{"error": null}', False),
+        (b'{"object": "error", "message": "boom"}', True),
+    ],
+)
+def test_a_reply_with_status_200_can_still_say_that_it_failed(content: bytes, failed: bool) -> None:
+    assert says_failed(content) is failed

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -58,9 +57,8 @@ def verdict(model: Any, expected: list[list[float]]) -> Verdict:
     return compare(served, expected, tolerance=TOLERANCES["float32"], usual=USUAL).verdict
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_every_tensor_broken_in_every_way_is_found(architecture: str) -> None:
-    model = trained_model(architecture)
+def test_every_tensor_broken_in_every_way_is_found() -> None:
+    model = trained_model("qwen2")
     expected = score_with_model(model, PROBES, "cpu")
     assert verdict(model, expected) is Verdict.MATCH
     missed, tried = [], 0
@@ -102,7 +100,7 @@ def test_a_tensor_that_kept_its_last_version_is_found_if_the_step_was_not_tiny()
             with torch.no_grad():
                 tensor.copy_(new)
         # The whole model left at the old version is found either way.
-        baseline = Baseline(version=0, expected=before, served=before)
+        baseline = Baseline(expected=before, served=before)
         whole = compare(before, expected, tolerance=TOLERANCES["float32"], baseline=baseline)
         assert not whole.matches
     count = len(list(tensors(model)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from local_stack.models import make_tiny_model
 from trainer.config import PublishSettings
-from trainer.model_directory import capture_model, write_model_directory
+from trainer.export.hf_model import capture_model, write_model_directory
+from trainer.model.base_checkpoint import read_base
+from trainer.model.weight_stream import WeightStream
 from trainer.publish import (
     DiskTransport,
     LoadFailed,
@@ -32,12 +36,16 @@ from trainer.publish import (
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def server_url(tiny_model_directory: Path, free_port: int) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def server_url(tiny_model_directory: Path) -> Iterator[str]:
+    """One server for all tests."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "local_stack.inference", "--model", str(tiny_model_directory)]
-    with subprocess.Popen([*command, "--served-model-name", "policy", "--port", str(free_port)]) as process:
+    with subprocess.Popen([*command, "--served-model-name", "policy", "--port", str(port)]) as process:
         try:
-            yield f"http://127.0.0.1:{free_port}"
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
 
@@ -50,20 +58,22 @@ class Run:
         tokenizer = AutoTokenizer.from_pretrained(model_directory)
         self.url = url
         self.directory = directory
-        self.capture: Callable[[], Callable[[Path], None]] = lambda: (
-            capture_model(self.model, tokenizer=tokenizer).write
-        )
+        self.base = read_base(str(model_directory))
+        self.capture: Callable[[], Callable[[Path], None]] = self.copy_weights
         settings = PublishSettings(transport="disk", servers=[url], keep=2, on_failure="abort")
+        routes = VllmRoutes(url, settings)
+        routes.wait_until_ready()
+        routes.load_directory(model_directory, 0)  # whatever the test before has left there
         self.publisher = Publisher(
             settings,
             transport=DiskTransport(directory, lambda: self.capture(), keep=2),
-            servers=[VllmRoutes(url, settings)],
+            servers=[routes],
             probes=make_probes(tokenizer),
             score=partial(score_probes, self.model, device="cpu"),
         )
 
     def copy_weights(self) -> Callable[[Path], None]:
-        return capture_model(self.model, tokenizer=self.tokenizer).write
+        return capture_model(WeightStream(self.model, self.base)).write
 
     def train(self, size: float) -> None:
         """Change every weight a little."""
@@ -118,9 +128,10 @@ def test_one_stale_tensor_among_fresh_ones_is_caught(
     run.train(1e-2)
     stale = AutoModelForCausalLM.from_pretrained(tiny_model_directory).state_dict()
     name = "model.layers.1.mlp.down_proj.weight"
-    weights = {**run.model.state_dict(), name: stale[name]}
+    mixed = copy.deepcopy(run.model)
+    mixed.load_state_dict({name: stale[name]}, strict=False)
     stale_path = tmp_path / "stale"
-    write_model_directory(stale_path, model=run.model, tokenizer=None, state_dict=weights)
+    write_model_directory(stale_path, WeightStream(mixed, run.base))
     run.capture = lambda: lambda path: copy_directory(stale_path, path)
     with pytest.raises(VerificationFailed) as caught:
         run.publisher.publish(1)
@@ -140,6 +151,8 @@ def test_old_weights_under_a_new_version_are_caught_even_after_a_tiny_step(
     assert comparison is not None
     assert comparison.verdict is Verdict.STALE
     assert comparison.mean_difference < comparison.tolerance
+    assert run.publisher.served_version == 0
+    assert httpx.get(f"{run.url}/weight_info").json() == {"weight_version": "1"}, "and it is not believed"
     assert httpx.get(f"{run.url}/is_paused").json() == {"is_paused": False}
 
 

@@ -4,70 +4,35 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.trainer.inference_stand_in import PROBES, Policy, StandIn, Weights, serving
-from trainer.config import PublishSettings
+from tests.trainer.inference_stand_in import BASE, STEP, Policy, StandIn, Weights, serving
+from tests.trainer.publishing import publishing as publishing_once
 from trainer.publish import (
-    DiskTransport,
     LoadFailed,
     PauseFailed,
-    Publisher,
     PublishFailed,
     ServerNotReady,
     VerificationFailed,
-    VllmRoutes,
+    fleet,
 )
-from trainer.publish import _fleet as fleet
-from trainer.publish._policy import may_help
 from trainer.publish.errors import Phase
+from trainer.publish.fleet import may_help
 
-BASE = (0.5, 0.3)
-STEP = (0.6, 0.2)
 NEXT = (0.7, 0.1)
+
+publishing = partial(publishing_once, on_failure="retry_until")
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleet, "wait_before", lambda attempt: 0.02)
-
-
-@pytest.fixture
-def server() -> Iterator[StandIn]:
-    stand_in = StandIn(BASE)
-    with serving(stand_in):
-        yield stand_in
-
-
-@pytest.fixture
-def policy() -> Policy:
-    return Policy(BASE)
-
-
-@contextmanager
-def publishing(
-    policy: Policy,
-    directory: Path,
-    *servers: StandIn,
-    stop_requested: Callable[[], bool] = lambda: False,
-    **options: Any,
-) -> Iterator[Publisher]:
-    options.setdefault("watch_interval", 60.0)
-    settings = PublishSettings(transport="disk", servers=[server.url for server in servers], **options)
-    with Publisher(
-        settings,
-        transport=DiskTransport(directory, policy.capture, keep=settings.keep),
-        servers=[VllmRoutes(url, settings) for url in settings.servers],
-        probes=PROBES,
-        score=policy.score,
-        stop_requested=stop_requested,
-    ) as publisher:
-        yield publisher
+    monkeypatch.setattr(fleet, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(fleet, "LONGEST_WAIT", 0.02)
 
 
 def times(number: int, answer: tuple[int, Any]) -> Callable[[], tuple[int, Any] | None]:

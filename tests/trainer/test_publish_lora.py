@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,14 @@ from schemas.inference import (
     UnloadAdapterRequest,
 )
 from tests.trainer.inference_stand_in import PROBES, Answer, StandIn, serving
-from tests.trainer.models import tiny_model
-from trainer.adapter_directory import capture_adapter
+from tests.trainer.models import stream_of, tiny_model
 from trainer.config import PublishSettings, load_config
 from trainer.errors import CheckpointError, ConfigurationError
-from trainer.model_directory import capture_model
+from trainer.export.hf_model import capture_model
+from trainer.export.peft_adapter import capture_adapter
 from trainer.publish import (
     ActivationFailed,
     DiskTransport,
-    LoadFailed,
     LoraTransport,
     Publisher,
     ServerNotReady,
@@ -67,7 +64,7 @@ def step(model: nn.Module, seed: int) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-class AdapterServer(StandIn):
+class AdapterStandIn(StandIn):
     """Loads real adapters and scores with them, under the routes of vLLM and of our middleware."""
 
     def __init__(self) -> None:
@@ -155,8 +152,8 @@ class AdapterServer(StandIn):
 
 
 @pytest.fixture
-def server() -> Iterator[AdapterServer]:
-    stand_in = AdapterServer()
+def server() -> Iterator[AdapterStandIn]:
+    stand_in = AdapterStandIn()
     with serving(stand_in):
         yield stand_in
 
@@ -168,13 +165,13 @@ def model() -> Any:
 
 @contextmanager
 def publishing(
-    model: Any, directory: Path, *servers: AdapterServer, fallback: bool = True, **options: Any
+    model: Any, directory: Path, *servers: AdapterStandIn, fallback: bool = True, **options: Any
 ) -> Iterator[Publisher]:
     options.setdefault("on_failure", "abort")
     settings = PublishSettings(transport="lora", servers=[server.url for server in servers], **options)
 
     def capture_merged() -> Callable[[Path], None]:
-        captured = capture_model(model, tokenizer=None)
+        captured = capture_model(stream_of(model))
         return lambda path: captured.write(path, durable=False)
 
     with Publisher(
@@ -212,6 +209,13 @@ def test_the_directory_is_what_peft_writes_and_reads(model: Any, tmp_path: Path)
         "adapter_model.safetensors",
         "adapter_config.json",
     }
+    settings = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], sorted(settings["target_modules"])) == (
+        4,
+        8,
+        sorted(TARGETS),
+    )
+    assert settings["inference_mode"] is True
     loaded = peft.PeftModel.from_pretrained(tiny_model("llama", dtype=torch.float32), tmp_path / "ours")
     assert score_with_model(loaded, PROBES.texts, "cpu") == score_with_model(model, PROBES.texts, "cpu")
 
@@ -256,7 +260,7 @@ def test_what_servers_do_not_load_is_refused_by_name(options: dict[str, Any]) ->
 
 
 def test_a_model_without_an_adapter_is_refused_before_any_server_is_touched(
-    server: AdapterServer, tmp_path: Path
+    server: AdapterStandIn, tmp_path: Path
 ) -> None:
     with (
         publishing(tiny_model("llama", dtype=torch.float32), tmp_path, server) as publisher,
@@ -277,7 +281,7 @@ def test_the_configuration_refuses_adapters_that_are_not_trained() -> None:
 
 
 def test_loads_proves_and_only_then_activates_without_a_pause(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     with publishing(model, tmp_path, server) as publisher:
         publisher.start(0)
@@ -299,52 +303,7 @@ def test_loads_proves_and_only_then_activates_without_a_pause(
     assert report.weight_bytes == capture_adapter(model).weight_bytes
 
 
-def test_version_0_is_published_although_it_equals_the_base_model(
-    model: Any, server: AdapterServer, tmp_path: Path
-) -> None:
-    with publishing(model, tmp_path, server) as publisher:
-        report = publisher.start(0)
-    assert report.verified
-    assert not report.already_served
-    assert server.current.name in server.adapters
-    assert server.current.weight_version == "0"
-
-
-def test_five_versions_each_change_what_is_served_and_old_ones_are_forgotten(
-    model: Any, server: AdapterServer, tmp_path: Path
-) -> None:
-    served = []
-    with publishing(model, tmp_path, server, keep=2) as publisher:
-        publisher.start(0)
-        for version in range(1, 6):
-            step(model, version)
-            publisher.publish(version)
-            assert server.current.name is not None
-            served.append(score_with_model(server.adapters[server.current.name], PROBES.texts, "cpu"))
-            assert served[-1] == score_with_model(model, PROBES.texts, "cpu")
-    assert all(one != other for one, other in pairwise(served))
-    assert [name[-7:] for name in server.adapters] == ["v000004", "v000005"]
-    # A directory outlives its name by one version.
-    assert directories(tmp_path) == ["v000003", "v000004", "v000005"]
-
-
-def test_a_new_process_never_uses_a_name_or_a_directory_again(
-    model: Any, server: AdapterServer, tmp_path: Path
-) -> None:
-    with publishing(model, tmp_path, server) as publisher:
-        publisher.start(0)
-    first, first_path = server.current.name, server.paths_read[-1]
-    with publishing(model, tmp_path, server) as publisher:
-        publisher.start(0)
-        assert server.current.name != first
-        assert server.paths_read[-1] != first_path
-        assert set(server.adapters) == {server.current.name}, "the first one's adapter is forgotten"
-        assert directories(tmp_path) == ["v000000", "v000000"], "requests in flight may still read it"
-        publisher.publish(1)
-    assert directories(tmp_path) == ["v000000", "v000001"], "now nobody can"
-
-
-def test_somebody_elses_adapter_stays(model: Any, server: AdapterServer, tmp_path: Path) -> None:
+def test_somebody_elses_adapter_stays(model: Any, server: AdapterStandIn, tmp_path: Path) -> None:
     server.adapters["policy-of-mine"] = server.base
     with publishing(model, tmp_path, server, keep=1) as publisher:
         publisher.start(0)
@@ -352,24 +311,8 @@ def test_somebody_elses_adapter_stays(model: Any, server: AdapterServer, tmp_pat
     assert set(server.adapters) == {"policy-of-mine", server.current.name}
 
 
-def test_a_directory_stays_as_long_as_requests_sample_from_it(
-    model: Any, server: AdapterServer, tmp_path: Path
-) -> None:
-    with publishing(model, tmp_path, server, keep=1) as publisher:
-        publisher.start(0)
-        assert server.current.name is not None
-        server.in_use = {server.current.name}  # a long rollout
-        for version in range(1, 4):
-            publisher.publish(version)
-        assert len(server.adapters) == 1
-        assert directories(tmp_path) == ["v000000", "v000002", "v000003"]
-        server.in_use = set()
-        publisher.publish(4)
-    assert directories(tmp_path) == ["v000003", "v000004"]
-
-
 def test_without_metrics_no_directory_that_was_loaded_is_deleted(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     server.lacks = {"/metrics"}
     with publishing(model, tmp_path, server, keep=1) as publisher:
@@ -384,7 +327,7 @@ def test_without_metrics_no_directory_that_was_loaded_is_deleted(
 
 
 def test_a_stale_adapter_under_the_new_name_is_caught_and_never_activated(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     with publishing(model, tmp_path, server) as publisher:
         publisher.start(0)
@@ -397,11 +340,12 @@ def test_a_stale_adapter_under_the_new_name_is_caught_and_never_activated(
             publisher.publish(2)
     assert caught.value.comparison is not None
     assert caught.value.comparison.verdict is Verdict.STALE
+    assert caught.value.comparison.cached_tokens is None, "nothing is emptied for an adapter"
     assert server.current == current
 
 
 def test_a_failed_try_is_repeated_under_another_name(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     failing = [True]
 
@@ -423,7 +367,7 @@ def test_a_failed_try_is_repeated_under_another_name(
 
 
 def test_an_activation_that_did_not_happen_is_an_error(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     with publishing(model, tmp_path, server) as publisher:
         publisher.start(0)
@@ -434,7 +378,7 @@ def test_an_activation_that_did_not_happen_is_an_error(
 
 
 def test_an_adapter_that_cannot_be_unloaded_costs_memory_only(
-    model: Any, server: AdapterServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    model: Any, server: AdapterStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.faults["/v1/unload_lora_adapter"] = lambda: (500, {"error": "busy"})
     with publishing(model, tmp_path, server, keep=1) as publisher:
@@ -446,7 +390,7 @@ def test_an_adapter_that_cannot_be_unloaded_costs_memory_only(
 
 
 def test_a_server_that_was_restarted_gets_the_current_adapter_again(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     with publishing(model, tmp_path, server, watch_interval=0.05) as publisher:
         publisher.start(0)
@@ -458,7 +402,7 @@ def test_a_server_that_was_restarted_gets_the_current_adapter_again(
 
 
 def test_an_adapter_that_somebody_switched_off_is_switched_on_again(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     with publishing(model, tmp_path, server, watch_interval=0.05) as publisher:
         publisher.start(0)
@@ -467,14 +411,14 @@ def test_an_adapter_that_somebody_switched_off_is_switched_on_again(
 
 
 def test_a_run_with_full_weights_takes_environments_back_from_an_adapter_to_the_model(
-    server: AdapterServer, tmp_path: Path
+    server: AdapterStandIn, tmp_path: Path
 ) -> None:
     whole = tiny_model("llama", dtype=torch.float32)
     server.current = CurrentAdapter(name="policy-0000-v000007", weight_version="7")
     settings = PublishSettings(transport="disk", servers=[server.url])
     with Publisher(
         settings,
-        transport=DiskTransport(tmp_path, lambda: capture_model(whole, tokenizer=None).write, keep=1),
+        transport=DiskTransport(tmp_path, lambda: capture_model(stream_of(whole)).write, keep=1),
         servers=[VllmRoutes(server.url, settings)],
         probes=PROBES,
         score=lambda probes: score_probes(whole, probes, "cpu"),
@@ -493,45 +437,52 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 # --- servers that take no adapters ----------------------------------------------------------------
 
-LACKS = [
-    ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
-    ("/atropos/adapter", "--middleware"),
-    ("--enable-lora", "--enable-lora"),
-]
 
-
-@pytest.mark.parametrize(("lacking", "hint"), LACKS)
-def test_merged_weights_go_to_a_server_that_takes_no_adapters(
-    lacking: str,
-    hint: str,
-    model: Any,
-    server: AdapterServer,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("lacking", "hint"),
+    [
+        ("/v1/load_lora_adapter", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+        ("/atropos/adapter", "--middleware"),
+        ("--enable-lora", "--enable-lora"),
+    ],
+)
+def test_a_server_that_takes_no_adapters_is_told_what_it_lacks(
+    lacking: str, hint: str, server: AdapterStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_lack(server, lacking)
-    with publishing(model, tmp_path, server) as publisher:
-        assert publisher.start(0).already_served
-        step(model, 1)
-        server.calls.clear()
-        report = publisher.publish(1)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any(hint in warning for warning in warnings)
-    assert any("merged" in warning for warning in warnings)
-    assert [path.partition("?")[0] for path in server.sent() if path != "/v1/completions"] == [
-        "/pause",
-        "/collective_rpc",
-        "/reset_prefix_cache",
-        "/update_weight_version",
-        "/resume",
-    ]
-    assert report.servers[0].comparison is not None
-    assert report.servers[0].comparison.distinguishable
-    assert (server.adapters, server.label) == ({}, "1")
+    with routes_to(server) as routes:
+        assert not routes.takes_adapters()
+        assert hint in caplog.text
+        with pytest.raises(ServerNotReady, match=r"publish\.lora_fallback is refuse"):
+            LoraTransport(tmp_path, nothing, keep=2).connect(routes)
+
+
+def test_a_server_that_takes_them_is_believed_and_one_at_a_time_is_warned_of(
+    server: AdapterStandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    with routes_to(server) as routes:
+        assert routes.takes_adapters()
+        assert caplog.text == ""
+        server.lora = {"max_loras": 1}
+        assert routes.takes_adapters()
+        assert "--max-loras 2" in caplog.text
+        server.lacks = {"/server_info"}  # outside of development mode
+        assert routes.takes_adapters()
+
+
+def nothing() -> Any:
+    raise AssertionError("nothing is to be written")
+
+
+@contextmanager
+def routes_to(server: AdapterStandIn) -> Iterator[VllmRoutes]:
+    routes = VllmRoutes(server.url, PublishSettings(transport="lora", servers=[server.url]))
+    yield routes
+    routes.close()
 
 
 def test_each_server_gets_what_it_takes(model: Any, tmp_path: Path) -> None:
-    taking, plain = AdapterServer(), AdapterServer()
+    taking, plain = AdapterStandIn(), AdapterStandIn()
     make_lack(plain, "--enable-lora")
     with serving(taking, plain), publishing(model, tmp_path, taking, plain) as publisher:
         publisher.start(0)
@@ -544,70 +495,23 @@ def test_each_server_gets_what_it_takes(model: Any, tmp_path: Path) -> None:
     assert plain.current.name is None
 
 
-@pytest.mark.parametrize(("lacking", "hint"), LACKS)
-def test_without_a_fallback_such_a_server_ends_the_run_at_its_start(
-    lacking: str, hint: str, model: Any, server: AdapterServer, tmp_path: Path
-) -> None:
-    make_lack(server, lacking)
-    with (
-        publishing(model, tmp_path, server, fallback=False) as publisher,
-        pytest.raises(ServerNotReady, match=hint),
-    ):
-        publisher.start(0)
-
-
 def test_a_server_that_lost_its_ability_gets_merged_weights_from_the_next_version_on(
-    model: Any, server: AdapterServer, tmp_path: Path
+    model: Any, server: AdapterStandIn, tmp_path: Path
 ) -> None:
     with publishing(model, tmp_path, server, watch_interval=0.05) as publisher:
         publisher.start(0)
         make_lack(server, "--enable-lora")
         server.restart()
-        wait_for(lambda: server.calls.count("GET /server_info?config_format=json") > 1)
+        # Asked for the second time since, so that the first answer has been taken to heart.
+        wait_for(lambda: server.calls.count("GET /server_info?config_format=json") > 2)
         step(model, 1)
         report = publisher.publish(1)
     assert report.servers[0].pause_seconds > 0
     assert server.label == "1"
 
 
-def test_one_adapter_at_a_time_is_warned_of(
-    model: Any, server: AdapterServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    server.lora = {"max_loras": 1}
-    with publishing(model, tmp_path, server) as publisher:
-        publisher.start(0)
-    assert "--max-loras 2" in caplog.text
-
-
-def test_a_server_outside_development_mode_is_trusted_to_take_adapters(
-    model: Any, server: AdapterServer, tmp_path: Path
-) -> None:
-    server.lacks = {"/server_info"}
-    with publishing(model, tmp_path, server) as publisher:
-        publisher.start(0)
-    assert server.current.name in server.adapters
-
-
-def test_what_the_server_says_against_an_adapter_is_in_the_error(
-    model: Any, server: AdapterServer, tmp_path: Path
-) -> None:
-    said = "LoRA rank 4 is greater than max_lora_rank 2."
-    server.faults["/v1/load_lora_adapter"] = lambda: (
-        (500, {"error": {"message": said}}) if server.calls[-1].startswith("POST") else (405, {})
-    )
-    with publishing(model, tmp_path, server) as publisher, pytest.raises(LoadFailed, match=said):
-        publisher.start(0)
-
-
-def make_lack(server: AdapterServer, what: str) -> None:
+def make_lack(server: AdapterStandIn, what: str) -> None:
     if what == "--enable-lora":
         server.lora = None
     else:
         server.lacks = {what}
-
-
-def test_settings_travel_with_the_adapter(model: Any, tmp_path: Path) -> None:
-    capture_adapter(model).write(tmp_path / "version")
-    written = json.loads((tmp_path / "version" / "adapter_config.json").read_text())
-    assert (written["r"], written["lora_alpha"], sorted(written["target_modules"])) == (4, 8, sorted(TARGETS))
-    assert written["inference_mode"] is True

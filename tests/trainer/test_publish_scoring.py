@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from tests.trainer.models import tiny_model
 from trainer.errors import ConfigurationError
 from trainer.publish import make_probes, score_with_model
-from trainer.publish.probes import CHAT, MAX_TOKENS, TEXTS
+from trainer.publish.verification.probes import CHAT, MAX_TOKENS, TEXTS
 
 SEQUENCES = [[5, 17, 3, 88, 42], [1, 2], [7] * 30]
 
@@ -86,6 +86,18 @@ def test_the_built_in_probes_are_varied_short_and_include_a_chat(tiny_model_dire
     assert chat.startswith("<|im_start|>user")
     assert CHAT[:20] in chat
     assert len({tuple(probe[:4]) for probe in probes}) == len(probes)
+
+
+@pytest.mark.parametrize(
+    "template", ["", " ", "{{ raise_exception('only tools') }}", "{{ date.today() }}", "{% for %}"]
+)
+def test_a_chat_template_that_writes_nothing_or_fails_leaves_the_other_probes(
+    template: str, tiny_model_directory: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_directory)
+    others = make_probes(tokenizer).texts[:-1]
+    tokenizer.chat_template = template
+    assert make_probes(tokenizer).texts == others
 
 
 def test_own_texts_replace_the_built_in_ones(tiny_model_directory: Path) -> None:

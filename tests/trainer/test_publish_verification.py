@@ -5,80 +5,53 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.trainer.inference_stand_in import (
+    BASE,
     VOCABULARY,
-    Answer,
     Policy,
     StandIn,
     Weights,
     next_logprobs,
-    serving,
 )
-from trainer.config import PublishSettings
+from tests.trainer.publishing import publishing, settings_for
 from trainer.publish import (
-    DiskTransport,
     LogprobKind,
     LogprobPolicy,
     Probes,
-    Publisher,
     ScoringFailed,
     Verdict,
     VerificationFailed,
     VllmRoutes,
 )
-from trainer.publish._verification import ServerVerifier, make_expectation
-from trainer.publish.generation import ASKED_TEMPERATURE, compare_next_tokens, logprob_kind
+from trainer.publish.verification.compare_next_tokens import (
+    ASKED_TEMPERATURE,
+    compare_next_tokens,
+    logprob_kind,
+)
+from trainer.publish.verification.verifier import Expectation, ServerVerifier
 
 PROBES = Probes(
     texts=[list(range(7, 47)), [3, 1, 4, 1, 5, 9, 2, 6]], passage=list(range(20, 45)), cuts=(19, 21, 23, 25)
 )
-BASE: Weights = (0.5, 0.25)
-STEP: Weights = (0.5001, 0.2499)
-
-
-@pytest.fixture
-def server() -> Iterator[StandIn]:
-    stand_in = StandIn(BASE)
-    with serving(stand_in):
-        yield stand_in
-
-
-@pytest.fixture
-def policy() -> Policy:
-    return Policy(BASE)
-
-
-def publisher_for(
-    server: StandIn, policy: Policy, directory: Path, *, logprobs: LogprobPolicy | None = None
-) -> Publisher:
-    settings = PublishSettings(transport="disk", servers=[server.url], on_failure="abort")
-    return Publisher(
-        settings,
-        transport=DiskTransport(directory, lambda: policy.capture(), keep=2),
-        servers=[VllmRoutes(server.url, settings)],
-        probes=PROBES,
-        score=lambda probes: policy.score(probes),
-        logprobs=logprobs,
-    )
+STEP: Weights = (0.5001, 0.2999)
+BASE_EXPECTED = Expectation(version=0, scores=Policy(BASE).score(PROBES), tolerance=1e-3)
 
 
 def verifier_for(server: StandIn, logprobs: LogprobPolicy | None = None) -> ServerVerifier:
-    settings = PublishSettings(transport="disk", servers=[server.url])
-    return ServerVerifier(
-        VllmRoutes(server.url, settings, served_model_name="policy"), PROBES, logprobs=logprobs
-    )
+    routes = VllmRoutes(server.url, settings_for(server), served_model_name="policy")
+    return ServerVerifier(routes, PROBES, logprobs=logprobs)
 
 
 def test_the_passage_is_cached_before_the_update_and_asked_for_first_after_it(
     server: StandIn, policy: Policy, tmp_path: Path
 ) -> None:
-    with publisher_for(server, policy, tmp_path) as publisher:
+    with publishing(policy, tmp_path, server, probes=PROBES) as publisher:
         publisher.start(0)
         server.calls.clear()
         policy.weights = STEP
@@ -95,7 +68,7 @@ def test_a_cache_that_was_not_emptied_is_proven_by_the_servers_own_count(
     server: StandIn, policy: Policy, tmp_path: Path
 ) -> None:
     server.keeps_cache = True
-    with publisher_for(server, policy, tmp_path) as publisher:
+    with publishing(policy, tmp_path, server, probes=PROBES) as publisher:
         publisher.start(0)
         with pytest.raises(
             VerificationFailed, match="16 tokens of a passage came from the prefix cache"
@@ -112,7 +85,7 @@ def test_a_cache_that_was_not_emptied_is_seen_in_the_numbers_where_nothing_is_co
 ) -> None:
     server.keeps_cache = True
     server.tells_cached_tokens = False
-    with publisher_for(server, policy, tmp_path) as publisher:
+    with publishing(policy, tmp_path, server, probes=PROBES) as publisher:
         publisher.start(0)
         assert publisher.publish(1).verified  # nothing has changed, so nothing is stale
         policy.weights = STEP
@@ -128,61 +101,20 @@ def test_a_cache_that_was_not_emptied_is_seen_in_the_numbers_where_nothing_is_co
 
 def test_a_passage_that_was_asked_for_before_a_first_comparison_proves_nothing(server: StandIn) -> None:
     verifier = verifier_for(server)
-    expectation = make_expectation(Policy(BASE).score, PROBES, 0, 1e-3)
-    assert verifier.compare(expectation).matches
-    assert verifier.compare(expectation).matches
+    assert verifier.compare(BASE_EXPECTED).matches
+    assert verifier.compare(BASE_EXPECTED).matches
     assert any(PROBES.passage[:16] == list(block) for block in server.cache)
 
 
 def test_a_server_that_cannot_be_warmed_is_updated_all_the_same(
     server: StandIn, policy: Policy, tmp_path: Path
 ) -> None:
-    with publisher_for(server, policy, tmp_path) as publisher:
+    with publishing(policy, tmp_path, server, probes=PROBES) as publisher:
         publisher.start(0)
         refusals = iter([(400, {"error": {"message": "not now"}})])
         server.faults["/v1/completions"] = lambda: next(refusals, None)
         policy.weights = STEP
         assert publisher.publish(1).verified
-
-
-def test_an_earlier_adapter_under_a_new_name_is_stale() -> None:
-    """A server that answers 200 when an adapter is loaded, and goes on serving the one before."""
-    server = AdapterServer(BASE)
-    with serving(server):
-        verifier = verifier_for(server)
-        policy = Policy(BASE)
-        for version, weights in ((1, STEP), (2, (0.5002, 0.2498))):
-            server.adapters[f"adapter-{version}"] = policy.weights = weights
-            verifier.warm(version)
-            expectation = make_expectation(policy.score, PROBES, version, 0.25)
-            comparison = verifier.verify(expectation, served_name=f"adapter-{version}")
-            assert comparison.matches
-            assert comparison.cached_tokens is None  # nothing is emptied for an adapter
-        server.adapters["adapter-3"] = server.adapters["adapter-2"]
-        policy.weights = (0.5003, 0.2497)
-        expectation = make_expectation(policy.score, PROBES, 3, 0.25)
-        with pytest.raises(VerificationFailed) as caught:
-            verifier.verify(expectation, served_name="adapter-3")
-        assert caught.value.comparison is not None
-        assert caught.value.comparison.verdict is Verdict.STALE
-        server.adapters["adapter-3"] = policy.weights
-        assert verifier.verify(expectation, served_name="adapter-3").distinguishable
-
-
-class AdapterServer(StandIn):
-    """Serves adapters: whole weights under names of their own. The base model is nobody's."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__(weights)
-        self.adapters: dict[str, Weights] = {}
-
-    def answer(self, path: str, body: bytes) -> Answer:
-        for name, weights in self.adapters.items():
-            if f'"{name}"'.encode() in body:
-                self.weights = weights
-                self.cache.clear()
-                return super().answer(path, body.replace(f'"{name}"'.encode(), b'"policy"'))
-        return super().answer(path, body)
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -191,11 +123,10 @@ def test_raw_and_scaled_log_probs_are_told_apart_once(
 ) -> None:
     server.scales_logprobs = scales
     verifier = verifier_for(server, LogprobPolicy(fitting=LogprobKind.SCALED))
-    expectation = make_expectation(Policy(BASE).score, PROBES, 0, 1e-3)
     with caplog.at_level(logging.WARNING):
-        verifier.compare(expectation)
+        verifier.compare(BASE_EXPECTED)
         asked = len(server.calls)
-        verifier.compare(expectation)
+        verifier.compare(BASE_EXPECTED)
     assert verifier.logprob_kind is (LogprobKind.SCALED if scales else LogprobKind.RAW)
     assert len(server.calls) == asked + len(PROBES.cuts) + 1  # next tokens and texts, nothing more
     warnings = [record.getMessage() for record in caplog.records]
@@ -207,12 +138,16 @@ def test_log_probs_of_another_kind_than_required_end_the_start(
     server: StandIn, policy: Policy, tmp_path: Path
 ) -> None:
     with (
-        publisher_for(server, policy, tmp_path, logprobs=LogprobPolicy(required="scaled")) as publisher,
+        publishing(
+            policy, tmp_path, server, probes=PROBES, logprobs=LogprobPolicy(required="scaled")
+        ) as publisher,
         pytest.raises(VerificationFailed, match=r"are raw, and publish\.logprobs asks for scaled ones"),
     ):
         publisher.start(0)
     server.scales_logprobs = True
-    with publisher_for(server, policy, tmp_path, logprobs=LogprobPolicy(required="scaled")) as publisher:
+    with publishing(
+        policy, tmp_path, server, probes=PROBES, logprobs=LogprobPolicy(required="scaled")
+    ) as publisher:
         assert publisher.start(0).already_served
 
 
@@ -247,7 +182,24 @@ def test_a_token_drawn_against_all_odds_is_not_held_against_the_server() -> None
 def test_a_reply_that_does_not_name_its_tokens_is_refused(choice: Any, server: StandIn) -> None:
     server.faults["/v1/completions"] = lambda: (200, {"model": "m", "choices": [choice], "usage": {}})
     with pytest.raises(ScoringFailed, match="log-prob"):
-        verifier_for(server).compare(make_expectation(Policy(BASE).score, PROBES, 0, 1e-3))
+        verifier_for(server).compare(BASE_EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("number", "logprob"), [(100, -1.0), (5, -1.7e308)], ids=["beyond the vocabulary", "no log-prob"]
+)
+def test_numbers_that_no_model_gives_are_a_failure_of_the_server(
+    number: int, logprob: float, server: StandIn, policy: Policy, tmp_path: Path
+) -> None:
+    named = {"tokens": [f"token_id:{number}"], "token_logprobs": [logprob]}
+    rivals = {f"token_id:{number}": logprob, "token_id:7": logprob}
+    choice = {"index": 0, "text": "x", "logprobs": {**named, "top_logprobs": [rivals]}}
+    with publishing(policy, tmp_path, server, probes=PROBES) as publisher:
+        publisher.start(0)
+        server.faults["/v1/completions"] = lambda: (200, {"model": "m", "choices": [choice], "usage": {}})
+        policy.weights = STEP
+        with pytest.raises(VerificationFailed, match=rf"gives token {number} the log-prob .*has 100 tokens"):
+            publisher.publish(1)
 
 
 def rounding(size: float, seed: int = 0) -> Callable[[], float]:
@@ -260,7 +212,7 @@ def test_a_server_that_is_suddenly_further_off_than_usual_is_refused_within_the_
 ) -> None:
     policy.dtype = "bfloat16"
     server.noise = rounding(0.05)
-    with publisher_for(server, policy, tmp_path) as publisher:
+    with publishing(policy, tmp_path, server, probes=PROBES) as publisher:
         publisher.start(0)
         for version in range(1, 6):
             policy.weights = (BASE[0] + version * 0.01, BASE[1])
@@ -285,7 +237,7 @@ def test_the_first_publish_is_held_to_what_the_server_was_off_with_the_weights_i
 
     server.load = load
     with (
-        publisher_for(server, policy, tmp_path) as publisher,
+        publishing(policy, tmp_path, server, probes=PROBES) as publisher,
         pytest.raises(VerificationFailed, match="further off than usual"),
     ):
         publisher.start(0)

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from tests.trainer.inference_stand_in import serving
-from tests.trainer.models import tiny_model
+from tests.trainer.models import stream_of, tiny_model
 from tests.trainer.transfer_stand_in import NCCLEngine, Receiver, modules
 from trainer.config import PublishSettings
-from trainer.errors import CheckpointError, ConfigurationError
+from trainer.errors import ConfigurationError
 from trainer.publish import ConnectFailed, LoadFailed, Phase, PhaseDeadlineExceeded, StagedWeights, VllmRoutes
-from trainer.publish._vllm_engine import TransferGroup, build_engine, require_vllm
-from trainer.publish._vllm_transfer import VllmTransferTransport
-from trainer.publish._weight_stream import WeightStream
+from trainer.publish.engines.vllm.nccl_sender import TransferGroup, build_engine, require_vllm
+from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 
 HANDSHAKE = [
     "/atropos/adapter",
@@ -73,7 +72,7 @@ class Side:
     def __init__(
         self, model: nn.Module, *servers: Receiver, backend: Any = "nccl", port: int = 0, **options: Any
     ):
-        self.stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=4096)
+        self.stream = stream_of(model, torch.bfloat16, bucket_bytes=4096)
         settings = PublishSettings(
             transport=backend,
             servers=[server.url for server in servers],
@@ -136,20 +135,6 @@ def test_what_the_trainer_holds_is_what_the_server_gets_every_time(
     assert server.authorizations == {"Bearer secret"}
 
 
-def test_both_sides_get_the_same_group_and_the_same_buffer(model: Any, server: Receiver) -> None:
-    server.workers = 4
-    with Side(model, server) as side:
-        side.connect()
-        assert server.init_info == {
-            "master_address": "127.0.0.1",
-            "master_port": side.settings.group_port,
-            "rank_offset": 1,
-            "world_size": 5,
-            "packed": True,
-            "packed_buffer_size_bytes": max(4096, side.stream.largest_bytes),
-        }
-
-
 def test_several_servers_have_a_port_each_and_get_the_weights_in_turn(model: Any) -> None:
     receivers = [Receiver(other_model()) for _ in range(3)]
     with serving(*receivers), Side(model, *receivers) as side:
@@ -162,19 +147,6 @@ def test_several_servers_have_a_port_each_and_get_the_weights_in_turn(model: Any
     for receiver in receivers:
         assert_arrived(receiver, model)
     assert NCCLEngine.sending == [0, 1]
-
-
-def test_a_server_that_was_not_started_for_it_is_named_at_once(model: Any, server: Receiver) -> None:
-    message = "Weight transfer not configured. Please set weight_transfer_config"
-    server.faults["/init_weight_transfer_engine"] = lambda: (500, {"error": {"message": message}})
-    with Side(model, server) as side:
-        started = time.monotonic()
-        with pytest.raises(ConnectFailed) as caught:
-            side.connect()
-        assert time.monotonic() - started < 5  # although the sender itself still waits for the workers
-    assert """--weight-transfer-config '{"backend": "nccl"}'""" in str(caught.value)
-    assert message in str(caught.value)
-    assert caught.value.version is None
 
 
 def test_a_refusal_that_comes_before_anybody_waits_is_heard_too(
@@ -216,7 +188,7 @@ def test_workers_that_never_join_end_in_the_deadline_and_do_not_spoil_the_next_a
         assert caught.value.phase is Phase.CONNECT
         server.joins = True
         side.connect()  # although the first rendezvous still holds its port
-        assert server.init_info["master_port"] == side.settings.group_port + 1
+        assert server.init_info["master_port"] > side.settings.group_port
         side.load(1)
     assert_arrived(server, model)
 
@@ -334,18 +306,6 @@ def test_workers_that_do_not_leave_their_former_group_are_reported(model: Any, s
         side.connect()
 
 
-def test_a_failure_on_our_own_side_is_a_failed_load(
-    model: Any, server: Receiver, senders: list[NCCLEngine]
-) -> None:
-    with Side(model, server) as side:
-        side.connect()
-        model.model.norm.weight = nn.Parameter(torch.ones(3))
-        with pytest.raises(LoadFailed, match=r"CheckpointError in the sender: model\.norm\.weight") as caught:
-            side.load(1)
-        assert isinstance(caught.value.__cause__, CheckpointError)
-        assert not server.half_done
-
-
 def test_a_server_that_is_gone_fails_the_handshake(model: Any) -> None:
     receiver = Receiver(other_model())
     with serving(receiver):
@@ -396,19 +356,9 @@ def test_ipc_names_the_variable_that_the_server_needs(model: Any, server: Receiv
             side.load(1)
 
 
-def test_a_label_that_is_gone_shows_a_restart(model: Any, server: Receiver) -> None:
-    with Side(model, server) as side:
-        side.connect()
-        staged = side.load(4)
-        side.routes[0].tag(4)
-        assert side.transport.is_served(side.routes[0], staged)
-        server.label = "default"
-        assert not side.transport.is_served(side.routes[0], staged)
-
-
 def test_a_trainer_without_a_gpu_is_told_so(model: Any) -> None:
     settings = PublishSettings(transport="nccl", servers=["http://127.0.0.1:1"])
-    stream = WeightStream(model, dtype=None, bucket_bytes=4096)
+    stream = stream_of(model, bucket_bytes=4096)
     with pytest.raises(ConfigurationError, match=r"the model is on cpu; use publish\.transport disk"):
         VllmTransferTransport("nccl", stream, settings)
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import copy
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +15,24 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.trainer.models import VOCABULARY, tiny_model
+from tests.trainer.models import VOCABULARY, cast_weights, stream_of, tiny_model
 from trainer.errors import CheckpointError
-from trainer.model_directory import write_model_directory
-from trainer.publish._weight_stream import WeightStream
+from trainer.model.weight_stream import WeightStream
+from trainer.model.wrappers import unwrap_training
 
 MIB = 1 << 20
 
 
 def collect(stream: WeightStream) -> dict[str, Tensor]:
-    return {name: tensor.clone() for bucket in stream.buckets() for name, tensor in bucket}
+    return {name: tensor.clone() for name, tensor in stream.weights()}
 
 
 def written(model: nn.Module, path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    write_model_directory(path, model=model, tokenizer=None, dtype=dtype)
+    """What PEFT and transformers merge and write themselves."""
+    inner = unwrap_training(copy.deepcopy(model))
+    if hasattr(inner, "merge_and_unload"):
+        inner = inner.merge_and_unload()
+    inner.save_pretrained(path, state_dict=cast_weights(inner.state_dict(), dtype))
     return load_file(path / "model.safetensors")
 
 
@@ -86,10 +87,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as it is", "bfloat16"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_stream_is_what_the_directory_holds(kind: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
+def test_the_stream_is_what_transformers_writes(kind: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
     model = MODELS[kind]()
-    stream = WeightStream(model, dtype=dtype, bucket_bytes=4096)
-    assert_same(collect(stream), written(model, tmp_path / "out", dtype))
+    stream = stream_of(model, dtype)
+    expected = written(model, tmp_path / "out", dtype)
+    if kind == "adapted in half precision":  # PEFT rounds once more
+        torch.testing.assert_close(collect(stream), expected, rtol=2**-7, atol=2**-9)
+    else:
+        assert_same(collect(stream), expected)
 
 
 def test_a_data_parallel_model_is_unwrapped(tmp_path: Path) -> None:
@@ -100,37 +105,19 @@ def test_a_data_parallel_model_is_unwrapped(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             parallel = nn.parallel.DistributedDataParallel(model)
-        streamed = collect(WeightStream(parallel, dtype=None, bucket_bytes=MIB))
+        streamed = collect(stream_of(parallel))
     finally:
         torch.distributed.destroy_process_group()
     assert_same(streamed, written(model, tmp_path / "out", None))
 
 
-@pytest.mark.slow
-def test_weights_in_shards_are_gathered(tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"),
-        *("-m", "tests.trainer.sharded_stream_run", str(tmp_path / "streamed.safetensors")),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole = written(tiny_model("llama", dtype=torch.float32), tmp_path / "out", torch.bfloat16)
-    assert_same(load_file(tmp_path / "streamed.safetensors"), whole)
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_announced_is_what_comes_every_time(kind: str) -> None:
-    stream = WeightStream(MODELS[kind](), dtype=torch.float16, bucket_bytes=5000)
+    stream = stream_of(MODELS[kind](), torch.float16)
     announced = [(entry.name, entry.dtype, entry.shape) for entry in stream.entries()]
     for _ in range(2):
         one_by_one = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stream.weights()]
         assert one_by_one == announced
-        in_buckets = [
-            (name, tensor.dtype, tuple(tensor.shape)) for b in stream.buckets() for name, tensor in b
-        ]
-        assert in_buckets == announced
     assert stream.total_bytes == sum(tensor.nbytes for _, tensor in stream.weights())
     assert stream.largest_bytes == max(tensor.nbytes for _, tensor in stream.weights())
     assert stream.dtype_name == "float16"
@@ -139,14 +126,13 @@ def test_what_is_announced_is_what_comes_every_time(kind: str) -> None:
 def test_announcing_touches_no_data() -> None:
     with torch.device("meta"):
         model = tiny_model("llama", dtype=torch.float32)
-    entries = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB).entries()
-    real = WeightStream(tiny_model("llama", dtype=torch.float32), dtype=torch.bfloat16, bucket_bytes=MIB)
-    assert entries == real.entries()
+    real = stream_of(tiny_model("llama", dtype=torch.float32), torch.bfloat16)
+    assert WeightStream(model, real.base).entries() == real.entries()
 
 
 def test_the_weights_are_read_when_they_are_asked_for() -> None:
     model = tiny_model("llama", dtype=torch.float32)
-    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)
+    stream = stream_of(model, torch.bfloat16)
     before = collect(stream)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -158,33 +144,8 @@ def test_the_weights_are_read_when_they_are_asked_for() -> None:
 def test_an_adapter_stays_apart_from_the_weights_it_adapts() -> None:
     model = with_adapter(tiny_model("llama", dtype=torch.float32))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    collect(WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB))
+    collect(stream_of(model, torch.bfloat16))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_buckets_are_full_but_not_overfull() -> None:
-    limit = 9000
-    model = tiny_model("qwen2", dtype=torch.float32)
-    sizes = []
-    for bucket in WeightStream(model, dtype=torch.bfloat16, bucket_bytes=limit).buckets():
-        parts = [tensor.nbytes for _, tensor in bucket]
-        assert sum(parts) <= limit or len(parts) == 1
-        sizes.append((parts[0], sum(parts)))
-    assert len(sizes) > 5
-    assert all(size + first_of_next > limit for (_, size), (first_of_next, _) in pairwise(sizes))
-
-
-def test_a_weight_larger_than_a_bucket_has_one_for_itself() -> None:
-    stream = WeightStream(tiny_model("qwen2", dtype=torch.float32), dtype=None, bucket_bytes=1)
-    assert all(len(list(bucket)) == 1 for bucket in stream.buckets())
-
-
-def test_a_bucket_is_emptied_when_the_next_one_is_asked_for() -> None:
-    buckets = WeightStream(MODELS["plain"](), dtype=torch.bfloat16, bucket_bytes=9000).buckets()
-    first = next(buckets)
-    assert first
-    next(buckets)
-    assert first == []
 
 
 def allocated_peak(action: Callable[[], object]) -> int:
@@ -220,29 +181,28 @@ def wide_model(*, adapted: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapted"])
-def test_the_memory_beside_the_model_is_one_bucket(adapted: bool) -> None:
+def test_the_memory_beside_the_model_is_one_weight(adapted: bool) -> None:
     model = wide_model(adapted=adapted)
-    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)
+    stream = stream_of(model, torch.bfloat16)
     whole = stream.total_bytes
     assert whole > 10 * MIB
 
     def send() -> None:
-        for bucket in stream.buckets():
-            for _name, _tensor in bucket:  # the loop's variables keep the last one, as a sender's would
-                pass
+        for _name, _tensor in stream.weights():  # the loop's variables keep the last one, as a sender's would
+            pass
 
-    everything = allocated_peak(lambda: collect(WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)))
+    everything = allocated_peak(lambda: collect(stream))
     assert everything >= whole  # the measurement sees what is held
     largest_in_memory = 2 * stream.largest_bytes  # float32
     merging = 3 * largest_in_memory if adapted else 0  # the difference, its product's own, the sum
-    assert MIB // 2 < allocated_peak(send) <= MIB + stream.largest_bytes + merging + 4096
+    assert allocated_peak(send) <= 2 * stream.largest_bytes + merging + 4096
 
 
 def test_nothing_is_copied_where_nothing_has_to_be_cast() -> None:
-    stream = WeightStream(wide_model(), dtype=torch.float32, bucket_bytes=MIB)
+    stream = stream_of(wide_model(), torch.float32)
 
     def send() -> None:
-        for _bucket in stream.buckets():
+        for _ in stream.weights():
             pass
 
     assert allocated_peak(send) <= 4096
@@ -250,16 +210,16 @@ def test_nothing_is_copied_where_nothing_has_to_be_cast() -> None:
 
 def test_a_layer_that_was_exchanged_is_noticed() -> None:
     model = tiny_model("llama", dtype=torch.float32)
-    stream = WeightStream(model, dtype=None, bucket_bytes=MIB)
+    stream = stream_of(model)
     model.model.norm.weight = nn.Parameter(torch.ones(33))
-    with pytest.raises(CheckpointError, match=r"model.norm.weight is torch.float32 \[33\], and was"):
+    with pytest.raises(CheckpointError, match=r"model.norm.weight has shape \[33\], and had"):
         collect(stream)
 
 
 def test_adapters_that_cannot_be_merged_by_adding_are_refused() -> None:
     model = with_adapter(tiny_model("llama", dtype=torch.float32), use_dora=True)
     with pytest.raises(CheckpointError, match="DoRA"):
-        collect(WeightStream(model, dtype=None, bucket_bytes=MIB))
+        collect(stream_of(model))
 
 
 def test_a_tied_weight_that_only_one_of_its_names_adapts_is_refused() -> None:
@@ -267,17 +227,7 @@ def test_a_tied_weight_that_only_one_of_its_names_adapts_is_refused() -> None:
         warnings.simplefilter("ignore")
         model = with_adapter(tiny_model("llama", dtype=torch.float32), target_modules=["lm_head"])
     with pytest.raises(CheckpointError, match=r"lm_head.weight.* tied"):
-        WeightStream(model, dtype=None, bucket_bytes=MIB)
-
-
-def test_weights_in_flat_shards_are_refused() -> None:
-    class FullyShardedDataParallel(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    with pytest.raises(CheckpointError, match=r"publish\.transport disk"):
-        WeightStream(FullyShardedDataParallel(MODELS["plain"]()), dtype=None, bucket_bytes=MIB)
+        stream_of(model)
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -287,7 +237,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("kind", ["tied", "adapted", "experts"])
 def test_on_a_gpu_the_stream_is_what_the_directory_holds(kind: str, tmp_path: Path) -> None:
     model = MODELS[kind]().to("cuda")
-    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=4096)
+    stream = stream_of(model, torch.bfloat16)
     assert stream.device.type == "cuda"
     streamed = {name: tensor.cpu() for name, tensor in collect(stream).items()}
     assert_same(streamed, written(model, tmp_path / "out", torch.bfloat16))
@@ -295,18 +245,17 @@ def test_on_a_gpu_the_stream_is_what_the_directory_holds(kind: str, tmp_path: Pa
 
 @needs_cuda
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapted"])
-def test_on_a_gpu_the_memory_beside_the_model_is_one_bucket(adapted: bool) -> None:
+def test_on_a_gpu_the_memory_beside_the_model_is_one_weight(adapted: bool) -> None:
     model = wide_model(adapted=adapted).to("cuda")
-    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=MIB)
+    stream = stream_of(model, torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for bucket in stream.buckets():
-        for _name, _tensor in bucket:
-            pass
+    for _name, _tensor in stream.weights():
+        pass
     extra = torch.cuda.max_memory_allocated() - before
     merging = 6 * stream.largest_bytes if adapted else 0
     rounding = 512 * len(stream.entries())  # the allocator's granularity
-    assert MIB // 2 < extra <= MIB + stream.largest_bytes + merging + rounding
+    assert extra <= 2 * stream.largest_bytes + merging + rounding
 
 
 @needs_cuda
@@ -314,7 +263,7 @@ def test_on_a_gpu_the_memory_beside_the_model_is_one_bucket(adapted: bool) -> No
 def test_on_a_gpu_senders_may_alternate_between_streams(kind: str) -> None:
     """As vLLM's packed transfer does: two CUDA streams in turn, which know nothing of each other."""
     model = MODELS[kind]().to("cuda")
-    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=4096)
+    stream = stream_of(model, torch.bfloat16)
     expected = collect(stream)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -16,10 +17,10 @@ from tests.trainer.batches import make_bodies, make_group
 from tests.trainer.runs import assert_equal_tensors, rows, run, weights
 from trainer import load_config
 from trainer.cli._replay import adapt, replay
-from trainer.errors import DataError
-from trainer.replay import ReplaySource
-from trainer.sources import EndOfBatches, IncomingBatch
-from trainer.supervised import encode_supervised
+from trainer.errors import ConfigurationError, DataError
+from trainer.sources.incoming import EndOfBatches, IncomingBatch
+from trainer.sources.replay import ReplaySource
+from trainer.sources.sft_files import encode_supervised
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def groups(count: int, **more: Any) -> list[dict[str, Any]]:
     return [make_group(generator, env_id=number, **more) for number in range(count)]
 
 
-def all_of(source: ReplaySource) -> list[IncomingBatch]:
-    source.start()
+def all_of(source: ReplaySource, *, skip: int = 0, position: str = "") -> list[IncomingBatch]:
+    source.pass_over(skip, position=position)
     batches = []
     try:
         while True:
@@ -87,17 +88,75 @@ def test_an_exported_journal_is_as_good_as_the_journal(journal: Path, tmp_path: 
 
 
 def test_what_a_checkpoint_counts_is_passed_over(journal: Path) -> None:
-    batches = all_of(ReplaySource([journal], batch_size=12, skip=3))
+    position = all_of(ReplaySource([journal], batch_size=12))[2].position
+    batches = all_of(ReplaySource([journal], batch_size=12), skip=3, position=position)
     assert [batch.body for batch in batches] == make_bodies(4)[3:]
+
+
+def test_what_cannot_be_read_does_not_count_among_what_is_passed_over(tmp_path: Path) -> None:
+    lines = [{"reply": {"batch": 3}}, *({"reply": json.loads(body)} for body in make_bodies(3))]
+    path = write_lines(tmp_path / "export.jsonl", *lines)
+    everything = all_of(ReplaySource([path], batch_size=12))
+    rest = ReplaySource([path], batch_size=12)
+    last = all_of(rest, skip=2, position=everything[1].position)
+    assert [batch.body for batch in last] == [everything[2].body]
+    assert rest.counters() == {"replay_batches": 1}
+
+
+def test_other_recordings_than_a_checkpoint_counts_are_refused(journal: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "groups.jsonl", *groups(6))
+    other = write_lines(tmp_path / "other.jsonl", *groups(7))
+    after_2 = all_of(ReplaySource([path], batch_size=8))[1].position
+    after_2_of_journal = all_of(ReplaySource([journal], batch_size=8))[1].position
+    for position, paths, options in [
+        (after_2, [path], {"batch_size": 4}),
+        (after_2, [path], {"batch_size": 16}),
+        (after_2, [other, path], {"batch_size": 8}),
+        (after_2_of_journal, [journal], {"batch_size": 8, "order": "ledger"}),
+    ]:
+        source = ReplaySource(paths, **options)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match=r"--replay\.order or atropos\.batch_size are others"):
+            source.pass_over(2, position=position)
+    more = all_of(ReplaySource([path, other], batch_size=8), skip=2, position=after_2)
+    assert environments(more)[0] == [4, 5]
 
 
 def test_a_pruned_journal_is_refused_by_name(journal: Path) -> None:
     with Journal.open(journal / "journal") as opened:
         opened.prune(1)
     source = ReplaySource([journal], batch_size=12)
-    source.start()
-    with pytest.raises(DataError, match=r"the body of batch 1 \(trained\) was pruned.*cannot be replayed"):
-        source.get(1.0)
+    with pytest.raises(ConfigurationError, match=r"the body of batch 1 \(trained\) was pruned.*prune false"):
+        source.require_batches()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (gzip.compress(b'{"tokens": [[1]]}', mtime=0), "compressed with gzip"),
+        ('{"tokens": [[1]]}'.encode("utf-16"), "text in UTF-16"),
+        (b"\n", "it is empty"),
+        (b"question,answer\n1,2\n", "its first line is no JSON object"),
+        (b'{\n"tokens": [[1]]}', "its first line is no JSON object"),
+        (b"[1]\n", "its first line is no JSON object"),
+    ],
+)
+def test_a_file_that_is_no_json_lines_is_refused_at_once(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "groups.jsonl").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"nothing can be replayed from .*groups\.jsonl: .*{why}"):
+        ReplaySource([tmp_path / "groups.jsonl"], batch_size=8)
+
+
+@pytest.mark.parametrize("content", ['{"reply": null}\n', '{"reply": null}\nno JSON\n'])
+def test_recordings_without_a_batch_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "groups.jsonl").write_text(content)
+    source = ReplaySource([tmp_path / "groups.jsonl"], batch_size=8)
+    with pytest.raises(DataError, match=r"there is no batch to replay in .*groups\.jsonl"):
+        source.count()
+    good = write_lines(tmp_path / "good.jsonl", *groups(1))
+    both = ReplaySource([good, tmp_path / "groups.jsonl"], batch_size=8)
+    with pytest.raises(ConfigurationError, match=r"there is no batch to replay in .*groups\.jsonl"):
+        both.require_batches()
 
 
 def test_groups_are_gathered_to_batches_of_so_many_sequences(
@@ -170,10 +229,31 @@ def test_lines_that_are_something_else_are_refused(
 
 
 def test_a_path_without_a_recording_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no journal is in it"):
-        ReplaySource([tmp_path], batch_size=8)
-    with pytest.raises(DataError, match="does not exist"):
-        ReplaySource([tmp_path / "nothing"], batch_size=8)
+    (tmp_path / "link").symlink_to("nothing")
+    for path, why in [
+        (tmp_path, "no journal is in it"),
+        (tmp_path / "nothing", "it does not exist"),
+        (tmp_path / "link", "it is a symbolic link to nothing, which does not exist"),
+    ]:
+        with pytest.raises(ConfigurationError, match=why):
+            ReplaySource([path], batch_size=8)
+
+
+def test_a_replay_that_cannot_be_leaves_nothing_behind(
+    tiny_model_directory: Path, journal: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    wrong = write_lines(tmp_path / "wrong.jsonl", {"question": "a", "answer": "b"})
+    good = write_lines(tmp_path / "groups.jsonl", *groups(3))
+    for paths in ([wrong], [good, wrong]):
+        with pytest.raises(ConfigurationError, match=r"line 1 of .*wrong\.jsonl is no group"):
+            replayed(tiny_model_directory, output, paths)
+    assert not output.exists()
+    before = set(journal.rglob("*"))
+    with pytest.raises(ConfigurationError, match="is that of a run on an Atropos API"):
+        replayed(tiny_model_directory, journal, [journal])
+    left = {path.name for path in journal.rglob("*")} - {path.name for path in before}
+    assert left <= {"lock", "journal.sqlite3-wal", "journal.sqlite3-shm", "health.json"}
 
 
 # Texts.
@@ -208,6 +288,27 @@ def test_the_last_message_of_a_chat_is_what_is_trained_on(tiny_model_directory: 
     assert tokenizer.decode(encoded["tokens"][0]) == "<user>2+2?\n<assistant>four\n"
 
 
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("{{ raise_exception('only tools') }}", "does not take the recorded messages: only tools"),
+        ("{{ date.today() }}", "does not take the recorded messages: 'date' is undefined"),
+        ("", "writes nothing for the last message"),
+    ],
+)
+def test_a_chat_template_that_does_not_take_a_line_is_named_with_the_line(
+    template: str, complaint: str, tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_directory)
+    tokenizer.chat_template = template
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
+    path = write_lines(tmp_path / "sft.jsonl", {"prefix": "a", "completion": "b"}, {"messages": messages})
+    source = ReplaySource([path], batch_size=8, encode=lambda line: encode_supervised(line, tokenizer))
+    source.start()
+    with pytest.raises(DataError, match=rf"line 2 of .*sft\.jsonl: the chat template {complaint}"):
+        source.get(1.0)
+
+
 # The same training.
 
 
@@ -234,13 +335,17 @@ def test_a_replay_ends_with_the_weights_of_the_run_that_it_repeats(
 
 @pytest.mark.slow
 def test_a_replay_goes_on_from_its_checkpoint(
-    tiny_model_directory: Path, journal: Path, tmp_path: Path
+    tiny_model_directory: Path, journal: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tiny_model_directory, tmp_path / "first", make_bodies(4))
     # As if it had been stopped after two of its four steps.
-    run(tiny_model_directory, tmp_path / "again", make_bodies(2), steps=4)
+    replayed(tiny_model_directory, tmp_path / "again", [journal], "--train.steps", "2")
+    caplog.set_level("INFO")
     summary = replayed(tiny_model_directory, tmp_path / "again", [journal])
     assert summary.step == 4
+    assert caplog.text.count("Going on from checkpoint") == 1
+    with pytest.raises(ConfigurationError, match="the first 4 batches of"):
+        replayed(tiny_model_directory, tmp_path / "again", [journal], order="ledger")
     assert_equal_tensors(weights(tmp_path / "again" / "final"), weights(tmp_path / "first" / "final"))
 
 
@@ -262,3 +367,26 @@ def test_a_replay_is_one_pass_and_publishes_nothing_unless_told_otherwise() -> N
     told = load_config(None, [*words, "--train.steps", "3"], environment={})
     loud = adapt(told, steps=lambda: 7, publish=True)
     assert (loud.train.steps, loud.publish.transport) == (3, "disk")
+
+
+def test_texts_with_a_score_of_0_or_less_are_passed_over_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in the samples.jsonl of an evaluation, right and wrong answers alike."""
+    lines = [
+        {"messages": [{"role": "assistant", "content": "a"}], "score": score} for score in (0.0, 1.0, -1.0, 0)
+    ]
+    path = write_lines(tmp_path / "samples.jsonl", *lines)
+    encoded: list[Any] = []
+
+    def encode(line: dict[str, Any]) -> dict[str, Any]:
+        encoded.append(line)
+        return {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [line["score"]], "env_id": 7}
+
+    source = ReplaySource([path], batch_size=4, encode=encode)
+    assert source.count() == 1
+    assert environments(all_of(source)) == [[7]]
+    assert encoded == [lines[1]]
+    assert source.counters()["replay_texts_without_score"] == 3
+    assert "Line 1 of" in caplog.text
+    assert "score of 0 or less are passed over" in caplog.text

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from schemas import BatchReply, ScoredGroup
-from trainer.advantages import AdvantageNormalizer
 from trainer.config import DataSettings, LossSettings
-from trainer.preparation import prepare_batch
-from trainer.samples import ModelLimits, sampling_temperature, set_aside_reason
+from trainer.samples.advantages import AdvantageNormalizer
+from trainer.samples.prepare import prepare_batch
+from trainer.samples.sample import sampling_temperature
+from trainer.samples.validation import ModelLimits, set_aside_reason
 
 LIMITS = ModelLimits(vocabulary_size=100, max_sequence_length=16)
 
@@ -59,6 +60,7 @@ def test_the_first_token_is_never_trained_because_nothing_predicts_it() -> None:
             0.7,
         ),
         ({"generation_params": {"temperature": 0}}, 1.0),
+        ({"generation_params": {"temperature": 0.5}, "overrides": [{"temperature": 0}, {}]}, 1.0),
         ({"generation_params": {"temperature": "hot"}}, 1.0),
         ({"generation_params": {"temperature": True}}, 1.0),
     ],
@@ -131,6 +133,16 @@ def test_an_override_sets_an_advantage_to_zero_after_the_group_is_normalized() -
     assert [sample.score for sample in prepared.samples] == [0.0]
     assert prepared.samples[0].advantages.tolist() == [0, 0, -0.5]
     assert prepared.trained_tokens == 3.0
+
+
+def test_a_group_of_one_has_an_advantage_only_where_it_is_asked_for() -> None:
+    one = {"tokens": [[1, 2, 3]], "masks": [[-100, 2, 3]], "scores": [0.75], "inference_logprobs": None}
+    why = prepare(group(**one), loss={"name": "weighted_sft"}).empty_reason
+    assert "one sequence" in why
+    assert "data.advantage_estimator raw" in why
+    for asking in ({"overrides": [{"sft": True}]}, {"group_overrides": {"sft": True}}):
+        (sample,) = prepare(group(**one, **asking), loss={"name": "weighted_sft"}).samples
+        assert sample.advantages.tolist() == [0, 0.75, 0.75]
 
 
 def test_batch_normalization_divides_by_the_standard_deviation_over_trained_tokens() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.config import OptimizerSettings
-from trainer.schedule import learning_rate
+from trainer.run.optimizer_step import learning_rate
 
 
 def rates(total: int, **settings: object) -> list[float]:

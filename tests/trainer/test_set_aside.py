@@ -10,15 +10,15 @@ import pytest
 
 from tests.trainer.batches import make_body
 from tests.trainer.runs import rows, run
-from trainer.checkpoint import read_checkpoint
-from trainer.samples import SetAside
-from trainer.set_aside import SetAsideStore
+from trainer.checkpoints.format import read_checkpoint
+from trainer.samples.quarantine import QuarantineStore
+from trainer.samples.validation import QuarantinedGroup
 
 BOUND = 80_000
 
 
-def bad(index: int = 0, size: int = 1000) -> SetAside:
-    return SetAside(group_index=index, env_id=1, reason="bad", group="x" * size)
+def bad(index: int = 0, size: int = 1000) -> QuarantinedGroup:
+    return QuarantinedGroup(group_index=index, env_id=1, reason="bad", group="x" * size)
 
 
 def size_of(directory: Path) -> int:
@@ -33,7 +33,7 @@ def batches_kept(directory: Path) -> list[int]:
 def test_groups_stay_within_the_bound_and_the_oldest_go(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = SetAsideStore(tmp_path, max_bytes=BOUND)
+    store = QuarantineStore(tmp_path, max_bytes=BOUND)
     for batch in range(1, 301):
         store.keep_groups([bad()], batch=batch)
         assert size_of(tmp_path) <= BOUND
@@ -45,7 +45,7 @@ def test_groups_stay_within_the_bound_and_the_oldest_go(
 
 
 def test_whole_batches_and_groups_share_the_bound_by_age(tmp_path: Path) -> None:
-    store = SetAsideStore(tmp_path, max_bytes=BOUND)
+    store = QuarantineStore(tmp_path, max_bytes=BOUND)
     for batch in range(1, 101):
         if batch % 2:
             store.keep_batch(b"y" * 5000, batch=batch, reason="bad")
@@ -58,7 +58,7 @@ def test_whole_batches_and_groups_share_the_bound_by_age(tmp_path: Path) -> None
 
 
 def test_what_alone_is_larger_than_the_bound_is_not_kept_and_counted(tmp_path: Path) -> None:
-    store = SetAsideStore(tmp_path, max_bytes=BOUND)
+    store = QuarantineStore(tmp_path, max_bytes=BOUND)
     store.keep_batch(b"y" * (BOUND + 1), batch=1, reason="bad")
     assert list(tmp_path.iterdir()) == []
     assert store.pruned == 1
@@ -66,7 +66,7 @@ def test_what_alone_is_larger_than_the_bound_is_not_kept_and_counted(tmp_path: P
 
 def test_files_of_others_in_the_directory_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("z" * 2 * BOUND)
-    store = SetAsideStore(tmp_path, max_bytes=BOUND)
+    store = QuarantineStore(tmp_path, max_bytes=BOUND)
     for batch in range(1, 101):
         store.keep_groups([bad()], batch=batch)
     assert (tmp_path / "notes.txt").stat().st_size == 2 * BOUND
@@ -74,10 +74,10 @@ def test_files_of_others_in_the_directory_are_left_alone(tmp_path: Path) -> None
 
 
 def test_a_resumed_run_drops_groups_of_later_batches_from_every_file(tmp_path: Path) -> None:
-    store = SetAsideStore(tmp_path, max_bytes=BOUND)
+    store = QuarantineStore(tmp_path, max_bytes=BOUND)
     for batch in range(1, 41):
         store.keep_groups([bad()], batch=batch)
-    resumed = SetAsideStore(tmp_path, max_bytes=BOUND)
+    resumed = QuarantineStore(tmp_path, max_bytes=BOUND)
     resumed.forget_after(15)
     assert batches_kept(tmp_path) == list(range(1, 16))
     for batch in range(16, 41):
@@ -110,7 +110,7 @@ def test_a_batch_that_cannot_be_kept_is_not_counted_by_the_checkpoint_of_the_run
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(SetAsideStore, "keep_batch", full)
+    monkeypatch.setattr(QuarantineStore, "keep_batch", full)
     with pytest.raises(OSError, match="No space left"):
         run(tiny_model_directory, tmp_path / "full", bodies, *setting, steps=2)
     ours = read_checkpoint(tmp_path / "full/checkpoints/step-000001").state
@@ -126,3 +126,13 @@ def test_the_bound_is_the_settings_and_its_deletions_are_in_every_row(
     run(tiny_model_directory, tmp_path, bodies, "--train.set_aside_max_bytes", str(1 << 20), steps=1)
     assert [path.name for path in (tmp_path / "set_aside").iterdir()] == ["batch-000002.json"]
     assert rows(tmp_path)[0]["set_aside_pruned_total"] == 1
+
+
+def test_fields_that_nothing_is_computed_with_are_said_once(
+    tiny_model_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bodies = [make_body(number, images=["a picture"]) for number in range(2)]
+    run(tiny_model_directory, tmp_path, bodies, steps=2)
+    assert (
+        caplog.text.count("images is not supported, and the groups are trained as if it were not there") == 1
+    )

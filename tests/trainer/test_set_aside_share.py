@@ -12,14 +12,14 @@ import pytest
 
 from tests.trainer.batches import make_group
 from tests.trainer.runs import rows, run
-from trainer.checkpoint import RunState
+from trainer.checkpoints.format import CheckpointState
 from trainer.config import TrainSettings
 from trainer.errors import TooManySetAside
-from trainer.set_aside_share import SetAsideShare, ShareState, kind_of_reason
+from trainer.samples.quarantine_rate import QuarantineRate, QuarantineWindow, kind_of_reason
 
 
-def share_of(**settings: Any) -> SetAsideShare:
-    return SetAsideShare(TrainSettings(**{"set_aside_window": 2, **settings}))
+def share_of(**settings: Any) -> QuarantineRate:
+    return QuarantineRate(TrainSettings(**{"set_aside_window": 2, **settings}))
 
 
 def test_nothing_is_judged_before_the_window_is_full() -> None:
@@ -94,8 +94,8 @@ def test_a_share_that_is_restored_judges_as_the_one_that_was_saved() -> None:
     batches = [["bad"] * (number % 4) for number in range(12)]
     expected = [(whole.add(groups=4, reasons=reasons), whole.share) for reasons in batches]
     found = [(first.add(groups=4, reasons=reasons), first.share) for reasons in batches[:6]]
-    state = ShareState.model_validate_json(first.state.model_dump_json())
-    resumed = SetAsideShare(TrainSettings(set_aside_window=4, set_aside_limit=None), state)
+    state = QuarantineWindow.model_validate_json(first.state.model_dump_json())
+    resumed = QuarantineRate(TrainSettings(set_aside_window=4, set_aside_limit=None), state)
     found += [(resumed.add(groups=4, reasons=reasons), resumed.share) for reasons in batches[6:]]
     assert found == expected
     assert any(raised for raised, _ in expected)
@@ -132,4 +132,4 @@ def test_a_checkpoint_of_before_there_was_a_window_is_read(
     assert content.pop("set_aside_window")["batches"] == [
         {"groups": 4, "reasons": {"scores has N entries but tokens has N sequences": 1}}
     ]
-    assert RunState.model_validate(content).set_aside_window == ShareState()
+    assert CheckpointState.model_validate(content).set_aside_window == QuarantineWindow()

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, sent to real processes: the first ends a run with a checkpoint, the second at once."""
+"""Signals sent to real processes: the first ends a run with a checkpoint, the second at once."""
 
 from __future__ import annotations
 
@@ -7,78 +7,117 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forked import Forked, forked_ranks
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, weights
 from tests.trainer.stoppable_run import long_body, settings
 from trainer import RecordedSource
-from trainer.assembly import build_trainer
-from trainer.checkpoint import Checkpoint
-from trainer.checkpoint_store import newest_whole_checkpoint, recover_checkpoints
+from trainer.checkpoints.format import Checkpoint
+from trainer.checkpoints.retention import find_newest_whole, recover_checkpoints
+from trainer.run.build import build_trainer
 
 pytestmark = pytest.mark.slow
 
-ENDED_WITHIN = 60.0
+ENDED_WITHIN = 120.0
 """Seconds; what the signals interrupt would go on for minutes or for ever."""
 
 
 class Run:
-    """A run as a child process."""
+    """A run as a child process, or, with a port to meet at, as two."""
 
-    def __init__(self, model: Path, output: Path, kind: str, *others: str, launcher: tuple[str, ...] = ()):
-        words = (*launcher, "-m", "tests.trainer.stoppable_run", str(model), str(output), kind, *others)
-        self.log = output.with_suffix(".log")
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *words],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-            )
+    def __init__(
+        self,
+        model: Path,
+        output: Path,
+        kind: str,
+        *others: str,
+        port: int | None = None,
+        before: tuple[str, ...] = (),
+    ):
+        module, words = "tests.trainer.stoppable_run", (str(model), str(output), kind, *others)
+        self.log, self._printed = output.with_suffix(".log"), output.with_suffix(".out")
+        environment = os.environ | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        files = {"stdout": self._printed, "stderr": self.log}
+        self._processes: Sequence[Forked | subprocess.Popen[bytes]]
+        if before:
+            command = [*before, sys.executable, "-m", module, *words]
+            with self._printed.open("w") as printed, self.log.open("w") as log:
+                self._processes = [subprocess.Popen(command, stdout=printed, stderr=log, env=environment)]
+        elif port is None:
+            self._processes = [Forked(module, words, **files, environment=environment)]
+        else:
+            self._processes = forked_ranks(2, port, module, words, **files)
+        self.process = self._processes[0]
 
     def wait_for(self, start: str) -> str:
-        """The next line of its output that begins like this."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(start):
-                return line
-        raise AssertionError(f"it ended: {self.log.read_text()[-3000:]}")
+        """Wait for a line of its output that begins like this."""
+        deadline = time.monotonic() + ENDED_WITHIN
+        while time.monotonic() < deadline:
+            ended = self.process.poll() is not None
+            for line in self._printed.read_text().splitlines():
+                if line.startswith(start):
+                    return line
+            assert not ended, f"it ended: {self.log.read_text()[-3000:]}"
+            time.sleep(0.01)
+        raise AssertionError(f"it says nothing: {self.log.read_text()[-3000:]}")
+
+    def wait_for_log(self, text: str) -> None:
+        """Until its log says this."""
+        deadline = time.monotonic() + ENDED_WITHIN
+        while text not in self.log.read_text():
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.01)
 
     def ends_with(self) -> int:
-        """Its exit status, negative if a signal ended it without its doing."""
+        """Its exit status, that of process 0, negative if a signal ended it without its doing."""
         try:
-            return self.process.wait(ENDED_WITHIN)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
+            codes = [process.wait(ENDED_WITHIN) for process in self._processes]
         finally:
-            self.process.communicate()  # closes the pipe
+            for process in self._processes:
+                process.kill()
+        return codes[0]
 
 
 def newest(output: Path) -> Checkpoint:
     recover_checkpoints(output / "checkpoints")
-    checkpoint = newest_whole_checkpoint(output / "checkpoints")
+    checkpoint, _ = find_newest_whole(output / "checkpoints")
     assert checkpoint is not None
     return checkpoint
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_the_first_signal_ends_a_wait_for_a_batch_with_a_checkpoint(
     number: signal.Signals, code: int, tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     run = Run(tiny_model_directory, tmp_path / "run", "wait")
     run.wait_for("now")
     run.process.send_signal(number)
+    run.wait_for_log("stopping with a checkpoint")
+    run.process.send_signal(signal.SIGTERM)  # within a second: an echo, as of GNU timeout
     assert run.ends_with() == code
     assert f"{number.name}: stopping with a checkpoint; again to stop at once" in run.log.read_text()
     assert "Stopped after 2 optimizer steps" in run.log.read_text()
     assert newest(tmp_path / "run").state.step == 2
+
+
+def test_a_hangup_that_was_ignored_before_the_start_stays_ignored(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    run = Run(tiny_model_directory, tmp_path / "run", "wait", before=("nohup",))
+    run.wait_for("now")
+    run.process.send_signal(signal.SIGHUP)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends_with() == 143
+    assert "SIGHUP" not in run.log.read_text()
 
 
 def test_a_run_that_still_waits_for_the_api_ends_after_its_grace(
@@ -138,7 +177,7 @@ def test_a_second_signal_ends_a_process_that_is_stuck_inside_a_call_into_c(
     run.wait_for("now")
     time.sleep(0.5)
     run.process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(1.2)  # a signal within a second is an echo of the first
     assert run.process.poll() is None, "the first signal waits for the call to end"
     run.process.send_signal(signal.SIGINT)
     assert run.ends_with() == 130
@@ -146,38 +185,49 @@ def test_a_second_signal_ends_a_process_that_is_stuck_inside_a_call_into_c(
     assert newest(tmp_path / "run").state.step == 0  # the one from its start
 
 
-def test_two_signals_in_the_middle_of_steps_and_checkpoints_leave_whole_checkpoints(
-    tiny_model_directory: Path, tmp_path: Path
-) -> None:
-    step = 0
-    for delay in (0.0, 0.013, 0.041, 0.09):
-        often = ("--checkpoint.every", "1")
-        run = Run(tiny_model_directory, tmp_path / "run", "steps", *often)
-        run.wait_for("now")
-        time.sleep(0.5 + delay)
-        run.process.send_signal(signal.SIGINT)
-        run.process.send_signal(signal.SIGTERM)  # another number: equal ones would be merged
-        assert run.ends_with() in (130, 143)
-        assert newest(tmp_path / "run").state.step > step
-        step = newest(tmp_path / "run").state.step
-
-
-def test_a_signal_to_any_process_stops_all_of_them_at_the_same_step(
+def test_a_signal_to_any_process_stops_all_of_them_at_the_same_micro_batch(
     tiny_model_directory: Path, tmp_path: Path, free_port: int
 ) -> None:
-    launcher = (
-        *("-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_addr", "127.0.0.1", "--master_port", str(free_port)),
+    run = Run(
+        *(tiny_model_directory, tmp_path / "run", "long step", "--checkpoint.grace", "0"),
+        port=free_port,
     )
-    run = Run(tiny_model_directory, tmp_path / "run", "steps", launcher=launcher)
     pid = int(run.wait_for("rank 1").split()[-1])
     run.wait_for("now")
+    time.sleep(0.5)  # well into its micro-batches
     os.kill(pid, signal.SIGTERM)
     run.ends_with()
     log = run.log.read_text()
-    stopped = [line for line in log.splitlines() if "Stopped after" in line]
-    assert len(stopped) == 2, log[-3000:]
-    assert {"(SIGTERM)" in line for line in stopped} == {True, False}
-    step = newest(tmp_path / "run").state.step
-    assert all(f"after {step} optimizer steps" in line for line in stopped)
-    assert step >= 2
+    assert "Training with 2 processes on 1 node, on cpu" in log
+    assert "[rank 1] SIGTERM: stopping with a checkpoint" in log
+    assert log.count("Stopped after 2 optimizer steps (another process was asked to stop)") == 1, log[-3000:]
+    checkpoint = newest(tmp_path / "run")
+    assert (checkpoint.state.step, checkpoint.state.batches) == (2, 2)
+    assert (tmp_path / "run/set_aside/batch-000003.json").read_bytes() == long_body()
+
+
+def test_the_death_of_one_process_costs_the_others_no_whole_step(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    run = Run(tiny_model_directory, tmp_path / "run", "steps", port=free_port)
+    pid = int(run.wait_for("rank 1").split()[-1])
+    run.wait_for("now")
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+    run.ends_with()
+    log = run.log.read_text()
+    assert "another process of the run has ended or cannot be reached" in log
+    assert newest(tmp_path / "run").state.step >= 2
+
+
+def test_a_failure_that_all_processes_meet_ends_them_after_process_0_has_saved(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    run = Run(
+        *(tiny_model_directory, tmp_path / "run", "no signal", "--train.max_consecutive_skips", "1"),
+        port=free_port,
+    )
+    assert run.ends_with() == 1
+    assert "TooManySkippedBatches" in run.log.read_text()
+    checkpoint = newest(tmp_path / "run")
+    assert (checkpoint.state.step, checkpoint.state.batches) == (2, 3)

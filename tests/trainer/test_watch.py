@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-import logging
+import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-import trainer.watch._server as server_module
-import trainer.watch._watchdog as watchdog_module
+import trainer.monitoring.server as server_module
+from tests.forked import PROCESSES
+from tests.trainer.batches import make_body
 from trainer.config import TrainerConfig, load_config
 from trainer.errors import ConfigurationError
-from trainer.watch import Deadlines, HealthServer, Phase, Progress, Reply, Watchdog, health_report
+from trainer.monitoring import (
+    HealthServer,
+    PageReply,
+    PhaseDeadlines,
+    Progress,
+    RunPhase,
+    Watchdog,
+    health_report,
+)
+from trainer.publish.engines.connection import Deadline
+from trainer.run.broadcast import BatchBroadcast
+from trainer.sources.incoming import IncomingBatch, read_incoming
 
 PATIENCE = 60.0
 
@@ -27,66 +44,45 @@ def settings(*words: str) -> TrainerConfig:
 
 def test_an_outer_phase_does_not_count_the_time_of_an_inner_one() -> None:
     progress = Progress()
-    with progress.phase(Phase.TRAINING, "the computation"):
+    with progress.phase(RunPhase.TRAINING, "the computation"):
         outer = progress.status.serial
-        with progress.phase(Phase.PUBLISHING, "the servers"):
-            assert (progress.status.phase, progress.status.party) == (Phase.PUBLISHING, "the servers")
+        with progress.phase(RunPhase.PUBLISHING, "the servers"):
+            assert (progress.status.phase, progress.status.party) == (RunPhase.PUBLISHING, "the servers")
             time.sleep(0.5)
             inner = progress.status.seconds()
         assert inner >= 0.5
-        assert progress.status.phase is Phase.TRAINING
+        assert progress.status.phase is RunPhase.TRAINING
         assert progress.status.serial != outer
         began = time.monotonic() - progress.status.seconds()
         assert began > progress.status.since - 0.1
-    assert progress.status.phase is Phase.STARTING
+    assert progress.status.phase is RunPhase.STARTING
 
 
 def test_an_exception_leaves_a_phase_too() -> None:
     progress = Progress()
-    with pytest.raises(ValueError, match="x"), progress.phase(Phase.TRAINING, "the computation"):
+    with pytest.raises(ValueError, match="x"), progress.phase(RunPhase.TRAINING, "the computation"):
         raise ValueError("x")
-    assert progress.status.phase is Phase.STARTING
-
-
-def test_time_in_which_the_process_stood_still_does_not_count() -> None:
-    progress = Progress()
-    progress.stood_still(100.0)
-    progress.stood_still(50.0)
-    assert progress.status.seconds() < -100
-    progress.begin(Phase.TRAINING, "the computation")
-    assert progress.status.seconds() >= 0
-
-
-def test_an_outer_phase_does_not_count_it_after_an_inner_one_either() -> None:
-    progress = Progress()
-    with progress.phase(Phase.TRAINING, "the computation"):
-        progress.stood_still(100.0)
-        with progress.phase(Phase.PUBLISHING, "the servers"):
-            assert progress.status.seconds() >= 0
-        assert progress.status.seconds() < 0
-        progress.stood_still(1000.0)
-        assert progress.status.seconds() < -1000
-    assert progress.status.seconds() >= 0
+    assert progress.status.phase is RunPhase.STARTING
 
 
 def test_deadlines_lie_beyond_those_of_the_waits_inside() -> None:
     config = settings("--atropos.batch_timeout", "100000", "--publish.load_timeout", "50000")
-    deadlines = Deadlines(config)
-    assert deadlines.of(Phase.WAITING) > 100000
-    assert deadlines.of(Phase.PUBLISHING) > 100000
-    assert Deadlines(config, is_main_process=False).of(Phase.WAITING) > 200000
-    assert deadlines.shortest == deadlines.of(Phase.PREPARING) == 1800
-    for phase in Phase:
-        changed = Deadlines(settings(f"--watchdog.{phase}_timeout", "3"))
+    deadlines = PhaseDeadlines(config)
+    assert deadlines.of(RunPhase.WAITING) > 100000
+    assert deadlines.of(RunPhase.PUBLISHING) > 100000
+    assert PhaseDeadlines(config, is_main_process=False).of(RunPhase.WAITING) > 200000
+    assert deadlines.shortest == deadlines.of(RunPhase.PREPARING) == 1800
+    for phase in RunPhase:
+        changed = PhaseDeadlines(settings(f"--watchdog.{phase}_timeout", "3"))
         assert changed.of(phase) == changed.shortest == 3
 
 
 def test_the_report_says_starting_ok_overdue_and_stopping() -> None:
-    progress, deadlines = Progress(), Deadlines(settings("--watchdog.preparing_timeout", "0.01"))
+    progress, deadlines = Progress(), PhaseDeadlines(settings("--watchdog.preparing_timeout", "0.01"))
     assert health_report(progress, deadlines)["status"] == "starting"
-    progress.begin(Phase.TRAINING, "the computation")
+    progress.begin(RunPhase.TRAINING, "the computation")
     assert health_report(progress, deadlines)["status"] == "ok"
-    with progress.phase(Phase.PREPARING, "the preparation"):
+    with progress.phase(RunPhase.PREPARING, "the preparation"):
         time.sleep(0.05)
         assert health_report(progress, deadlines)["status"] == "overdue"
     assert health_report(progress, deadlines)["status"] == "ok"
@@ -106,14 +102,14 @@ def test_a_phase_that_ends_in_its_grace_lets_the_run_go_on(
 
     watchdog = Watchdog(
         progress,
-        Deadlines(settings("--watchdog.waiting_timeout", "0.1")),
+        PhaseDeadlines(settings("--watchdog.waiting_timeout", "0.1")),
         grace=PATIENCE,
         frozen=600,
         remind_every=600,
         stacks=tmp_path / "out" / "stacks.txt",
     )
     with watchdog, caplog.at_level("INFO"):
-        with progress.phase(Phase.WAITING, "the API", details):
+        with progress.phase(RunPhase.WAITING, "the API", details):
             assert asked.wait(PATIENCE)
             until(lambda: "they said nothing" in text(tmp_path / "out" / "stacks.txt"))
         until(lambda: "has ended after all" in caplog.text)
@@ -124,56 +120,68 @@ def test_a_phase_that_ends_in_its_grace_lets_the_run_go_on(
 
 def test_a_long_phase_says_whom_it_waits_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     progress = Progress()
-    deadlines = Deadlines(settings())
+    deadlines = PhaseDeadlines(settings())
     watchdog = Watchdog(
         progress, deadlines, grace=1, frozen=600, remind_every=0.2, stacks=tmp_path / "stacks.txt"
     )
-    with caplog.at_level("INFO"), watchdog, progress.phase(Phase.PUBLISHING, "the inference server S"):
+    with caplog.at_level("INFO"), watchdog, progress.phase(RunPhase.PUBLISHING, "the inference server S"):
         until(lambda: caplog.text.count("waiting for the inference server S") >= 2)
     assert "still publishing after" in caplog.text
 
 
-class BlockedLog(logging.Handler):
-    """Standard error that nobody reads, until it is released."""
+class SlowSource:
+    """Has a batch once the process has stood still."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = 0
-        self.released = threading.Event()
+    asked_at: float | None = None
+    stood_still = False
 
-    def handle(self, record: logging.LogRecord) -> bool:
-        """Wait; without the handler's lock, which the interpreter takes when it ends."""
-        del record
-        self.asked += 1
-        return self.released.wait(PATIENCE)
+    def get(self, _: float) -> IncomingBatch | None:
+        before, self.asked_at = self.asked_at, time.monotonic()
+        if before is None:
+            print("waiting", flush=True)  # noqa: T201 - for the test, which stops this process then
+        if self.stood_still:
+            return read_incoming(make_body(1), served_version=0)
+        self.stood_still = before is not None and self.asked_at - before > 4
+        time.sleep(0.1)
+        return None
+
+    def describe_wait(self) -> str:
+        return "nobody"
+
+
+def wait_for_a_batch(printed: Path) -> None:
+    """Wait with deadlines of four seconds."""
+    sys.stdout = printed.open("w")
+    progress, deadline = Progress(), Deadline(4.0)
+    joined: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1, is_main_process=True))
+    source: Any = SlowSource()
+    exchange = BatchBroadcast(joined, source, timeout=4.0, stop_requested=lambda: False)
+    with progress.phase(RunPhase.WAITING, "nobody"):
+        assert len(exchange.next().reply.groups) == 3
+        assert deadline.left > 0
+        assert progress.status.seconds() < 4
 
 
 @pytest.mark.slow
-def test_a_log_that_blocks_the_watchdog_is_not_taken_for_a_process_that_stood_still(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watchdog_module, "_PATIENCE_SECONDS", 15.0)
-    monkeypatch.setattr(watchdog_module, "_STOOD_STILL_SECONDS", 12.0)  # a busy machine is not as late
-    log, progress = BlockedLog(), Progress()
-    watchdog = Watchdog(
-        progress, Deadlines(settings()), grace=1, frozen=600, remind_every=0.1, stacks=tmp_path / "stacks.txt"
-    )
-    logger = logging.getLogger(watchdog_module.__name__)
-    logger.addHandler(log)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+def test_time_in_which_the_process_stood_still_counts_for_no_deadline(tmp_path: Path) -> None:
+    """A batch that is there when the process goes on is taken, though the clock on the wall says too late."""
+    child = PROCESSES.Process(target=wait_for_a_batch, args=(tmp_path / "printed",))
+    child.start()
     try:
-        with watchdog, progress.phase(Phase.PUBLISHING, "the inference server S"):
-            until(lambda: log.asked >= 2)  # it has gone once around the loop
-            assert progress.status.frozen == 0
-            log.released.set()
+        until(lambda: "waiting" in text(tmp_path / "printed"))
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGSTOP)
+        time.sleep(6)
+        os.kill(child.pid, signal.SIGCONT)
+        child.join(PATIENCE)
     finally:
-        log.released.set()
-        logger.removeHandler(log)
+        child.kill()
+    assert child.exitcode == 0
 
 
 @pytest.fixture
 def server() -> Iterator[HealthServer]:
-    pages = {"/health": lambda: Reply(HTTPStatus.OK, "text/plain", b"well")}
+    pages = {"/health": lambda: PageReply(HTTPStatus.OK, "text/plain", b"well")}
     with HealthServer("127.0.0.1", 0, pages) as running:
         yield running
 
@@ -214,8 +222,20 @@ def test_a_client_that_sends_nothing_is_sent_away(
     assert ask(server, b"GET /health") == b""
 
 
+def test_a_thousand_idle_connections_take_no_more_descriptors_than_the_bound(server: HealthServer) -> None:
+    port = int(server.url.rpartition(":")[2])
+    before, most = len(list(Path("/proc/self/fd").iterdir())), 0
+    with ExitStack() as stack:
+        for count in range(1, 1001):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
+            if count % 20 == 0:
+                most = max(most, len(list(Path("/proc/self/fd").iterdir())) - before - count)
+        assert ask(server, b"GET /health HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200 OK")
+        assert most <= server_module.MAX_CONNECTIONS + 1
+
+
 def test_a_page_that_fails_is_a_500() -> None:
-    def fail() -> Reply:
+    def fail() -> PageReply:
         raise RuntimeError("no report")
 
     with HealthServer("127.0.0.1", 0, {"/health": fail}) as server:

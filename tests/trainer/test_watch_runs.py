@@ -15,8 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.trainer.test_stop_signals import ENDED_WITHIN, Run
-from trainer.watch import STACKS_FILE, STUCK
-from trainer.watch._server import MAX_CONNECTIONS
+from trainer.monitoring import STACKS_FILE, STUCK
+from trainer.monitoring.server import MAX_CONNECTIONS
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +118,7 @@ def test_a_process_that_can_open_no_file_is_ended_with_its_stacks_too(
 def test_a_call_that_lets_no_other_thread_run_ends_the_process_too(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
-    run = Run(tiny_model_directory, tmp_path / "run", "frozen", "--watchdog.frozen_timeout", "20")
+    run = Run(tiny_model_directory, tmp_path / "run", "frozen", "--watchdog.frozen_timeout", "10")
     run.wait_for("now")
     assert run.ends_with() == 1
     assert "in bodies_of" in run.log.read_text()

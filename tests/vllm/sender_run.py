@@ -23,8 +23,10 @@ from transformers import AutoModelForCausalLM
 from tests.vllm.cpu_wire import install
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError, TrainerError
+from trainer.model.base_checkpoint import read_base
+from trainer.model.weight_stream import WeightEntry, WeightStream
 from trainer.publish import VllmRoutes
-from trainer.publish._vllm_engine import (
+from trainer.publish.engines.vllm.nccl_sender import (
     SyncClient,
     TransferGroup,
     _init_info,
@@ -32,8 +34,7 @@ from trainer.publish._vllm_engine import (
     build_engine,
     require_vllm,
 )
-from trainer.publish._vllm_transfer import VllmTransferTransport
-from trainer.publish._weight_stream import WeightEntry, WeightStream
+from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 
 PACKAGE: Any = importlib.import_module("vllm.distributed.weight_transfer")
 
@@ -83,7 +84,7 @@ class Sender:
 
     def connect(self, model: Any, kind: str) -> None:
         """Begin anew with a model."""
-        stream = STREAMS[kind](model, dtype=torch.float32, bucket_bytes=20_000)
+        stream = STREAMS[kind](model, read_base(model.name_or_path), dtype=torch.float32, bucket_bytes=20_000)
         if self.connected is not None:
             self.connected.close([self.routes])
         self.connected = VllmTransferTransport("nccl", stream, self.settings, build=build_engine)
@@ -105,7 +106,7 @@ class Sender:
 def contract(directory: str) -> dict[str, Any]:
     """What vLLM's classes say to ours, without a server."""
     model = changed_model(directory, 1)
-    stream = WeightStream(model, dtype=torch.bfloat16, bucket_bytes=20_000)
+    stream = WeightStream(model, read_base(directory), dtype=torch.bfloat16, bucket_bytes=20_000)
     source = _source(PACKAGE, stream)
     engine: Any = importlib.import_module("vllm.distributed.weight_transfer.nccl_engine")
     packing: Any = importlib.import_module("vllm.distributed.weight_transfer.packed_tensor")
@@ -190,7 +191,7 @@ def recorded_requests() -> dict[str, list[Any]]:
 def ipc_update() -> dict[str, Any]:
     """Whether vLLM's worker reads our handles, and only where pickles are allowed."""
     engine: Any = importlib.import_module("vllm.distributed.weight_transfer.ipc_engine")
-    from trainer.publish._vllm_engine import _for_json
+    from trainer.publish.engines.vllm.nccl_sender import _for_json
 
     handles = {"GPU-0": ("rebuild", 1, None)}
     sent = {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]], "tensor_sizes": [12]}

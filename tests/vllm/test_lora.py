@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.vllm.conftest import StartVllm
 from tests.vllm.launching import VllmServer
-from trainer.adapter_directory import capture_adapter
 from trainer.config import PublishSettings
-from trainer.model_directory import capture_model
+from trainer.export.hf_model import capture_model
+from trainer.export.peft_adapter import capture_adapter
+from trainer.model.base_checkpoint import read_base
+from trainer.model.weight_stream import WeightStream
 from trainer.publish import (
     DiskTransport,
     LoraTransport,
@@ -57,9 +59,10 @@ def server(vllm_server: VllmServer) -> Iterator[VllmServer]:
 def publishing(model: Any, directory: Path, server: VllmServer, **options: Any) -> Iterator[Publisher]:
     settings = PublishSettings(transport="lora", servers=[server.url], on_failure="abort", **options)
     tokenizer = AutoTokenizer.from_pretrained(server.model)
+    stream = WeightStream(model, read_base(str(server.model)))
 
     def capture_merged() -> Callable[[Path], None]:
-        captured = capture_model(model, tokenizer=tokenizer)
+        captured = capture_model(stream)
         return lambda path: captured.write(path, durable=False)
 
     with Publisher(

@@ -25,10 +25,11 @@ from tests.compose import ROOT
 from tests.trainer.transfer_stand_in import modules
 from tests.vllm.launching import VLLM_PYTHON, VllmServer
 from trainer.config import PublishSettings
+from trainer.model.base_checkpoint import read_base
+from trainer.model.weight_stream import WeightStream
 from trainer.publish import ConnectFailed, VllmRoutes, score_with_model
-from trainer.publish._vllm_engine import build_engine
-from trainer.publish._vllm_transfer import VllmTransferTransport
-from trainer.publish._weight_stream import WeightStream
+from trainer.publish.engines.vllm.nccl_sender import build_engine
+from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 
 PROBES = [list(range(20, 60)), list(range(200, 150, -1))]
 CLOSE = 2e-4
@@ -248,10 +249,10 @@ def test_a_server_without_the_flag_is_told_so(
         monkeypatch.setitem(sys.modules, name, module)
     model = AutoModelForCausalLM.from_pretrained(vllm_model_directory)
     settings = PublishSettings(transport="nccl", servers=[vllm_server.url])
-    stream = WeightStream(model, dtype=None, bucket_bytes=1 << 20)
+    stream = WeightStream(model, read_base(str(vllm_model_directory)), bucket_bytes=1 << 20)
     transport = VllmTransferTransport("nccl", stream, settings, build=build_engine)
     routes = VllmRoutes(vllm_server.url, settings)
-    assert routes.world_size(None) == 1
+    assert routes.world_size() == 1
     started = time.monotonic()
     with pytest.raises(ConnectFailed, match=r'--weight-transfer-config \'{"backend": "nccl"}\''):
         transport.connect(routes)

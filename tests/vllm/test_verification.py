@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from tests.trainer.test_cli import atropos_train
 from tests.vllm.conftest import StartVllm
 from tests.vllm.launching import VllmServer
 from trainer.config import PublishSettings
-from trainer.model_directory import capture_model, write_model_directory
+from trainer.export.hf_model import capture_model
+from trainer.model.base_checkpoint import read_base
+from trainer.model.weight_stream import WeightStream
 from trainer.publish import (
     Comparison,
     DiskTransport,
@@ -65,13 +68,12 @@ class Run:
         settings = PublishSettings(transport="disk", servers=[self.server.url], on_failure="abort")
 
         def capture() -> Callable[[Path], None]:
-            if self.sent is None:
-                return capture_model(self.model, tokenizer=self.tokenizer, dtype=dtype).write
-            sent = {**self.model.state_dict(), **self.sent}
-            sent["lm_head.weight"] = sent["model.embed_tokens.weight"]  # tied
-            return lambda path: write_model_directory(
-                path, model=self.model, tokenizer=None, state_dict=sent, dtype=dtype
-            )
+            model = self.model
+            if self.sent is not None:
+                model = copy.deepcopy(model)
+                model.load_state_dict(self.sent, strict=False)
+            base = read_base(str(self.server.model)).declaring(dtype)
+            return capture_model(WeightStream(model, base, dtype=dtype)).write
 
         with Publisher(
             settings,

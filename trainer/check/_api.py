@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from atropos_client import AtroposClientError
+import httpx
+
+from atropos_client import AtroposClient, AtroposClientError, ask_environments, why_no_batch_is_full
+from schemas import count_of
 from trainer.check._result import CheckResult, failed, passed, warned
 from trainer.config import TrainerConfig
-from trainer.sources import make_client
+from trainer.sources.live import make_client
 
 _API = "Atropos API"
 _ENVIRONMENTS = "environments"
@@ -13,14 +16,15 @@ _ENVIRONMENTS = "environments"
 
 def check_api(config: TrainerConfig) -> list[CheckResult]:
     """Ask the API for its state; changes nothing there, in particular registers nobody."""
-    with make_client(config.atropos) as client:
+    with make_client(config) as client:
         try:
             status = client.status()
             info = client.info()
         except AtroposClientError as error:
-            remedy = f"start it (run-api --port 8000) or set atropos.url, now {config.atropos.url}"
+            port = httpx.URL(config.atropos.url).port or 80
+            remedy = f"start it (run-api --port {port}) or correct atropos.url"
             return [failed(_API, str(error), remedy)]
-        found = f"{config.atropos.url} answers, {status.queue_size} groups in its queue"
+        found = f"{config.atropos.url} answers, {count_of(status.queue_size, 'group')} in its queue"
         results = [passed(_API, found)]
         if info.batch_size not in (-1, config.atropos.batch_size):
             results.append(
@@ -31,16 +35,23 @@ def check_api(config: TrainerConfig) -> list[CheckResult]:
                     "restart the API, or set atropos.batch_size to what it has",
                 )
             )
-        try:
-            client.environment_status(0)
-        except AtroposClientError:
-            results.append(
-                warned(
-                    _ENVIRONMENTS,
-                    "none has registered",
-                    "start them; they wait by themselves until the trainer polls for the first time",
-                )
-            )
-        else:
-            results.append(passed(_ENVIRONMENTS, "at least one has registered"))
-    return results
+        return results + _check_environments(
+            client, info.batch_size if info.registered else config.atropos.batch_size
+        )
+
+
+def _check_environments(client: AtroposClient, batch_size: int) -> list[CheckResult]:
+    environments = ask_environments(client)
+    if environments is None or environments.registered == 0:
+        remedy = "start them; they wait by themselves until the trainer polls for the first time"
+        return [warned(_ENVIRONMENTS, "none has registered", remedy)]
+    latest = environments.latest_group
+    never_full = why_no_batch_is_full(batch_size, latest or 1, environments.largest_group)
+    if never_full is not None:
+        found, _, remedy = never_full.partition(": ")
+        return [failed(_ENVIRONMENTS, found, remedy)]
+    found = f"{environments.registered} registered"
+    if latest is None:
+        remedy = "look at their logs if that stays so; docs/environments.md says what they drop"
+        return [warned(_ENVIRONMENTS, f"{found}, none has sent a group yet", remedy)]
+    return [passed(_ENVIRONMENTS, f"{found}, the latest group has {count_of(latest, 'sequence')}")]

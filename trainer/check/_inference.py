@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+from atropos_client import AtroposClientError
 from schemas import printable
 from trainer.check._result import CheckResult, failed, passed, warned
 from trainer.config import TrainerConfig
-from trainer.publish._http import client_options, read_whole
+from trainer.publish.engines.connection import ServerConnection, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,28 +33,21 @@ class _Client:
     def __init__(self, url: str, config: TrainerConfig) -> None:
         publish = config.publish
         self._seconds = config.atropos.connect_timeout
-        self._http = httpx.Client(
-            **client_options(url, token=publish.token, headers=publish.headers), timeout=self._seconds
-        )
+        self._connection = ServerConnection(url, token=publish.token, headers=publish.headers)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.close()
+        self._connection.close()
 
     def get(self, path: str) -> httpx.Response:
         """Send a GET."""
-        return self._send("GET", path)
+        return self._connection.exchange("GET", path, seconds=self._seconds)
 
     def post(self, path: str, body: Any) -> httpx.Response:
         """Send JSON."""
-        return self._send("POST", path, json=body)
-
-    def _send(self, method: str, path: str, **more: Any) -> httpx.Response:
-        with self._http.stream(method, path, **more) as reply:
-            content = read_whole(reply, seconds=self._seconds)
-        return httpx.Response(reply.status_code, content=content, request=reply.request)
+        return self._connection.exchange("POST", path, seconds=self._seconds, json=body)
 
 
 def check_inference_server(
@@ -65,11 +59,17 @@ def check_inference_server(
     try:
         with _Client(url, config) as client:
             results += _probes(name, client, config, tokenizer)
-    except (httpx.HTTPError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        # The latter ones: its replies are not those of an inference server.
-        found = f"{type(error).__name__}: {error}"
+    except (httpx.HTTPStatusError, AtroposClientError) as error:
+        found = _found(error)
         results.append(failed(name, found, "start it, or correct publish.servers"))
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        found = f"its replies are not those of an inference server ({type(error).__name__}: {error})"
+        results.append(failed(name, found, "correct publish.servers, or see what runs at this address"))
     return results
+
+
+def _found(error: Exception) -> str:
+    return reason_of(error) if isinstance(error, AtroposClientError) else f"{type(error).__name__}: {error}"
 
 
 def _probes(
@@ -97,8 +97,8 @@ def _check_routes(name: str, client: _Client) -> CheckResult:
         missing = [
             route for route in _PUBLISH_ROUTES if client.get(route).status_code == httpx.codes.NOT_FOUND
         ]
-    except httpx.HTTPError as error:
-        return failed(name, f"{type(error).__name__}: {error}", "look at the server's log")
+    except AtroposClientError as error:
+        return failed(name, _found(error), "look at the server's log")
     if missing:
         return failed(
             name,

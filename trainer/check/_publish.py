@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from trainer.assembly import build_publisher, build_servers
 from trainer.check._result import CheckResult, failed, passed, warned
 from trainer.config import TrainerConfig
 from trainer.errors import TrainerError
@@ -24,7 +23,9 @@ from trainer.publish import (
     ServerFailure,
     VerificationFailed,
 )
-from trainer.setup import prepare_run
+from trainer.run.build import build_publisher, build_servers
+from trainer.run.processes import make_accelerator
+from trainer.run.train_state import prepare_run
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +65,19 @@ def _with_own_directory(config: TrainerConfig) -> TrainerConfig:
 
 
 def _publish_unchanged(config: TrainerConfig) -> Iterator[CheckResult]:
-    prepared = prepare_run(config)
-    version = prepared.checkpoint.state.policy_version if prepared.checkpoint is not None else 0
-    publisher = build_publisher(config, prepared)
-    if publisher is None:
-        yield warned(_NAME, "publish.transport is none: nothing is published", "set publish.transport")
+    if make_accelerator(config).num_processes > 1:
+        yield warned(_NAME, "was left out: it is for one process", "start it without a launcher")
         return
-    with publisher:
-        reports = [publisher.start(version)]
-        reports += [publisher.publish(version) for _ in range(PUBLISHES)]
+    prepared = prepare_run(config)
+    with prepared.joined:
+        version = prepared.checkpoint.state.policy_version if prepared.checkpoint is not None else 0
+        publisher = build_publisher(config, prepared)
+        if publisher is None:
+            yield warned(_NAME, "publish.transport is none: nothing is published", "set publish.transport")
+            return
+        with publisher:
+            reports = [publisher.start(version)]
+            reports += [publisher.publish(version) for _ in range(PUBLISHES)]
     yield from _judge(reports)
 
 

@@ -10,16 +10,16 @@ CheckStatus = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckResult:
-    """What one probe found."""
+    """Finding of one probe."""
 
     name: str
     """The party, e.g. `Atropos API`."""
     status: CheckStatus
     """warning: a run can start, but something is not as it should be by then."""
     found: str
-    """What was found."""
+    """The finding."""
     remedy: str | None = None
-    """What to do; None where nothing is to be done."""
+    """The remedy; None where nothing is to be done."""
 
 
 def passed(name: str, found: str) -> CheckResult:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from trainer.cli._logging import configure_logging
 from trainer.cli._settings import add_settings, read_settings
 from trainer.cli._text import escape
 from trainer.config import TrainerConfig
+from trainer.launch import launched_rank
 
 if TYPE_CHECKING:
     from trainer.check import CheckResult
@@ -43,6 +44,8 @@ class CheckCommand:
         """Print one line a probe; returns 1 if any failed."""
         config = read_settings(args)
         configure_logging("ERROR")
+        if launched_rank() != 0:  # it is counted; process 0 looks at everything else
+            return 0 if all(result.status != "failed" for result in run_checks(config)) else 1
         console = Console(soft_wrap=True, highlight=False)
         any_failed = False
         for result in run_checks(config, publish=args.publish):
@@ -60,10 +63,31 @@ def run_checks(config: TrainerConfig, *, publish: bool = False) -> Iterator[Chec
 
     `publish`: also send the unchanged weights to the inference servers.
     """
-    from trainer.check import check_api, check_inference_server, check_model, check_publish, check_writable
+    from transformers.utils import logging as transformers_logging
 
-    model, tokenizer = check_model(config)
-    yield model
+    from trainer.check import (
+        check_api,
+        check_inference_server,
+        check_model,
+        check_processes,
+        check_publish,
+        check_start,
+        check_writable,
+        weight_bytes,
+    )
+
+    yield check_processes(config)
+    if launched_rank() != 0:
+        return
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # its report of tensors, which ours names
+    results, tokenizer = check_model(config)
+    yield from results
+    can_start = results[0].status != "failed"
+    if can_start:
+        start = check_start(config)
+        can_start = start.status != "failed"
+        yield start
     size = weight_bytes(Path(config.model.path))
     checkpoints = (config.checkpoint.keep + 1) * _CHECKPOINT_COPIES * size
     yield check_writable("output", config.train.output_dir, bytes_needed=checkpoints)
@@ -73,14 +97,5 @@ def run_checks(config: TrainerConfig, *, publish: bool = False) -> Iterator[Chec
         yield check_writable("published weights", directory, bytes_needed=(config.publish.keep + 1) * size)
         for url in config.publish.servers:
             yield from check_inference_server(url, config, tokenizer)
-    if publish:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
+    if publish and can_start:
         yield from check_publish(config)
-
-
-def weight_bytes(path: Path) -> int:
-    """Size of the safetensors files in a directory; 0 for a hub id, whose size is not known here."""
-    files: Iterable[Path] = path.glob("*.safetensors") if path.is_dir() else ()
-    return sum(file.stat().st_size for file in files)

@@ -6,57 +6,77 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from atropos_client import JournalError, parse_batch
-from atropos_client.errors import InvalidReply
+from atropos_client import JournalDamaged
 from atropos_client.journal import Journal, LedgerEntry, export_batches
+from schemas import count_of
+from trainer.cli._journal_show import OUTCOME_COLORS, format_time, show_batches
 from trainer.cli._logging import configure_logging
+from trainer.cli._settings import path_argument
 from trainer.cli._text import escape
 
 _PIPE_WIDTH = 250
-_COLORS = {"received": "yellow", "trained": "green", "set_aside": "red", "skipped": "magenta"}
 
 
 class JournalCommand:
-    """Lists, shows, exports and verifies a journal; see `Command`."""
+    """Lists, shows, exports and verifies a journal, or skips batches of it; see `Command`."""
 
     name = "journal"
-    help = "list, show, export or verify the journal of a run"
+    help = "list, show, export or verify the journal of a run, or have batches of it skipped"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Take an action, a directory, and batch numbers."""
         parser.add_argument("action", choices=list(_ACTIONS))
         parser.add_argument(
-            "directory", type=Path, metavar="DIR", help="a run's output directory, or the journal in it"
+            "directory",
+            type=path_argument,
+            metavar="DIR",
+            help="a run's output directory, or the journal in it",
         )
         parser.add_argument(
             "numbers",
             type=int,
             nargs="*",
             metavar="NUMBER",
-            help="batches to list, show or export; default all",
+            help="batches to list, show or export, default all; or to skip: they are set aside unread when "
+            "the run comes to them",
+        )
+        parser.add_argument(
+            "--text",
+            metavar="TOKENIZER",
+            help="show: print the texts, decoded with the tokenizer of this directory or hub id; what is "
+            "trained stands in ⟦ ⟧",
         )
         parser.add_argument(
             "--groups", action="store_true", help="export: one line a group, as environments write them"
         )
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it; returns 1 if the journal cannot be read or is damaged."""
+        """Do it; returns 1 if the journal is damaged."""
         configure_logging("ERROR")
         directory = args.directory
         if not (directory / "journal.sqlite3").is_file() and (directory / "journal").is_dir():
             directory /= "journal"
-        try:
-            with Journal.read_only(directory) as journal:
+        with _opened(directory) as journal:
+            if args.action != "skip":
                 return _ACTIONS[args.action](journal, args)
-        except JournalError as error:
-            sys.stderr.write(f"atropos-train journal: {error}\n")
-            return 1
+        with Journal.open(directory) as journal:  # never one that is not there: it would make it
+            return skip_batches(journal, args)
+
+
+def _opened(directory: Path) -> Journal:
+    """Open a journal to look at it; where that fails, none of the actions that a message names would help."""
+    try:
+        return Journal.read_only(directory)
+    except JournalDamaged as error:
+        raise JournalDamaged(
+            f"{error.found}, so that it cannot be opened at all. Put a whole copy of it back; or move the "
+            "directory away and start once with --journal.accept_loss true"
+        ) from error
 
 
 def list_batches(journal: Journal, args: argparse.Namespace) -> int:
@@ -85,10 +105,10 @@ def list_batches(journal: Journal, args: argparse.Namespace) -> int:
 
 
 def _cells(entry: LedgerEntry) -> list[str]:
-    color = _COLORS[entry.outcome]
+    color = OUTCOME_COLORS[entry.outcome]
     return [
         str(entry.number),
-        _time(entry.received_at),
+        format_time(entry.received_at),
         "?" if entry.served_version < 0 else str(entry.served_version),
         f"{entry.size:,}",
         "pruned" if entry.stored_size is None else f"{entry.stored_size:,}",
@@ -96,50 +116,6 @@ def _cells(entry: LedgerEntry) -> list[str]:
         "" if entry.step is None else str(entry.step),
         escape(entry.reason or ""),
     ]
-
-
-def show_batches(journal: Journal, args: argparse.Namespace) -> int:
-    """Print what is in each batch, group by group."""
-    console = Console(highlight=False)
-    for number in args.numbers or journal.numbers_after(0):
-        entry = journal.entry(number)
-        version = "unknown" if entry.served_version < 0 else str(entry.served_version)
-        step = "" if entry.step is None else f" at step {entry.step}"
-        reason = f": {escape(entry.reason)}" if entry.reason else ""
-        console.print(
-            f"[bold]batch {number}[/]  {_time(entry.received_at)}  served version {version}  "
-            f"{entry.size:,} bytes  sha256 {entry.sha256}\n"
-            f"  [{_COLORS[entry.outcome]}]{entry.outcome}[/]{step}{reason}",
-            soft_wrap=True,
-        )
-        if entry.stored_size is None:
-            console.print("  the body was pruned: it lies behind the oldest checkpoint that is kept")
-        else:
-            _show_groups(console, journal.read(number).body)
-    return 0
-
-
-def _show_groups(console: Console, body: bytes) -> None:
-    try:
-        reply = parse_batch(body)
-    except InvalidReply as error:
-        console.print(f"  unreadable: {escape(str(error))}", soft_wrap=True)
-        return
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 2))
-    for heading in ("environment", "sequences", "tokens", "trained", "scores"):
-        table.add_column(heading, justify="left" if heading == "scores" else "right")
-    for group in reply.groups:
-        scores = ", ".join(f"{score:g}" for score in group.scores[:8])
-        table.add_row(
-            str(group.env_id),
-            str(group.sequence_count),
-            f"{group.token_count:,}",
-            f"{group.trained_token_count:,}",
-            scores + (", ..." if len(group.scores) > 8 else ""),
-        )
-    console.print(table)
-    for rejected in reply.rejected:
-        console.print(f"  [red]group {rejected.index} cannot be trained on[/]: {escape(rejected.reason)}")
 
 
 def export(journal: Journal, args: argparse.Namespace) -> int:
@@ -159,14 +135,21 @@ def verify(journal: Journal, args: argparse.Namespace) -> int:
         console.print(f"[red]failed [/]  {escape(problem)}")
     good = not report.problems
     console.print(
-        f"{'[green]ok     [/]' if good else '[red]failed [/]'}  {report.batches} batches in the ledger, "
-        f"{report.bodies} bodies read, {len(report.problems)} problems"
+        f"{'[green]ok     [/]' if good else '[red]failed [/]'}  {count_of(report.batches, 'batch')} in the "
+        f"ledger, {count_of(report.bodies, 'body')} read, {count_of(len(report.problems), 'problem')}"
     )
     return 0 if good else 1
 
 
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+def skip_batches(journal: Journal, args: argparse.Namespace) -> int:
+    """Have batches set aside unread; no run may be going on."""
+    if not args.numbers:
+        sys.stderr.write("atropos-train journal: say which batches to skip\n")
+        return 2
+    for number in args.numbers:
+        journal.skip(number, "skipped by `atropos-train journal skip`")
+        sys.stdout.write(f"batch {number} will be set aside unread when the run comes to it\n")
+    return 0
 
 
 _ACTIONS: dict[str, Callable[[Journal, argparse.Namespace], int]] = {
@@ -174,4 +157,5 @@ _ACTIONS: dict[str, Callable[[Journal, argparse.Namespace], int]] = {
     "show": show_batches,
     "export": export,
     "verify": verify,
+    "skip": skip_batches,
 }

@@ -7,26 +7,42 @@ import logging
 from rich.console import Console
 from rich.logging import RichHandler
 
-from schemas import printable
+from atropos_client.log_lines import PrintableFormatter, line_formatter
+from trainer.launch import launched_rank
 
 # One line a request, and tokens in URLs, are nothing for a run of days.
-_QUIET = ("httpx", "httpcore", "urllib3", "filelock", "accelerate", "transformers", "matplotlib")
+_QUIET = ("httpx", "httpcore", "urllib3", "filelock", "accelerate", "transformers", "matplotlib", "torch")
 
 
-class PrintableFormatter(logging.Formatter):
-    """Formats a record, its traceback included, so that nothing in it acts on a terminal."""
+class LogConsole(Console):
+    """Standard error for log lines and progress: a run goes on where nobody reads them any more."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a record; what others say in it has no control characters any more."""
-        return printable(super().format(record), lines=True)
+    def __init__(self) -> None:
+        super().__init__(stderr=True, soft_wrap=True, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Be quiet from here on; rich would end the thread that has something to say."""
+        self.quiet = True
 
 
 def configure_logging(level: str) -> None:
-    """Send log lines of `level` and above to standard error."""
-    console = Console(stderr=True, soft_wrap=True)
-    # Plain tracebacks: rich's own go past the formatter.
-    handler = RichHandler(console=console, show_path=False, rich_tracebacks=False, markup=False)
-    handler.setFormatter(PrintableFormatter("%(message)s", datefmt="[%X]"))
+    """Send log lines of `level` and above to standard error; of processes other than 0 only warnings.
+
+    These name their rank: most lines would come once from every process.
+    """
+    rank = launched_rank()
+    text = f"[rank {rank}] %(message)s" if rank else "%(message)s"
+    console = LogConsole()
+    handler: logging.Handler
+    if console.is_terminal:
+        # Plain tracebacks: rich's own go past the formatter.
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False, markup=False)
+        handler.setFormatter(PrintableFormatter(text, datefmt="[%X]"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(line_formatter(text))
+    if rank:
+        handler.setLevel(logging.WARNING)
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)

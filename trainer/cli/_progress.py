@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+import contextlib
 
-from schemas import printable
-from trainer.metrics import Row
+from schemas import count_of, printable
+from trainer.cli._logging import LogConsole
+from trainer.run.metrics import Row
 
-_console = Console(stderr=True, soft_wrap=True, highlight=False)
+_console = LogConsole()
 
 
 def show_step(row: Row) -> None:
     """Print a metrics row as one line."""
-    _console.print(printable(format_row(row)), markup=False)
+    with contextlib.suppress(OSError):  # a log on a disk that is full, say: the metrics have the row
+        _console.print(printable(format_row(row)), markup=False)
 
 
 def format_row(row: Row) -> str:
@@ -32,7 +34,7 @@ def format_row(row: Row) -> str:
         f"train {_number(row.get('training_seconds'), '.1f')}s",
     ]
     if row.get("set_aside_groups"):
-        parts.append(f"{row['set_aside_groups']} groups set aside")
+        parts.append(f"{count_of(row['set_aside_groups'], 'group')} set aside")
     return "  ".join(parts)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atropos_client.journal import JOURNAL_FILE
+from schemas import count_of
 from trainer.cli._logging import configure_logging
-from trainer.cli._settings import add_settings, read_settings
+from trainer.cli._settings import add_settings, path_argument, read_settings
+from trainer.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from trainer.checkpoints.format import Checkpoint
     from trainer.config import TrainerConfig
-    from trainer.loop import RunSummary
+    from trainer.run.loop import RunSummary
+    from trainer.sources.replay import ReplaySource
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +38,7 @@ class ReplayCommand:
             "--replay.from",
             dest="replay_from",
             metavar="PATH",
-            type=Path,
+            type=path_argument,
             nargs="+",
             required=True,
             help="journal directories, output directories that hold one, or JSONL files of groups or texts",
@@ -60,26 +66,24 @@ class ReplayCommand:
 
     def run(self, args: argparse.Namespace) -> int:
         """Run, and say how it ended."""
+        for word in args.settings:
+            if word.startswith("--replay."):
+                raise ConfigurationError(
+                    f"there is no argument {word}; those of a replay are --replay.from, --replay.order, "
+                    "--replay.partial and --replay.publish"
+                )
         config = read_settings(args)
         configure_logging(config.logging.level)
-        from atropos_client import AtroposClientError
+        summary = replay(
+            config,
+            args.replay_from,
+            order=args.replay_order,
+            train_partial=args.replay_partial == "train",
+            publish=args.replay_publish,
+        )
         from trainer.cli._run import report
-        from trainer.errors import ConfigurationError, TrainerError
 
-        try:
-            summary = replay(
-                config,
-                args.replay_from,
-                order=args.replay_order,
-                train_partial=args.replay_partial == "train",
-                publish=args.replay_publish,
-            )
-        except ConfigurationError:
-            raise
-        except (TrainerError, AtroposClientError) as error:
-            logger.error("The replay failed: %s: %s", type(error).__name__, error)  # noqa: TRY400 - expected
-            return 1
-        return report(summary)
+        return report(summary, config)
 
 
 def replay(
@@ -93,35 +97,53 @@ def replay(
     """Train on recordings.
 
     Without `train.steps` in the configuration, as many steps as there are batches: one pass over all of them.
-    A run that is resumed passes over the batches that its checkpoint counts.
+    A replay that is resumed passes over the batches that its checkpoint counts.
 
     Args:
         config: The configuration.
-        paths: See `trainer.replay`.
+        paths: See `trainer.sources.replay`.
         order: Of journals, "arrival" or "ledger".
         train_partial: Whether to train on a last batch that is not full.
         publish: Whether to publish as configured.
 
     Raises:
         TrainerError: See `trainer.errors`.
-        AtroposClientError: A journal cannot be read.
+        AtroposClientError: A journal cannot be read any further.
     """
     # torch and transformers take seconds to load.
-    from trainer.checkpoint_store import newest_whole_checkpoint
     from trainer.cli._run import train
-    from trainer.replay import ReplaySource
-    from trainer.setup import checkpoint_directory
+    from trainer.sources.replay import ReplaySource
 
-    checkpoint = newest_whole_checkpoint(checkpoint_directory(config))
     source = ReplaySource(
         paths,
         batch_size=config.atropos.batch_size,
         encode=_supervised_encoder(config),
         order=order,
         train_partial=train_partial,
-        skip=checkpoint.state.batches if checkpoint is not None else 0,
     )
-    return train(adapt(config, steps=source.count, publish=publish), source=source)
+    source.require_batches()  # before anything is written
+    return train(
+        adapt(config, steps=source.count, publish=publish), source=source, accept=partial(_go_on, source)
+    )
+
+
+def _go_on(source: ReplaySource, config: TrainerConfig, checkpoint: Checkpoint | None) -> None:
+    """Let the recordings go on from a checkpoint.
+
+    Raises:
+        ConfigurationError: The directory is that of a run on other batches.
+    """
+    from trainer.run.places import journal_directory
+
+    state = checkpoint.state if checkpoint is not None else None
+    recorded = (journal_directory(config) / JOURNAL_FILE).exists()
+    if recorded or (state is not None and state.batches and not state.position):
+        raise ConfigurationError(
+            f"train.output_dir {config.train.output_dir} is that of a run on an Atropos API; choose another: "
+            "a replay needs one of its own"
+        )
+    if state is not None:
+        source.pass_over(state.batches, position=state.position)
 
 
 def adapt(config: TrainerConfig, *, steps: Any, publish: bool) -> TrainerConfig:
@@ -129,7 +151,7 @@ def adapt(config: TrainerConfig, *, steps: Any, publish: bool) -> TrainerConfig:
     changes: dict[str, Any] = {}
     if "steps" not in config.train.model_fields_set:
         count = max(1, steps())
-        logger.info("Replaying %d batches, one step each (train.steps is not set).", count)
+        logger.info("Replaying %s, one step each (train.steps is not set).", count_of(count, "batch"))
         changes["train"] = config.train.model_copy(update={"steps": count})
     if not publish:
         changes["publish"] = config.publish.model_copy(update={"transport": "none"})
@@ -138,17 +160,8 @@ def adapt(config: TrainerConfig, *, steps: Any, publish: bool) -> TrainerConfig:
 
 def _supervised_encoder(config: TrainerConfig) -> Any:
     """Encode texts with the model's tokenizer, which is loaded when the first one comes."""
-    from functools import cache
+    from trainer.model.load import load_policy_tokenizer
+    from trainer.sources.sft_files import encode_supervised
 
-    from transformers import AutoTokenizer
-
-    from trainer.supervised import encode_supervised
-
-    @cache
-    def tokenizer() -> Any:
-        settings = config.model
-        return AutoTokenizer.from_pretrained(
-            settings.tokenizer_path or settings.path, trust_remote_code=settings.trust_remote_code
-        )
-
+    tokenizer = cache(lambda: load_policy_tokenizer(config.model))
     return lambda line: encode_supervised(line, tokenizer())

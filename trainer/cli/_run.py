@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from schemas import count_of
+from trainer.cli._failures import FAILED, how_to_go_on
 from trainer.cli._logging import configure_logging
 from trainer.cli._settings import add_settings, read_settings
-from trainer.cli._signals import ECHO_SECONDS, StopSignals, exit_code
+from trainer.cli._signals import StopSignals, exit_code, is_stop_signal
+from trainer.launch import launched_rank
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
-    from trainer.loop import RunSummary
-    from trainer.sources import BatchSource
-
-logger = logging.getLogger(__name__)
+    from trainer.run.loop import RunSummary
+    from trainer.run.start import Accept
+    from trainer.sources.incoming import BatchSource
 
 
 class RunCommand:
-    """Trains until train.steps, SIGINT or SIGTERM; see `Command`."""
+    """Trains until train.steps or a signal to stop; see `Command`."""
 
     name = "run"
     help = "train against a running Atropos API"
@@ -33,55 +35,68 @@ class RunCommand:
         """Run, and say how it ended."""
         config = read_settings(args)
         configure_logging(config.logging.level)
-        from atropos_client import AtroposClientError
-        from trainer.errors import ConfigurationError, TrainerError
-
-        try:
-            summary = train(config)
-        except ConfigurationError:
-            raise
-        except (TrainerError, AtroposClientError, OSError) as error:  # OSError: a disk that is full, say
-            logger.error("The run failed: %s: %s", type(error).__name__, error)  # noqa: TRY400 - expected
-            return 1
-        return report(summary)
+        return report(train(config), config)
 
 
-def train(config: TrainerConfig, *, source: BatchSource | None = None) -> RunSummary:
+def train(
+    config: TrainerConfig, *, source: BatchSource | None = None, accept: Accept | None = None
+) -> RunSummary:
     """Build a run from its configuration and run it, stopping cleanly at the first signal.
 
     Args:
         config: The configuration.
         source: Where batches come from. None: the configured Atropos API.
+        accept: Whether the batches of `source` go on from a checkpoint. None: from any.
     """
     # torch and transformers take seconds to load.
     from transformers.utils import logging as transformers_logging
 
-    from trainer.assembly import build_trainer
     from trainer.cli._progress import show_step
-    from trainer.watch import Watch
+    from trainer.monitoring import RunMonitor
+    from trainer.run.build import build_trainer
+    from trainer.run.processes import join_run, translated_peer_failures
 
     transformers_logging.disable_progress_bar()
-    with Watch(config) as watch:
+    with (
+        translated_peer_failures(),
+        join_run(config) as joined,
+        RunMonitor(config) as monitor,
+    ):
         on_row = show_step if config.logging.progress else None
-        trainer = build_trainer(config, source=source, on_row=on_row, progress=watch.progress)
+        trainer = build_trainer(
+            config, source=source, accept=accept, joined=joined, on_row=on_row, progress=monitor.progress
+        )
         signals = StopSignals(
             trainer.request_stop,
             nothing_to_save=lambda: trainer.starting,
             grace=config.checkpoint.grace,
-            echo=ECHO_SECONDS if trainer.processes > 1 else 0.0,
         )
         with signals:
             return trainer.run()
 
 
-def report(summary: RunSummary) -> int:
-    """Say how a run ended; returns the exit code."""
-    set_aside = {name: count for name, count in summary.counters.items() if count}
-    sys.stderr.write(
-        f"{'Stopped' if summary.stopped_early else 'Done'} after {summary.step} optimizer steps"
-        f"{f' ({summary.stopped_early})' if summary.stopped_early else ''}.\n"
-        f"  checkpoint   {summary.checkpoint}\n"
-        + (f"  final model  {summary.final_model}\n" if summary.final_model else "")
-        + (f"  counted      {', '.join(f'{k} {v}' for k, v in set_aside.items())}\n" if set_aside else "")
-    )
-    return exit_code(summary.stopped_early) if summary.stopped_early in ("SIGINT", "SIGTERM") else 0
+def report(summary: RunSummary, config: TrainerConfig) -> int:
+    """Say how a run ended and what to do next, on process 0; returns the exit code."""
+    from trainer.run.loop import NO_MORE_BATCHES
+
+    steps, reason = summary.step, summary.stopped_early
+    code = exit_code(reason) if reason is not None and is_stop_signal(reason) else 0
+    if launched_rank() != 0:
+        return code
+    done = count_of(steps, "optimizer step")
+    if reason is None:
+        said = (
+            f"Done after {done}: the model is {summary.final_model} (vllm serve "
+            f"{summary.final_model}); a larger --train.steps trains it further."
+        )
+    elif reason == NO_MORE_BATCHES and not steps:
+        code = FAILED
+        said = "Nothing was trained, because no batch could be used: "
+        said += f"{config.train.output_dir / 'metrics.jsonl'} says of each why."
+    else:
+        said = f"Stopped after {done} ({reason}): {how_to_go_on(config, summary.checkpoint)}"
+        said += f"; with --train.steps {steps} it writes the model." if reason == NO_MORE_BATCHES else "."
+    counted = ", ".join(f"{name} {count}" for name, count in summary.counters.items() if count)
+    with suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(said + "\n" + (f"Counters, as in metrics.jsonl: {counted}.\n" if counted else ""))
+    return code

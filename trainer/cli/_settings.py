@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from trainer.config import ENVIRONMENT_PREFIX, TrainerConfig, config_fields, load_config
+from trainer.config import (
+    ENVIRONMENT_PREFIX,
+    TrainerConfig,
+    expand_home,
+    fields_by_section,
+    load_config,
+    option_fields,
+)
+from trainer.errors import ConfigurationError
+from trainer.extensions import BUILT_IN_ESTIMATORS, BUILT_IN_LOSSES
 
 _EPILOG_START = """\
 Settings come from the command line, environment variables, the file, and defaults, in this order:
@@ -15,23 +25,64 @@ Settings come from the command line, environment variables, the file, and defaul
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Let a command take `--config FILE` and any setting as `--section.key VALUE`."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
+    """Let a command take `--config FILE` and any setting as `--section.key VALUE`.
+
+    Its `--help` lists the settings, those of the loss and the estimator on the command line included.
+    """
+    parser.add_argument("-h", "--help", action=_SettingsHelp, nargs=0, help="show this message and exit")
+    parser.add_argument("--config", type=path_argument, metavar="FILE", help="YAML file with settings")
     parser.set_defaults(settings=[])
     parser.usage = "%(prog)s [--config FILE] [--section.key VALUE ...]"
-    parser.epilog = settings_help()
+
+
+class _SettingsHelp(argparse.Action):
+    """Prints the help of a command that takes settings; made when it is wanted, because it loads torch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        words: Sequence[str] = parser.get_default("words") or ()
+        try:
+            parser.epilog = settings_help(words)
+        except ConfigurationError as error:
+            parser.error(str(error))
+        parser.print_help()
+        parser.exit()
+
+
+def path_argument(text: str) -> Path:
+    """A path as a user writes it; for argparse."""
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def read_settings(args: argparse.Namespace) -> TrainerConfig:
-    """Read the configuration that the arguments of a command describe."""
-    return load_config(args.config, args.settings)
+    """Read the configuration that the arguments of a command describe, and keep it in them."""
+    config = load_config(args.config, args.settings)
+    args.configuration = config
+    return config
 
 
-def settings_help() -> str:
-    """Every setting with type, default and meaning, section by section."""
+def settings_help(words: Sequence[str] = ()) -> str:
+    """Every setting with type, default and meaning, section by section.
+
+    Args:
+        words: The command line; options of the loss and the estimator that it names are listed with ours.
+
+    Raises:
+        ConfigurationError: It names one that cannot be loaded.
+    """
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--loss.name", dest="loss")
+    named.add_argument("--data.advantage_estimator", dest="estimator")
+    found, _ = named.parse_known_args(words)
+    options = option_fields(
+        dict.fromkeys([*BUILT_IN_LOSSES, *([found.loss] if found.loss else [])]),
+        dict.fromkeys([*BUILT_IN_ESTIMATORS, *([found.estimator] if found.estimator else [])]),
+    )
     lines = [_EPILOG_START.format(prefix=ENVIRONMENT_PREFIX)]
-    for section, fields in groupby(config_fields(), key=lambda field: field.name.partition(".")[0]):
-        lines.append(f"{section}: {TrainerConfig.model_fields[section].description}")
+    for section, description, fields in fields_by_section(options):
+        lines.append(f"{section}: {description}")
         for field in fields:
             lines.append(f"  --{field.name} {field.type_name}  (default: {field.default})")
             lines.append(f"      {field.help}")

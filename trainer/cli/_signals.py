@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks the run to end with a checkpoint, the second ends the process at once.
+"""Signals: the first asks the run to end with a checkpoint, the second ends the process at once.
 
 A thread of its own hears of signals through a pipe that the system's signal handler writes to. So it does not
 matter what the main thread does: compute, write, or wait inside C code for something that never comes.
@@ -19,11 +19,16 @@ from typing import Any, Final, Self
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Schedulers send SIGUSR1 before they take the machine away; SIGHUP comes when a terminal is closed."""
 
-ECHO_SECONDS: Final = 1.0
-"""With several processes, a signal so soon after the first is the same one once more: the terminal sends it
-to all, and then the launcher passes it on."""
+_IGNORED_IF_INHERITED: Final = (signal.SIGHUP, signal.SIGUSR1)
+"""Whoever started us may have had them ignored: nohup does. A shell's `&` does so to SIGINT, and means only
+the terminal's."""
+
+_ECHO_SECONDS: Final = 1.0
+"""A signal so soon after the first is the same one once more: `timeout` and supervisors send it to a process
+and to its group, a terminal to a launcher's processes, to which the launcher passes it on."""
 
 _LAST_WORDS_SECONDS: Final = 0.5
 """For the last log line; whoever reads the log, or holds its lock, may be stuck as well."""
@@ -37,7 +42,6 @@ class StopSignals:
         nothing_to_save: Asked once, `grace` seconds after it: whether the run, if it has not ended, may be
             ended from here.
         grace: Seconds.
-        echo: Seconds after the first signal during which further ones count as the first.
     """
 
     def __init__(
@@ -46,12 +50,10 @@ class StopSignals:
         *,
         nothing_to_save: Callable[[], bool],
         grace: float,
-        echo: float = 0.0,
     ) -> None:
         self._request_stop = request_stop
         self._nothing_to_save = nothing_to_save
         self._grace = grace
-        self._echo = echo
         self._handlers: dict[signal.Signals, Any] = {}
         self._wakeup_before = -1
 
@@ -62,7 +64,11 @@ class StopSignals:
         self._thread.start()
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         # Without a handler of Python's, nothing is written to the pipe.
-        self._handlers = {each: signal.signal(each, _leave_it_to_the_thread) for each in _SIGNALS}
+        self._handlers = {
+            each: signal.signal(each, _leave_it_to_the_thread)
+            for each in STOP_SIGNALS
+            if each not in _IGNORED_IF_INHERITED or signal.getsignal(each) != signal.SIG_IGN
+        }
         return self
 
     def __exit__(
@@ -88,7 +94,7 @@ class StopSignals:
             if not received:
                 return
             number = received[0]
-            if number not in _SIGNALS:
+            if number not in STOP_SIGNALS:
                 continue
             if not first:
                 first, asked_at = number, time.monotonic()
@@ -96,13 +102,18 @@ class StopSignals:
                 logger.warning("%s: stopping with a checkpoint; again to stop at once, without one", name)
                 self._request_stop(name)
                 self._reader.settimeout(max(self._grace, 0.1))
-            elif time.monotonic() - asked_at >= self._echo:
+            elif time.monotonic() - asked_at >= _ECHO_SECONDS:
                 _end_at_once(number, "it came again")
 
 
 def exit_code(signal_name: str) -> int:
-    """What a shell reports for a program that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
+    """Exit code that a shell reports for a program that the signal ended: SIGINT 130, SIGTERM 143."""
     return 128 + signal.Signals[signal_name].value
+
+
+def is_stop_signal(name: str) -> bool:
+    """Whether this is the name of a signal that ends a run."""
+    return name in {each.name for each in STOP_SIGNALS}
 
 
 def _end_at_once(number: int, reason: str) -> None:

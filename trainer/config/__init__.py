@@ -1,9 +1,11 @@
 """Configuration of a run: one frozen tree, read once, refused at the start if anything in it is wrong."""
 
-from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
-from trainer.config._fields import ConfigField, config_fields
+from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings, plain_url
+from trainer.config._base import expand_home
+from trainer.config._fields import ConfigField, config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
 from trainer.config._publish import PublishSettings
+from trainer.config._resume import ON_RESUME, OnResume, matching_rows, refuse_changed_settings
 from trainer.config._training import (
     CheckpointSettings,
     LoggingSettings,
@@ -17,6 +19,7 @@ from trainer.config._watch import HealthSettings, WatchdogSettings
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
+    "ON_RESUME",
     "AtroposSettings",
     "CheckpointSettings",
     "ConfigField",
@@ -27,11 +30,18 @@ __all__ = [
     "LoraSettings",
     "LossSettings",
     "ModelSettings",
+    "OnResume",
     "OptimizerSettings",
     "PublishSettings",
     "TrainSettings",
     "TrainerConfig",
     "WatchdogSettings",
     "config_fields",
+    "expand_home",
+    "fields_by_section",
     "load_config",
+    "matching_rows",
+    "option_fields",
+    "plain_url",
+    "refuse_changed_settings",
 ]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
-from itertools import groupby
 
-from trainer.config import ENVIRONMENT_PREFIX, TrainerConfig, config_fields
+from trainer.config import (
+    ENVIRONMENT_PREFIX,
+    ON_RESUME,
+    OnResume,
+    fields_by_section,
+    option_fields,
+)
 
 
 def configuration_page() -> str:
@@ -15,16 +20,21 @@ def configuration_page() -> str:
         "",
         (
             f"Command line `--train.steps 20`, environment `{ENVIRONMENT_PREFIX}TRAIN__STEPS=20`, file "
-            "`train: {steps: 20}`; the first of them that names a setting wins. Written by "
-            "`python -m trainer.config`."
+            "`train: {steps: 20}`; the first of them that names a setting wins. A value is read as it is "
+            "written: in the file, too, `no` is a word and 0123 no number. Lists may be written with commas, "
+            "and `~` is the home directory. Written by `python -m trainer.config`."
         ),
     ]
-    for section, fields in groupby(config_fields(), key=lambda field: field.name.partition(".")[0]):
-        lines += ["", f"## {section}", "", f"{TrainerConfig.model_fields[section].description}", ""]
+    for section, description, fields in fields_by_section(option_fields()):
+        lines += ["", f"## {section}", "", description, ""]
         lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
         for field in fields:
             kind = field.type_name.replace("|", " \\| ")
             lines.append(f"| `{field.name}` | {kind} | `{field.default}` | {field.help} |")
+    lines += ["", "## On resume", "", "What happens to a setting that differs from the checkpoint's:", ""]
+    for kind_of_change in OnResume:
+        names = [f"`{row}`" for row, found in ON_RESUME.items() if found is kind_of_change]
+        lines.append(f"- {kind_of_change.value}: {', '.join(names)}")
     return "\n".join(lines) + "\n"
 
 

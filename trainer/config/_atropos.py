@@ -1,14 +1,38 @@
-"""Where rollouts come from and what is made of them: sections `atropos`, `journal`, `data`, `loss`."""
+"""The way of the data up to the loss: sections `atropos`, `journal`, `data`, `loss`."""
 
 from __future__ import annotations
 
+import logging
+import ssl
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
+import httpx
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from trainer.config._base import Section
+from trainer.config._base import CommaPair, Section
+from trainer.extensions import (
+    BUILT_IN_ESTIMATORS,
+    BUILT_IN_LOSSES,
+    AdvantageEstimator,
+    BoundEstimator,
+    BoundLoss,
+    Loss,
+)
+
+logger = logging.getLogger(__name__)
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
@@ -20,13 +44,24 @@ def require_http_url(url: str) -> str:
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError("it is not a URL; it must start with http:// or https://")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # which repeats it
+        has_host = False
+    if not has_host:
+        raise ValueError("it names no host, or a port that is none (1 to 65535)")
     # A password in a URL ends in logs, checkpoints and experiment trackers.
     if "@" in parts.netloc:
         raise ValueError("a URL must not hold a user or a password; use the settings token or headers")
     if parts.query or parts.fragment:
         raise ValueError("a base URL must not have a query or a fragment")
     return url.rstrip("/")
+
+
+def plain_url(url: str) -> str:
+    """Return a URL as messages show it and as servers are told apart: normalized, without credentials."""
+    return str(httpx.URL(url).copy_with(username=None, password=None)).rstrip("/")
 
 
 def _require_header_value(secret: SecretStr) -> SecretStr:
@@ -49,6 +84,9 @@ class AtroposSettings(Section):
     """Sequences in one batch; registered with the API. Every group size must divide it."""
     max_token_length: int = Field(default=2048, gt=1)
     """Longest sequence, in tokens, that environments may send; registered with the API."""
+    environment_checkpoint_dir: Path | None = None
+    """Directory in which environments keep checkpoints of their own, every checkpoint.every batches;
+    registered with the API as an absolute path. None: they keep none."""
     prefetch: int = Field(default=1, ge=0)
     """Batches held beyond the one in training. 0: fetch only when the trainer waits. More hides latency and
     costs staleness."""
@@ -73,36 +111,68 @@ class AtroposSettings(Section):
 
     check_url = field_validator("url")(require_http_url)
 
+    @field_validator("ca_file")
+    @classmethod
+    def _can_be_trusted(cls, path: Path | None) -> Path | None:
+        try:
+            ssl.create_default_context(cafile=path)
+        except OSError as error:  # an SSLError as well
+            raise ValueError(f"no certificate authorities can be read from it: {error.strerror}") from error
+        return path
+
 
 class JournalSettings(Section):
     """Every batch on the disk, in <output_dir>/journal, before anything is done with it."""
 
+    accept_loss: bool = False
+    """For one start: go on although the journal is missing or lacks what was written to it, without the
+    batches that were only there."""
     enabled: bool = True
-    """Fetch in a process of its own and record. false: in memory only, a crash costs the batches there."""
+    """Keep fetched batches in the run's directory. false: in a temporary one, a crash costs what is there."""
     max_bytes: int = Field(default=64 << 30, ge=64 << 20)
     """Most bytes that it may take on the disk; the run stops before a batch that may not fit."""
     min_free_bytes: int = Field(default=512 << 20, ge=0)
     """Bytes that stay free on its file system, for checkpoints; the run stops before the next batch."""
     prune: bool = True
     """Delete bodies that no kept checkpoint needs. false: keep all, to replay the run from its beginning."""
-    farewell: PositiveSeconds = 60.0
+    shutdown_timeout: PositiveSeconds = 60.0
     """Seconds that a poll under way may still take when the trainer stops or was killed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_old_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "farewell" not in values:
+            return values
+        logger.warning(
+            "journal.farewell is journal.shutdown_timeout now; the next version refuses the old name"
+        )
+        values = dict(values)
+        old = values.pop("farewell")
+        return {"shutdown_timeout": old, **values}
 
 
 class DataSettings(Section):
     """From scored groups to micro-batches."""
 
-    advantage_estimator: Literal["group_norm", "group_center", "leave_one_out", "raw"] = "group_norm"
-    """How scores become advantages where a group carries no token-level advantages: (score - mean) /
-    standard deviation (GRPO), score - mean (Dr. GRPO), score - mean of the others (RLOO), or the score."""
+    advantage_estimator: str = "group_norm"
+    """How scores become advantages where a group carries no token-level advantages. group_norm: (score -
+    mean) / standard deviation (GRPO). group_center: score - mean (Dr. GRPO). leave_one_out: score - mean of
+    the others (RLOO). raw: the score. Or your own, as module:function; see docs/extending.md."""
+    advantage_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """Options of an estimator of your own, by name."""
     advantage_normalization: Literal["none", "batch", "global"] = "none"
     """Divide by the standard deviation over the trained tokens of the step (batch) or of the run so far
     (global). Never shifts: a zero stays zero."""
-    advantage_clip: tuple[float, float] | None = None
+    advantage_clip: CommaPair[float] | None = None
     """Lowest and highest advantage after normalization. None: no clipping."""
     advantage_limit: float | None = Field(default=1e6, gt=0)
     """Groups with an advantage of a larger magnitude at a trained token, before normalization, are set aside:
     one of them would decide the whole step, and under global normalization every later one. None: any."""
+    sampling_temperature: float = Field(default=1.0, ge=0.01, le=100)
+    """Temperature that environments sample at, for groups that do not say it (few do). Losses with an
+    importance ratio divide logits by it."""
+    sampling_temperature_of: dict[int, Annotated[float, Field(ge=0.01, le=100)]] = Field(default_factory=dict)
+    """The same for single environments, by the number that the API gave them: 0 for the first to register."""
     packing: Literal["auto", "prefix_tree", "plain", "padded"] = "auto"
     """How sequences share a micro-batch. prefix_tree: no padding, tokens that sequences of a group share
     at their start are computed once. plain: no padding, sequences one after another. padded: one row a
@@ -111,6 +181,29 @@ class DataSettings(Section):
     """Most tokens computed in one forward and backward pass; memory grows with it, results do not change."""
     max_sequence_length: int | None = Field(default=None, gt=1)
     """Longest sequence to train on, in tokens; longer ones are set aside. None: the model's context."""
+
+    @field_validator("advantage_estimator")
+    @classmethod
+    def _is_an_estimator(cls, name: str) -> str:
+        if name not in BUILT_IN_ESTIMATORS:
+            AdvantageEstimator.find(name)
+        return name
+
+    @field_validator("advantage_options")
+    @classmethod
+    def _are_those_of_the_estimator(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("advantage_estimator")  # None if that is wrong itself
+        if name is None or (name in BUILT_IN_ESTIMATORS and not given):
+            return given
+        estimator: AdvantageEstimator[Any] = AdvantageEstimator.find(name)
+        options: dict[str, Any] = estimator.read_options(given).model_dump()
+        return options
+
+    @cached_property
+    def bound_estimator(self) -> BoundEstimator:
+        """The estimator with its options."""
+        estimator: AdvantageEstimator[Any] = AdvantageEstimator.find(self.advantage_estimator)
+        return estimator.bind(estimator.read_options(self.advantage_options))
 
     @model_validator(mode="after")
     def _clip_is_ordered(self) -> Self:
@@ -124,35 +217,57 @@ class DataSettings(Section):
 
 
 class LossSettings(Section):
-    """The objective."""
+    """The objective; the options of the chosen loss stand here too."""
 
-    name: Literal["weighted_sft", "policy_gradient", "ppo_clip"] = "weighted_sft"
+    model_config = ConfigDict(extra="allow")  # its options, which are checked below
+
+    name: str = "weighted_sft"
     """weighted_sft: cross-entropy times advantage. policy_gradient: the same with a truncated importance
-    ratio between trainer and sampler. ppo_clip: the clipped surrogate of PPO."""
+    ratio between trainer and sampler. ppo_clip: the clipped surrogate of PPO. Or your own, as
+    module:function; see docs/extending.md."""
     reduction: Literal["token", "sequence", "constant"] = "token"
-    """What the step's sum is divided by. token: the step's trained tokens. sequence: each sequence by its
-    own trained tokens, then by the number of sequences (GRPO). constant: sequences x constant_length
-    (Dr. GRPO)."""
+    """Denominator of the step's loss. token: the step's trained tokens. sequence: each sequence's own trained
+    tokens, then the number of sequences (GRPO). constant: sequences x constant_length (Dr. GRPO)."""
     constant_length: int = Field(default=1024, gt=0)
     """Tokens a sequence counts for with reduction = constant."""
-    ratio_cap: float = Field(default=2.0, gt=0)
-    """policy_gradient: largest importance ratio; larger ones are truncated to it."""
-    epsilon_low: float = Field(default=0.2, gt=0, lt=1)
-    """ppo_clip: the ratio is clipped from below at 1 - epsilon_low."""
-    epsilon_high: float = Field(default=0.2, gt=0)
-    """ppo_clip: the ratio is clipped from above at 1 + epsilon_high."""
-    kl_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the KL penalty towards the groups' ref_logprobs (k3 estimator). 0: none."""
     apply_temperature: bool | None = None
-    """Divide logits by the sampling temperature before taking log-probs. None: yes for the losses with an
-    importance ratio, no for weighted_sft."""
+    """Divide logits by the sampling temperature before taking log-probs. None: yes for the losses that use
+    the sampler's log-probs, no for the others."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_loss(cls, name: str) -> str:
+        if name not in BUILT_IN_LOSSES:
+            Loss.find(name)
+        return name
+
+    @model_validator(mode="after")
+    def _options_are_those_of_the_loss(self) -> Self:
+        given = self.__pydantic_extra__
+        if given:  # without any, torch need not be loaded to read a configuration
+            loss: Loss[Any] = Loss.find(self.name)
+            options = loss.read_options(given, also=type(self).model_fields)
+            given.update(options.model_dump(include=set(given)))
+        return self
+
+    @model_serializer(mode="wrap")
+    def _with_every_option(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Options that were not given too: a checkpoint is compared with them."""
+        given: dict[str, Any] = dump(self)
+        return self.bound.options.model_dump() | given
+
+    @cached_property
+    def bound(self) -> BoundLoss:
+        """The loss with its options."""
+        loss: Loss[Any] = Loss.find(self.name)
+        return loss.bind(loss.read_options(self.__pydantic_extra__ or {}))
 
     @property
     def needs_inference_logprobs(self) -> bool:
-        """Whether the loss compares the trainer's log-probs with the sampler's."""
-        return self.name != "weighted_sft"
+        """True if the loss uses the sampler's log-probs."""
+        return self.bound.needs_inference_logprobs
 
     @property
     def uses_temperature(self) -> bool:
-        """Whether logits are divided by the sampling temperature."""
+        """True if logits are divided by the sampling temperature."""
         return self.needs_inference_logprobs if self.apply_temperature is None else self.apply_temperature

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from trainer.config._tree import TrainerConfig
+from trainer.extensions import BUILT_IN_ESTIMATORS, BUILT_IN_LOSSES, AdvantageEstimator, Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,12 @@ class ConfigField:
     default: str
     """Default as it would be written in YAML; `required` where there is none."""
     help: str
-    """What it means, with unit and special values."""
+    """Its meaning, with unit and special values."""
+
+    @property
+    def section(self) -> str:
+        """The first part of its name."""
+        return self.name.partition(".")[0]
 
 
 def config_fields(model: type[BaseModel] = TrainerConfig, prefix: str = "") -> Iterator[ConfigField]:
@@ -41,6 +47,30 @@ def config_fields(model: type[BaseModel] = TrainerConfig, prefix: str = "") -> I
                 default=_default_text(info),
                 help=" ".join((info.description or "").split()),
             )
+
+
+def fields_by_section(options: Iterable[ConfigField]) -> Iterator[tuple[str, str, list[ConfigField]]]:
+    """Yield each section with its description and settings, the `options` that stand there last."""
+    of_section: dict[str, list[ConfigField]] = {}
+    for field in (*config_fields(), *options):
+        of_section.setdefault(field.section, []).append(field)
+    for section, fields in of_section.items():
+        yield section, TrainerConfig.model_fields[section].description or "", fields
+
+
+def option_fields(
+    losses: Iterable[str] = BUILT_IN_LOSSES, estimators: Iterable[str] = BUILT_IN_ESTIMATORS
+) -> list[ConfigField]:
+    """Return the options of losses and advantage estimators, each with those that have it; loads torch."""
+    having: dict[ConfigField, list[str]] = {}
+    for kind, prefix, names in (
+        (Loss, "loss.", losses),
+        (AdvantageEstimator, "data.advantage_options.", estimators),
+    ):
+        for name in names:
+            for field in config_fields(kind.find(name).options, prefix):
+                having.setdefault(field, []).append(name)
+    return [replace(field, help=f"{', '.join(names)}: {field.help}") for field, names in having.items()]
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -1,4 +1,4 @@
-"""Reading the configuration: command line > environment variables > YAML file > defaults.
+"""Reads the configuration: command line > environment variables > YAML file > defaults.
 
 A setting has the same dotted name everywhere: `train.steps` is `steps:` below `train:` in the file,
 `ATROPOS_TRAINER_TRAIN__STEPS` in the environment, and `--train.steps 20` on the command line.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,62 @@ def load_config(
         ConfigurationError: The file cannot be read, or a key or value is wrong. The message lists every
             wrong field and what is allowed there.
     """
+    variables = _variables(os.environ if environment is None else environment)
     merged: Tree = _read_yaml(path) if path is not None else {}
-    _merge(merged, _from_environment(os.environ if environment is None else environment))
-    _merge(merged, _from_command_line(overrides))
+    _merge(merged, _from_environment(variables))
+    last = _from_command_line(overrides)
+    _merge(merged, last)
     merged.setdefault("model", {})  # so that a complaint names model.path, the one required setting
     try:
-        return TrainerConfig.model_validate(merged)
+        config = TrainerConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigurationError(_describe(error)) from error
+        raise ConfigurationError(_describe(error, variables, last)) from error
+    known = {field.name for field in config_fields()}
+    for name in config.train.resume_changes:
+        if name not in known and not name.startswith("loss."):  # a loss has options of its own
+            raise ConfigurationError(
+                f"train.resume_changes names {name!r}: there is no such setting{_hint(name)}"
+            )
+    return config
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Reads scalars as the text that is written, for a field's own type to read; refuses repeated keys.
+
+    YAML 1.1 would make false of `no`, 83 of a token 0123, and of a section written twice its second half.
+    """
+
+    # Left are null and the merge key.
+    yaml_implicit_resolvers = {  # noqa: RUF012 - declared by the base class
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping whose keys differ."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {key.value!r} is written twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML as the configuration means it; see `_TextLoader`.
+
+    Raises:
+        yaml.YAMLError: It is not valid, or a mapping has a key twice.
+    """
+    loader = _TextLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _read_yaml(path: Path) -> Tree:
@@ -66,7 +114,7 @@ def _read_yaml(path: Path) -> Tree:
             raise ConfigurationError(
                 f"{path} has more than {_LARGEST_FILE} bytes: it is no configuration file"
             )
-        loaded = yaml.safe_load(text.decode("utf-8"))
+        loaded = read_yaml(text.decode("utf-8"))
     except RecursionError as error:
         raise ConfigurationError(f"{path} is nested too deeply to be a configuration file") from error
     except OSError as error:
@@ -92,12 +140,34 @@ def _where(error: Exception) -> str:
     return f": {error.problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
-def _from_environment(environment: Mapping[str, str]) -> Tree:
-    tree: Tree = {}
+def _variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables that name a setting, or try to, with their values.
+
+    Others may begin like ours: Kubernetes sets PORT=tcp://..., SERVICE_HOST and more with the name of each
+    service before them.
+    """
+    meant = {field.name.replace(".", "_"): field.name for field in config_fields()}
+    found = {}
     for name, text in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX):
-            keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split(_NESTING)
-            _set(tree, keys, text, source=f"environment variable {name}")
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if key == name.lower():
+            continue
+        if key in meant and "://" not in text:
+            right = ENVIRONMENT_PREFIX + meant[key].replace(".", _NESTING).upper()
+            raise ConfigurationError(f"environment variable {name}: there is no such setting; use {right}")
+        if _NESTING in key or key in TrainerConfig.model_fields:
+            found[name] = text
+    return found
+
+
+def _keys(variable: str) -> list[str]:
+    return variable.removeprefix(ENVIRONMENT_PREFIX).lower().split(_NESTING)
+
+
+def _from_environment(variables: Mapping[str, str]) -> Tree:
+    tree: Tree = {}
+    for name, text in variables.items():
+        _set(tree, _keys(name), text, source=f"environment variable {name}")
     return tree
 
 
@@ -136,7 +206,7 @@ def _parse_value(text: str, *, source: str) -> Any:
         return None
     if text.lstrip().startswith(("[", "{")):
         try:
-            return yaml.safe_load(text)
+            return read_yaml(text)
         except (yaml.YAMLError, RecursionError):
             # Neither the text nor the parser's complaint, which quotes it: it may hold a header's secret.
             raise ConfigurationError(f"{source} is not a valid list or mapping") from None
@@ -152,27 +222,49 @@ def _merge(lower: Tree, higher: Tree) -> None:
             lower[key] = value
 
 
-def _describe(error: ValidationError) -> str:
+def _describe(error: ValidationError, variables: Iterable[str], last: Tree) -> str:
     lines = ["the configuration is wrong:"]
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"])
+        where = (name or "settings together") + _source(problem["loc"], variables, last)
         if problem["type"] == "extra_forbidden":
-            lines.append(f"  {name}: there is no such setting{_hint(name)}")
+            lines.append(f"  {where}: there is no such setting{_hint(name)}")
         elif problem["type"] == "missing":
-            lines.append(f"  {name}: required, but not given (--{name} VALUE)")
+            lines.append(f"  {where}: required, but not given (--{name} VALUE)")
+        elif problem["type"] in ("model_type", "dict_type"):
+            lines.append(f"  {where}: it must hold settings below it{_found(name, problem)}")
         else:
-            lines.append(f"  {name}: {problem['msg'].removeprefix('Value error, ')}{_found(name, problem)}")
+            lines.append(f"  {where}: {problem['msg'].removeprefix('Value error, ')}{_found(name, problem)}")
     lines.append("`atropos-train run --help` lists every setting.")
     return "\n".join(lines)
 
 
+def _source(location: tuple[int | str, ...], variables: Iterable[str], last: Tree) -> str:
+    """The environment variable that what is wrong came from; nothing if it came from elsewhere.
+
+    `last`: what the command line says, which replaces what a variable says.
+    """
+    given: Any = last
+    for part in location:
+        given = given.get(part) if isinstance(given, dict) else None
+    if given is not None:
+        return ""
+    for variable in variables:
+        pairs = zip(location, _keys(variable), strict=False)
+        if location and all(str(part) == key for part, key in pairs):
+            return f" (environment variable {variable})"
+    return ""
+
+
 def _found(name: str, problem: ErrorDetails) -> str:
-    """What was found in place of a value; nothing where it may be secret.
+    """Quote what was found in place of a value; nothing where it may be secret.
 
     Bounded in depth and length: a few lines of YAML with aliases stand for more text than any memory holds.
     """
-    words = ("token", "header", "url", "servers")  # a URL may hold a password
-    return "" if any(word in name for word in words) else f" (found {_SHORT.repr(problem['input'])})"
+    found = problem["input"]
+    # A URL may hold a password, and a section a token.
+    secret = any(word in name for word in ("token", "header", "url", "servers")) or isinstance(found, dict)
+    return "" if secret else f" (found {_SHORT.repr(found)})"
 
 
 def _hint(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How new weights reach the inference servers: section `publish`."""
+"""Settings of the way of new weights to the inference servers: section `publish`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class PublishSettings(Section):
     transport: Literal["none", "disk", "lora", "nccl", "ipc"] = "none"
     """none: train only. disk: write a checkpoint directory that the servers reload; they must see the
     same path. lora: write only the adapter (model.lora), which the servers load under a fresh name. nccl:
-    send the weights over the GPUs' network. ipc: hand them over inside one GPU (vLLM only)."""
+    send the weights over the GPUs' network (vLLM only). ipc: hand them over inside one GPU (vLLM only)."""
     engine: Literal["vllm", "sglang"] = "vllm"
-    """The inference servers' engine."""
+    """The inference servers' engine. sglang: over `disk`, also for merged adapters; not yet run against a
+    real SGLang."""
     servers: CommaList[str] = Field(default_factory=list)
     """Base URLs of the inference servers that the environments sample from."""
     every: int = Field(default=1, gt=0)
@@ -33,8 +34,8 @@ class PublishSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the published weights. auto: the type in which the base checkpoint is stored."""
     pause_mode: Literal["keep", "wait", "abort"] = "keep"
-    """What happens to requests in flight: they wait and go on with the new weights, the pause waits for
-    them to end, or they are cut off."""
+    """Requests in flight. keep: freeze, go on with the new weights. wait: drain before the pause. abort:
+    cancel."""
     overlap: bool = True
     """Write, load and verify a version in the background while the next step trains, where the transport can
     (disk, lora). Off: the next step waits until the version is proven."""
@@ -91,8 +92,8 @@ class PublishSettings(Section):
                 f"publish.transport is {self.transport!r} but publish.servers is empty; "
                 "name the inference servers, or set publish.transport to 'none'"
             )
-        if self.engine == "sglang" and self.transport == "ipc":
+        if self.engine == "sglang" and self.transport in ("nccl", "ipc"):
             raise ValueError(
-                "publish.transport 'ipc' is vLLM's; with publish.engine 'sglang' use 'nccl' or 'disk'"
+                f"publish.transport {self.transport!r} is for vLLM; with publish.engine 'sglang' use 'disk'"
             )
         return self

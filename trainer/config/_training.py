@@ -1,4 +1,4 @@
-"""What is trained and how: sections `model`, `optimizer`, `train`, `checkpoint` and `logging`."""
+"""Settings of training: sections `model`, `optimizer`, `train`, `checkpoint` and `logging`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from trainer.config._base import CommaList, Section
+from trainer.config._base import CommaList, PathOrHubId, Section
 
 
 class LoraSettings(Section):
@@ -19,16 +19,16 @@ class LoraSettings(Section):
     """Adapters are scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapters' input."""
-    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: Literal["all-linear"] | CommaList[str] = Field("all-linear", union_mode="left_to_right")
     """Names of the modules that get an adapter."""
 
 
 class ModelSettings(Section):
     """The causal language model."""
 
-    path: str
+    path: PathOrHubId
     """Directory of a Hugging Face checkpoint (safetensors), or a hub id."""
-    tokenizer_path: str | None = None
+    tokenizer_path: PathOrHubId | None = None
     """Where the tokenizer lies. None: beside the model."""
     attention: str = "auto"
     """Attention implementation. tiled: computes only what a token can see, on any device. flex: the same by
@@ -37,6 +37,9 @@ class ModelSettings(Section):
     head: Literal["auto", "tiled", "logits"] = "auto"
     """Where log-probs come from. tiled: hidden states, in tiles, so that a micro-batch's logits never exist.
     logits: the model's own, in much more memory. auto: tiled where that gives the same log-probs at start."""
+    dropout: Literal["none", "keep"] = "none"
+    """Dropout that the model's configuration asks for. none: off, so that the trainer's log-probs are those
+    of the model that was sampled. keep: as configured. Adapters drop by model.lora.dropout either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
@@ -79,6 +82,9 @@ class TrainSettings(Section):
     """Where checkpoints, metrics, published and final weights go."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in output_dir if there is one. never: refuse to start there."""
+    resume_changes: CommaList[str] = Field(default_factory=list)
+    """Settings that may differ from the checkpoint's, by name, e.g. optimizer.learning_rate. Without it a run
+    that would go on with another mathematics is refused."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Autocast type; master weights stay float32. auto: bf16 where the hardware computes it natively."""
     device: Literal["auto", "cpu"] = "auto"
@@ -105,7 +111,7 @@ class TrainSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """What a run can go on from."""
+    """Checkpoints, which a run resumes from."""
 
     every: int = Field(default=50, gt=0)
     """Optimizer steps between two checkpoints; one more is written at the end and on Ctrl-C."""
@@ -115,8 +121,8 @@ class CheckpointSettings(Section):
     """Checkpoints of steps that are multiples of it are never deleted; a multiple of checkpoint.every.
     None: only the newest stay."""
     grace: float = Field(default=10.0, ge=0)
-    """Seconds that a step under way may still take after Ctrl-C or SIGTERM. Then it is given up between two
-    micro-batches, and its batch is not counted as trained. With several processes it is always finished."""
+    """Seconds that a step under way may still take after a signal to stop. Then it is given up between two
+    micro-batches, and its batch is not counted as trained."""
 
     @model_validator(mode="after")
     def _kept_ones_are_written(self) -> Self:
@@ -129,7 +135,7 @@ class CheckpointSettings(Section):
 
 
 class LoggingSettings(Section):
-    """What is written down beside metrics.jsonl, which always is."""
+    """Log lines, and trackers beside metrics.jsonl, which is always written."""
 
     level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Lowest level of log lines shown."""

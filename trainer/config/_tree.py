@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -39,13 +40,13 @@ class TrainerConfig(Section):
     publish: PublishSettings = Field(default_factory=PublishSettings)
     """Publishing weights and proving that they are served."""
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
-    """What a run can go on from."""
+    """Checkpoints, which a run resumes from."""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
-    """What is written down beside metrics.jsonl."""
+    """Log lines, and trackers beside metrics.jsonl."""
     watchdog: WatchdogSettings = Field(default_factory=WatchdogSettings)
-    """What ends a run that is stuck: a deadline for each phase of the training thread."""
+    """Ends a run that is stuck: a deadline for each phase of the training thread."""
     health: HealthSettings = Field(default_factory=HealthSettings)
-    """What tells an orchestrator how the run is."""
+    """Reports the state of the run to an orchestrator."""
 
     @model_validator(mode="after")
     def _adapters_are_trained(self) -> Self:
@@ -55,3 +56,19 @@ class TrainerConfig(Section):
                 "set model.lora.rank, or set publish.transport to 'disk'"
             )
         return self
+
+    @model_validator(mode="after")
+    def _packages_are_installed(self) -> Self:
+        wanted = {"peft": "model.lora"} if self.model.lora is not None else {}
+        wanted |= {"prometheus_client": "health.prometheus"} if self.health.prometheus else {}
+        wanted |= dict.fromkeys(self.logging.trackers, "logging.trackers")
+        for package, setting in wanted.items():
+            if not _is_installed(package):
+                raise ValueError(f"{setting} needs the package {package}: pip install {package}")
+        return self
+
+
+def _is_installed(package: str) -> bool:
+    """True if it can be imported; a mere directory of its name, such as wandb leaves, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None

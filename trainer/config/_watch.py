@@ -1,4 +1,4 @@
-"""Whether the run still gets on: sections `watchdog` and `health`."""
+"""Watchdog and health: sections `watchdog` and `health`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from trainer.config._base import Section
 
 
 class WatchdogSettings(Section):
-    """What ends a run that is stuck: a deadline for each phase of the training thread."""
+    """Ends a run that is stuck: a deadline for each phase of the training thread."""
 
     enabled: bool = True
     """Watch the phases. A phase that outlasts its deadline has the stacks of all threads written to standard
     error and to <output_dir>/stacks.txt, and the process ends with exit code 75."""
     starting_timeout: PositiveSeconds | None = None
     """Seconds for loading the model and finding the Atropos API. None: an hour, `atropos.ready_timeout` and
-    `journal.farewell`."""
+    `journal.shutdown_timeout`."""
     waiting_timeout: PositiveSeconds | None = None
     """Seconds for waiting for a batch, which `atropos.batch_timeout` ends by itself. None: ten minutes more
     than that."""
@@ -42,7 +42,7 @@ class WatchdogSettings(Section):
 
 
 class HealthSettings(Section):
-    """What tells an orchestrator how the run is."""
+    """Reports the state of the run to an orchestrator."""
 
     port: int | None = Field(default=None, ge=0, le=65535)
     """TCP port of `GET /health`. 0: any free one, which the log and health.json name. None: no server."""

@@ -8,7 +8,8 @@ other processes, or logs.
 
     log-probs, advantages, mask ─> LossInputs ─> weighted_sft | policy_gradient | ppo_clip ─> (loss, sums)
 
-Every definition, with a worked example, is in ``docs/losses.md``.
+Each is a :class:`trainer.extensions.Loss`, as a user's own is. Every definition, with a worked example, is in
+``docs/losses.md``.
 """
 
 from __future__ import annotations
@@ -16,21 +17,17 @@ from __future__ import annotations
 from trainer.losses._inputs import LossInputs
 from trainer.losses._policy_gradient import policy_gradient
 from trainer.losses._ppo_clip import ppo_clip
-from trainer.losses._resolve import LOSS_NAMES, LossName, ResolvedLoss, resolve_loss
-from trainer.losses._selected_logprobs import selected_logprobs
-from trainer.losses._terms import k3, log_ratio
+from trainer.losses._terms import KlOptions, k3, log_ratio, policy_metrics, reference_kl
 from trainer.losses._weighted_sft import weighted_sft
 
 __all__ = [
-    "LOSS_NAMES",
+    "KlOptions",
     "LossInputs",
-    "LossName",
-    "ResolvedLoss",
     "k3",
     "log_ratio",
     "policy_gradient",
+    "policy_metrics",
     "ppo_clip",
-    "resolve_loss",
-    "selected_logprobs",
+    "reference_kl",
     "weighted_sft",
 ]

@@ -1,4 +1,4 @@
-"""What every loss function takes, and the one place where masking and reduction happen."""
+"""Inputs of every loss function, and the one place where masking and reduction happen."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ class LossInputs:
             trained tokens of the *whole* optimizer step, so that the losses of its micro-batches add up to
             the loss of the step; or a tensor that broadcasts to the shape, for reductions per sequence. None:
             this call's own ``loss_mask.sum() + 1e-8``.
+        sequence_index: Which sequence each token belongs to, int64 from 0; a sequence is never split over
+            two calls. None: each row of ``[B, T]`` is one.
+        sequence_count: How many sequences there are; given together with ``sequence_index``.
 
     Raises:
         ShapeMismatchError: if the tensors do not share one shape.
@@ -53,6 +56,8 @@ class LossInputs:
     inference_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     denominator: float | Tensor | None = None
+    sequence_index: Tensor | None = None
+    sequence_count: int | None = None
 
     def __post_init__(self) -> None:
         self._refuse_unequal_shapes()
@@ -98,6 +103,41 @@ class LossInputs:
         """Sum of ``per_token`` times the mask over the trained tokens, 0-dim."""
         return (self.at_trained_tokens(per_token) * self.mask).sum()
 
+    def sequence_sum(self, per_token: Tensor) -> Tensor:
+        """Give each token the sum of ``per_token`` over the trained tokens of its own sequence; same shape.
+
+        The mask selects here, it does not weigh: a sum over log-probs is the log-prob of the whole sequence.
+
+        Raises:
+            DataError: if tokens are packed in one row and ``sequence_index`` is None.
+        """
+        index, count = self._sequences  # [N], N tokens of any shape
+        values = self.at_trained_tokens(per_token)
+        sums = values.new_zeros(count).index_add(0, index, values.flatten())
+        return sums.index_select(0, index).view_as(values)
+
+    def sequence_mean(self, per_token: Tensor) -> Tensor:
+        """Give each token the mean of ``per_token`` over the trained tokens of its own sequence; same shape.
+
+        0 where a sequence has no trained token.
+
+        Raises:
+            DataError: if tokens are packed in one row and ``sequence_index`` is None.
+        """
+        return self.sequence_sum(per_token) / self.sequence_sum(self.trained).clamp(min=1)
+
+    @cached_property
+    def _sequences(self) -> tuple[Tensor, int]:
+        if self.sequence_index is not None and self.sequence_count is not None:
+            return self.sequence_index.flatten(), self.sequence_count
+        if self.logprobs.ndim != 2:
+            raise DataError(
+                f"logprobs of shape {list(self.logprobs.shape)} do not say which token belongs to which "
+                "sequence; pass sequence_index and sequence_count"
+            )
+        rows, columns = self.logprobs.shape
+        return torch.arange(rows, device=self.logprobs.device).repeat_interleave(columns), rows
+
     def reduce(self, per_token: Tensor) -> Tensor:
         """``sum(per_token * mask) / denominator``, 0-dim."""
         if self.denominator is None:
@@ -115,6 +155,7 @@ class LossInputs:
             "loss_mask": self.loss_mask,
             "inference_logprobs": self.inference_logprobs,
             "ref_logprobs": self.ref_logprobs,
+            "sequence_index": self.sequence_index,
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
         if len(set(shapes.values())) > 1:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._options import check_options
-from trainer.losses._terms import LogMetrics, log_ratio, policy_metrics, reference_kl
+from trainer.losses._terms import KlOptions, LogMetrics, log_ratio, policy_metrics, reference_kl
 
 
-def policy_gradient(
-    inputs: LossInputs, *, ratio_cap: float = 2.0, kl_coefficient: float = 0.0
-) -> tuple[Tensor, LogMetrics]:
+class PolicyGradientOptions(KlOptions):
+    """Options of `policy_gradient`."""
+
+    ratio_cap: float = Field(default=2.0, gt=0)
+    """Largest importance ratio; larger ones are truncated to it. 2 lets it at most double a token's say."""
+
+
+@loss(
+    PolicyGradientOptions,
+    needs_inference_logprobs=True,
+    needs_ref_logprobs=KlOptions.has_penalty,
+)
+def policy_gradient(inputs: LossInputs, options: PolicyGradientOptions) -> tuple[Tensor, LogMetrics]:
     """REINFORCE, corrected per token for what the sampler's policy was (truncated importance sampling).
 
     ``loss = sum_t mask_t * (-w_t * advantage_t * logprob_t [+ kl_coefficient * k3_t]) / denominator`` with
@@ -24,8 +35,7 @@ def policy_gradient(
 
     Args:
         inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
-        ratio_cap: The largest importance weight, > 0; 2 lets a weight at most double a token's say.
-        kl_coefficient: Weight of the k3 penalty towards ``ref_logprobs``; 0 for none.
+        options: See there.
 
     Returns:
         The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
@@ -33,17 +43,15 @@ def policy_gradient(
 
     Raises:
         MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
-        ConfigurationError: if an option is out of range.
     """
-    check_options(ratio_cap=ratio_cap, kl_coefficient=kl_coefficient)
     sampler = inputs.sampler_logprobs("policy_gradient")
     logprobs = inputs.at_trained_tokens(inputs.logprobs)
     ratio = torch.exp(log_ratio(logprobs.detach(), sampler))
-    weight = torch.clamp(ratio, max=ratio_cap)
+    weight = torch.clamp(ratio, max=options.ratio_cap)
     per_token = -weight * inputs.at_trained_tokens(inputs.advantages) * logprobs
-    penalty, kl_metrics = reference_kl(inputs, kl_coefficient)
+    penalty, kl_metrics = reference_kl(inputs, options.kl_coefficient)
     if penalty is not None:
         per_token = per_token + penalty
     metrics = policy_metrics(inputs) | kl_metrics
-    metrics["capped"] = inputs.weighted_sum(ratio > ratio_cap)
+    metrics["capped"] = inputs.weighted_sum(ratio > options.ratio_cap)
     return inputs.reduce(per_token), metrics

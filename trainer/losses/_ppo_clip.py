@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._options import check_options
-from trainer.losses._terms import LogMetrics, log_ratio, policy_metrics, reference_kl
+from trainer.losses._terms import KlOptions, LogMetrics, log_ratio, policy_metrics, reference_kl
 
 
-def ppo_clip(
-    inputs: LossInputs, *, epsilon_low: float = 0.2, epsilon_high: float = 0.2, kl_coefficient: float = 0.0
-) -> tuple[Tensor, LogMetrics]:
+class PpoClipOptions(KlOptions):
+    """Options of `ppo_clip`."""
+
+    epsilon_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio is clipped from below at 1 - epsilon_low, where a negative advantage stops pushing."""
+    epsilon_high: float = Field(default=0.2, gt=0)
+    """The ratio is clipped from above at 1 + epsilon_high, where a positive advantage stops pushing."""
+
+
+@loss(PpoClipOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
+def ppo_clip(inputs: LossInputs, options: PpoClipOptions) -> tuple[Tensor, LogMetrics]:
     """PPO's pessimistic bound, per token.
 
     ``loss = sum_t mask_t * (-min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
@@ -28,9 +37,7 @@ def ppo_clip(
 
     Args:
         inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
-        epsilon_low: How far below 1 the ratio may go before a negative advantage stops pushing; in [0, 1].
-        epsilon_high: How far above 1 the ratio may go before a positive advantage stops pushing; >= 0.
-        kl_coefficient: Weight of the k3 penalty towards ``ref_logprobs``; 0 for none.
+        options: See there.
 
     Returns:
         The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
@@ -38,19 +45,18 @@ def ppo_clip(
 
     Raises:
         MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
-        ConfigurationError: if an option is out of range.
     """
-    check_options(epsilon_low=epsilon_low, epsilon_high=epsilon_high, kl_coefficient=kl_coefficient)
+    lowest, highest = 1.0 - options.epsilon_low, 1.0 + options.epsilon_high
     sampler = inputs.sampler_logprobs("ppo_clip")
     advantages = inputs.at_trained_tokens(inputs.advantages)
     ratio = torch.exp(log_ratio(inputs.at_trained_tokens(inputs.logprobs), sampler))
-    bounded_ratio = torch.clamp(ratio, 1.0 - epsilon_low, 1.0 + epsilon_high)
+    bounded_ratio = torch.clamp(ratio, lowest, highest)
     per_token = -torch.minimum(ratio * advantages, bounded_ratio * advantages)
-    penalty, kl_metrics = reference_kl(inputs, kl_coefficient)
+    penalty, kl_metrics = reference_kl(inputs, options.kl_coefficient)
     if penalty is not None:
         per_token = per_token + penalty
     metrics = policy_metrics(inputs) | kl_metrics
-    metrics["clipped_low"] = inputs.weighted_sum((ratio < 1.0 - epsilon_low) & (advantages < 0))
-    metrics["clipped_high"] = inputs.weighted_sum((ratio > 1.0 + epsilon_high) & (advantages > 0))
+    metrics["clipped_low"] = inputs.weighted_sum((ratio < lowest) & (advantages < 0))
+    metrics["clipped_high"] = inputs.weighted_sum((ratio > highest) & (advantages > 0))
     metrics["clipped"] = metrics["clipped_low"] + metrics["clipped_high"]
     return inputs.reduce(per_token), metrics

@@ -10,8 +10,9 @@ training each sequence alone.
             -> one micro-batch each (_tree, _padded), trained tokens beside it (_trained_tokens)
 """
 
+from trainer.packing._balancing import process_costs
 from trainer.packing._cost import PassCost
 from trainer.packing._micro_batch import MicroBatch, Packing
 from trainer.packing._pack import pack
 
-__all__ = ["MicroBatch", "Packing", "PassCost", "pack"]
+__all__ = ["MicroBatch", "Packing", "PassCost", "pack", "process_costs"]

@@ -14,7 +14,7 @@ from trainer.packing._units import Unit
 Split = Callable[[Unit], list[Unit]]
 
 _WORTH_A_SPLIT = 0.98
-"""Share of the slowest process's cost that must be left for a split, which computes a prefix twice."""
+"""Split only if the slowest process's cost drops at least to this share: a split computes a prefix twice."""
 
 
 def share_out(units: Sequence[Unit], *, split: Split, most_tokens: int, processes: int) -> list[list[Unit]]:
@@ -77,7 +77,7 @@ def order_for_processes(costs: Sequence[float], processes: int) -> list[int]:
 
 
 def process_costs(costs: Sequence[float], processes: int) -> list[float]:
-    """What each process computes of micro-batches so ordered."""
+    """Cost of each process's share of micro-batches so ordered."""
     return [sum(costs[rank::processes]) for rank in range(processes)]
 
 

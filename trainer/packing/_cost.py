@@ -1,4 +1,4 @@
-"""What a pass over the model costs, estimated before it runs: to share work out evenly."""
+"""Estimates the cost of a pass over the model before it runs, to share work out evenly."""
 
 from __future__ import annotations
 
@@ -32,21 +32,25 @@ class PassCost:
         """Estimate from a model's configuration.
 
         Counted are the projections of attention and the feed-forward layers; of experts those that one
-        token passes. Unusual architectures are estimated roughly: only the proportions matter.
+        token passes. Unusual architectures are estimated roughly: only the proportions matter. Without
+        attention (Mamba, RWKV) a pair costs nothing.
         """
-        hidden = int(config.hidden_size)
-        layers = int(config.num_hidden_layers)
-        heads = int(config.num_attention_heads)
-        key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        head_size = int(getattr(config, "head_dim", None) or hidden // heads)
-        attention = hidden * head_size * (2 * heads + 2 * key_heads)
+        hidden = _number(config, "hidden_size") or 1
+        layers = _number(config, "num_hidden_layers") or 1
+        heads = _number(config, "num_attention_heads")
+        attention = pairs = 0.0
+        if heads:
+            key_heads = _number(config, "num_key_value_heads") or heads
+            head_size = _number(config, "head_dim") or hidden / heads
+            attention = hidden * head_size * (2 * heads + 2 * key_heads)
+            pairs = 2 * heads * head_size
         width, matrices = _feed_forward(config, hidden)
         multiply_add = 2.0
         each = multiply_add * _FORWARD_AND_BACKWARD
         return cls(
             per_token=each * layers * (attention + matrices * hidden * width),
-            per_pair=each * layers * 2 * heads * head_size,
-            per_trained_token=each * hidden * int(config.vocab_size),
+            per_pair=each * layers * pairs,
+            per_trained_token=each * hidden * (_number(config, "vocab_size") or 1),
         )
 
     def of(self, *, tokens: float, pairs: float, trained: float) -> float:
@@ -62,11 +66,20 @@ def visible_pairs(lengths: NDArray[np.int64], shared: NDArray[np.int64]) -> int:
     return int((lengths * (lengths + 1) - shared * (shared + 1)).sum()) // 2
 
 
-def _feed_forward(config: Any, hidden: int) -> tuple[int, int]:
+def _feed_forward(config: Any, hidden: float) -> tuple[float, int]:
     """Width of the feed-forward layers a token passes, and how many matrices they have (3 with a gate)."""
-    experts = getattr(config, "num_experts_per_tok", None)
-    width = getattr(config, "moe_intermediate_size", None) if experts else None
-    width = width or getattr(config, "intermediate_size", None)
-    if width is None:  # GPT-2 and its kin: two matrices, four times as wide unless said otherwise
-        return int(getattr(config, "n_inner", None) or 4 * hidden), 2
-    return int(width) * int(experts or 1), 3
+    experts = _number(config, "num_experts_per_tok")
+    width = (_number(config, "moe_intermediate_size") if experts else 0) or _number(
+        config, "intermediate_size"
+    )
+    if not width:  # GPT-2 and its kin: two matrices, four times as wide unless said otherwise
+        return _number(config, "n_inner") or 4 * hidden, 2
+    return width * (experts or 1), 3
+
+
+def _number(config: Any, name: str) -> float:
+    """A number of the configuration; the mean of a list by layers; 0 where there is none."""
+    value = getattr(config, name, None)
+    if isinstance(value, list | tuple) and value:
+        value = sum(value) / len(value)
+    return float(value) if isinstance(value, int | float) else 0.0

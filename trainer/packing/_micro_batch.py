@@ -59,6 +59,9 @@ class MicroBatch:
     """[N] float32, NaN where the environment sent none: for metrics."""
     ref_logprobs: Tensor | None
     """[N] float32."""
+    sequence_index: Tensor
+    """[N] int64: which of its sequences each token belongs to. A sequence is whole in one micro-batch."""
+    sequence_count: int
     sequence_tokens: int
     """Tokens of its sequences, before folding and without padding."""
     longest_sequence: int

@@ -14,7 +14,7 @@ from trainer.packing._padded import pad, padded_cost
 from trainer.packing._sorting import SortedSamples, sort_samples
 from trainer.packing._tree import fold
 from trainer.packing._units import Unit, cut, cut_evenly, join, make_unit, split_in_two
-from trainer.samples import Sample
+from trainer.samples.sample import Sample
 
 _PROPORTIONS_OF_A_SMALL_MODEL = PassCost(per_token=6.0, per_pair=0.01)
 

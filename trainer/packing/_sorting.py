@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.packing._arrays import Integers, as_array
 from trainer.packing._trained_tokens import TrainedTokens
-from trainer.samples import Sample
+from trainer.samples.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class SortedSamples:
     trained: Integers
     """[n] tokens with a loss."""
     trained_tokens: TrainedTokens
-    """What is known of those."""
+    """The tokens with a loss, and what each is trained with."""
     shared: Integers
     """[n] tokens in common with the sample before; 0 for the first, and everywhere if nothing is shared."""
 
     def shared_within(self, chosen: Integers) -> Integers:
-        """What each of the chosen samples, positions in rising order, shares with the chosen one before."""
+        """Tokens that each chosen sample, positions in rising order, shares with the chosen one before."""
         result = np.zeros(len(chosen), dtype=np.int64)
         if len(chosen) > 1:  # minima over (chosen[i - 1], chosen[i]]
             result[1:] = np.minimum.reduceat(self.shared[: int(chosen[-1]) + 1], chosen[:-1] + 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.packing._arrays import Array, Integers, as_array
-from trainer.samples import Sample
+from trainer.samples.sample import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,12 @@ class TrainedTokens:
         complete: dict[str, Tensor | None] = {
             name: fields[name] if self.sent[name][chosen].all() else None for name in self.sent
         }
+        counts = self.first[chosen + 1] - self.first[chosen]
         return {
             **fields,
             **complete,
+            "sequence_index": torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
+            "sequence_count": len(chosen),
             "known_inference_logprobs": known,
             "predict_row": torch.from_numpy(rows),
             "predict_column": torch.from_numpy(columns),

@@ -1,17 +1,8 @@
 """Publishing weights to the inference servers, and proving that they are served."""
 
-from trainer.publish._disk import DiskTransport
-from trainer.publish._lora import LoraTransport
-from trainer.publish._procedure import ServerOutcome
-from trainer.publish._protocol import InferenceServer, NextToken, StagedWeights, WeightTransport
-from trainer.publish._report import PublishReport
-from trainer.publish._sglang import SglangRoutes
-from trainer.publish._sglang_group import SglangGroupTransport
-from trainer.publish._verification import LogprobPolicy
-from trainer.publish._vllm import VllmRoutes
-from trainer.publish._vllm_transfer import VllmTransferTransport
-from trainer.publish._weight_stream import WeightStream
-from trainer.publish.comparison import TOLERANCES, Baseline, Comparison, ProbeScores, Verdict, compare
+from trainer.publish.engines.sglang import SglangRoutes
+from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
+from trainer.publish.engines.vllm.routes import VllmRoutes
 from trainer.publish.errors import (
     ActivationFailed,
     CacheResetFailed,
@@ -21,19 +12,30 @@ from trainer.publish.errors import (
     Phase,
     PhaseDeadlineExceeded,
     PublishError,
-    PublishFailed,
     ResumeFailed,
     ScoringFailed,
     ServerFailure,
     ServerNotReady,
     StagingFailed,
     TagFailed,
-    VerificationFailed,
 )
-from trainer.publish.generation import LogprobKind
-from trainer.publish.probes import Probes, make_probes
+from trainer.publish.interfaces import InferenceServer, NextToken, StagedWeights, WeightTransport
 from trainer.publish.publisher import Publisher
-from trainer.publish.scoring import score_probes, score_with_model
+from trainer.publish.report import PublishFailed, PublishReport, ServerOutcome
+from trainer.publish.transports.disk import DiskTransport
+from trainer.publish.transports.lora import LoraTransport
+from trainer.publish.verification.compare_logprobs import (
+    TOLERANCES,
+    Baseline,
+    Comparison,
+    ProbeScores,
+    Verdict,
+    compare,
+)
+from trainer.publish.verification.compare_next_tokens import LogprobKind
+from trainer.publish.verification.probes import Probes, make_probes
+from trainer.publish.verification.trainer_scores import score_probes, score_with_model
+from trainer.publish.verification.verifier import LogprobPolicy, VerificationFailed
 
 __all__ = [
     "TOLERANCES",
@@ -63,7 +65,6 @@ __all__ = [
     "ServerFailure",
     "ServerNotReady",
     "ServerOutcome",
-    "SglangGroupTransport",
     "SglangRoutes",
     "StagedWeights",
     "StagingFailed",
@@ -72,7 +73,6 @@ __all__ = [
     "VerificationFailed",
     "VllmRoutes",
     "VllmTransferTransport",
-    "WeightStream",
     "WeightTransport",
     "compare",
     "make_probes",

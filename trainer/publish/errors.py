@@ -1,4 +1,4 @@
-"""What can go wrong while publishing, as one tree.
+"""Errors of publishing, as one tree.
 
 ::
 
@@ -15,31 +15,26 @@
     │   ├── ScoringFailed                    it did not score the probes
     │   ├── ActivationFailed                 the proven weights are loaded, but not yet what environments get
     │   ├── PhaseDeadlineExceeded (DeadlineExceeded, TimeoutError)    any phase; `.phase` says which
-    │   └── VerificationFailed               it does not serve the weights that were published
-    └── PublishFailed                        several of the above; `.outcomes` has every server's
+    │   └── verification.verifier.VerificationFailed    it does not serve the weights that were published
+    └── report.PublishFailed                 several of the above; `.outcomes` has every server's
 
 Every `ServerFailure` carries the server's URL, the phase, the version, and what the server itself said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from schemas import printable
 from trainer.errors import DeadlineExceeded, TrainerError
-
-if TYPE_CHECKING:
-    from trainer.publish._procedure import ServerOutcome
-    from trainer.publish.comparison import Comparison
 
 MAX_SERVER_TEXT = 600
 """Characters of a server's own text that a message quotes; enough for its reason, not for its traceback."""
 
 
 class Phase(StrEnum):
-    """The steps at one server, in their order."""
+    """Names the steps at one server, in their order."""
 
     READY = "ready"
     CONNECT = "connect"
@@ -171,47 +166,10 @@ class PhaseDeadlineExceeded(ServerFailure, DeadlineExceeded):
     remedy = "see whether the server hangs; raise the phase's publish.*_timeout if it is only slow"
 
 
-class VerificationFailed(ServerFailure):
-    """The server does not serve the weights that were published.
-
-    Attributes:
-        comparison: The numbers; None if the server's version label alone was wrong.
-    """
-
-    remedy = (
-        "restart the server on the published directory; if it computes in a lower precision than the "
-        "published weights, set publish.dtype or publish.tolerance accordingly"
-    )
-
-    def __init__(self, reason: str, *, comparison: Comparison | None = None, **where: Any) -> None:
-        super().__init__(reason, **where)
-        self.comparison = comparison
-
-
 class ActivationFailed(ServerFailure):
     """The server holds the proven weights, but environments do not sample from them yet."""
 
     remedy = "see that the server runs our middleware (docs/engines), which takes the current adapter's name"
-
-
-class PublishFailed(PublishError):  # noqa: N818
-    """Publishing failed at one server in several ways, or at some of several servers.
-
-    Attributes:
-        outcomes: What happened at every server, the successful ones included.
-    """
-
-    def __init__(self, version: int, outcomes: Sequence[ServerOutcome]) -> None:
-        self.version = version
-        self.outcomes = tuple(outcomes)
-        failed = [outcome for outcome in self.outcomes if outcome.errors]
-        lines = [f"version {version} is not served by {len(failed)} of {len(self.outcomes)} servers:"]
-        for outcome in self.outcomes:
-            lines += [f"  - {error}" for error in outcome.errors] or [f"  - {outcome.server}: served"]
-        super().__init__("\n".join(lines))
-
-    def __reduce__(self) -> tuple[type[Self], tuple[int, tuple[ServerOutcome, ...]]]:
-        return type(self), (self.version, self.outcomes)
 
 
 PHASE_ERRORS: dict[Phase, type[ServerFailure]] = {

@@ -1,12 +1,12 @@
-"""New weights to every inference server, and the proof that they are served.
+"""Publishes new weights to every inference server, with the proof that they are served.
 
 Data flow: live model -> captured (training thread) -> staged -> per server: pause, load, reset, tag, resume,
 verify -> report. With a transport that detaches the weights from the model, everything after `capture`
 happens in a background thread while the next step trains. Between publishes a second thread looks after the
 servers: one that was restarted gets the current version again.
 
-The pieces: `_disk`, `_lora`, `_vllm_transfer`, `_sglang_group` (transports), `_vllm`, `_sglang` (dialects),
-`_procedure` (the order at one server), `_fleet` (all servers, and failures), `comparison` (the judgement).
+The pieces: `transports` (how weights travel), `engines` (what a server speaks), `procedure` (the order at one
+server), `fleet` (all servers, and failures), `verification` (the proof).
 """
 
 from __future__ import annotations
@@ -24,37 +24,36 @@ from typing import Self
 
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
-from trainer.publish._fleet import Fleet, Job
-from trainer.publish._protocol import InferenceServer, StagedWeights, WeightTransport
-from trainer.publish._report import PublishReport
-from trainer.publish._verification import (
+from trainer.publish.errors import PublishError
+from trainer.publish.fleet import Fleet, Job
+from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.report import PublishReport
+from trainer.publish.verification.compare_logprobs import TOLERANCES, ProbeScores
+from trainer.publish.verification.probes import Probes
+from trainer.publish.verification.verifier import (
     Expectation,
     LogprobPolicy,
     ServerVerifier,
-    make_expectation,
     tolerance_for,
 )
-from trainer.publish.comparison import TOLERANCES, ProbeScores
-from trainer.publish.errors import PublishError
-from trainer.publish.probes import Probes
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-"""How often a wait for a publish looks whether the run is to end."""
+"""Seconds between two checks, while waiting for a publish, whether the run is to end."""
 
 REMIND_SECONDS = 15.0
-"""How often a wait for a publish says what it waits for."""
+"""Seconds between two log lines that say what is waited for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Capture:
-    """A version that no longer needs the live model, unless its transport sends from it."""
+    """Holds a version that no longer needs the live model, unless its transport sends from it."""
 
     started: float
     """When its publish began, on the monotonic clock."""
     seconds: float
-    """How long training stood still for it."""
+    """Seconds that training stood still for it."""
     stage: Callable[[], tuple[StagedWeights, float]]
     """Finishes staging; also returns the seconds that it took."""
     expectation: Expectation | None
@@ -225,7 +224,7 @@ class Publisher:
             self._publish_here(version, patient=True)
 
     def take_reports(self) -> list[PublishReport]:
-        """The reports of the publishes that have ended since the last call, oldest first."""
+        """Return the reports of the publishes that have ended since the last call, oldest first."""
         reports, self._reports = self._reports, []
         return reports
 
@@ -247,13 +246,13 @@ class Publisher:
         self.close()
 
     def _already_served(self, version: int, started: float) -> PublishReport | None:
-        """The report of a start at which nothing had to be sent; None if something has to be."""
+        """Report a start at which nothing had to be sent; None if something has to be."""
         if not self._settings.verify:
             return None
         # "Close" is not enough to skip a publish: the server may hold a neighbouring version. A server
         # that rounds more than float32 does therefore gets the weights once more, which settles it.
         strictest = min(tolerance_for("float32", self._settings.tolerance), TOLERANCES["float32"])
-        expectation = make_expectation(self._score, self._probes, version, strictest)
+        expectation = self._expect(version, strictest)
         with self._busy:
             outcomes = self._fleet.check_served(expectation)
         if not all(outcome.comparison is not None and outcome.comparison.matches for outcome in outcomes):
@@ -289,20 +288,23 @@ class Publisher:
         return self._complete(self._capture(version), patient=patient)
 
     def _capture(self, version: int) -> _Capture:
-        """Everything that has to see the model before the next step changes it."""
+        """Take all that has to see the model before the next step changes it."""
         started = time.monotonic()
         stage: Callable[[], tuple[StagedWeights, float]] = partial(_timed, self._transport.capture(version))
         expectation = None
         if self._settings.verify:
             if self._transport.overlaps:  # the copy is written while the probes are scored
                 stage = self._stager.submit(stage).result
-            tolerance = tolerance_for(None, self._settings.tolerance)
-            expectation = make_expectation(self._score, self._probes, version, tolerance)
+            expectation = self._expect(version, tolerance_for(None, self._settings.tolerance))
         seconds = time.monotonic() - started
         return _Capture(started=started, seconds=seconds, stage=stage, expectation=expectation)
 
+    def _expect(self, version: int, tolerance: float) -> Expectation:
+        """Score the probes with the trainer's own weights, as they are now."""
+        return Expectation(version=version, scores=self._score(self._probes), tolerance=tolerance)
+
     def _complete(self, capture: _Capture, *, patient: bool) -> PublishReport:
-        """Everything after `capture`, in whatever thread."""
+        """Stage, publish and report, in whatever thread."""
         staged, stage_seconds = capture.stage()
         expectation = capture.expectation
         job = self._job(staged, expectation)

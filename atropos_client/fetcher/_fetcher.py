@@ -1,0 +1,461 @@
+"""Hands out what the fetching process recorded, in order, each batch read and prepared once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Final, Self
+
+from atropos_client._calls import claims_batch, parse_batch
+from atropos_client.clock import running_time
+from atropos_client.errors import (
+    AtroposClientError,
+    BatchTimeout,
+    FetcherStopped,
+    InvalidReply,
+    UnreadableBatch,
+)
+from atropos_client.fetcher._process import FetchingProcess
+from atropos_client.fetcher._records import FetchCounters, FetchedBatch, count_groups, warn_of_rejected
+from atropos_client.fetcher._settings import FetcherSettings
+from atropos_client.journal import COUNTED, Journal
+from atropos_client.waiting import Heartbeat, WaitFacts, ask_environments, explain_wait, why_no_batch_is_full
+from schemas import BatchReply, count_of
+
+logger = logging.getLogger(__name__)
+
+STOP_PATIENCE: Final = 5.0
+"""Seconds that a poll under way is given to end; a live API answers a poll in milliseconds."""
+
+_SOON: Final = 5.0  # seconds of waiting after which is said what no waiting can mend
+_LONG_LOADING: Final = 1.0  # seconds after which a wait is one for the loading, not for the API
+_LONG_SILENCE: Final = 3.0  # seconds without a sign of life after which a wait is one for the process
+
+
+class Fetcher:
+    """Hands out journaled batches: first those that wait in the journal, then new ones.
+
+    Example::
+
+        with Journal.open(directory, wait=settings.farewell + 30) as journal:
+            with Fetcher(journal, settings, after=checkpoint_batches) as fetcher:
+                batch = fetcher.get(timeout=600)      # batch.number is the journal's
+                journal.settle(batch.number, "trained", step=1)
+
+    A body that is no batch at all is handed out as well, marked as `unreadable`: to be settled as set aside.
+    Environments throttle themselves on the server's queue, so that every batch fetched early is staleness
+    that they do not see: keep `depth` small.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        settings: FetcherSettings,
+        *,
+        after: int,
+        depth: int = 1,
+        served_version: Callable[[], int] = lambda: -1,
+        step: Callable[[], int] | None = None,
+        prepare: Callable[[BatchReply], object] | None = None,
+        max_restarts: int = 3,
+    ) -> None:
+        """Prepare; nothing is started before `start`.
+
+        Args:
+            journal: Opened for writing; stays the caller's, who must not close it before `stop`.
+            settings: How to reach and poll the API.
+            after: Number of the last batch that the checkpoint counts; the journal is rewound to it.
+            depth: Batches recorded beyond the one that the caller works on. 0: fetch only while somebody
+                waits in `get`.
+            served_version: Asked ten times a second and whenever a batch is wanted; what it last returned is
+                recorded with each arrival.
+            step: Likewise, for registrations. None: the registration's `starting_step` stays.
+            prepare: Called with every batch, in order, in another thread, while the caller may still work on
+                an earlier one; its result travels with the batch. So does what it raises.
+            max_restarts: How often in a row, without a batch between, the process may end by itself.
+
+        Raises:
+            ValueError: If a number makes no sense or the journal cannot be written.
+        """
+        if depth < 0 or max_restarts < 0:
+            raise ValueError(f"depth and max_restarts must be 0 or more, found {depth} and {max_restarts}")
+        self._journal = journal
+        self._settings = settings
+        self._after = after
+        self._depth = depth
+        self._served_version = served_version
+        self._step = step or (lambda: settings.registration.starting_step)
+        self._prepare = prepare
+        self._process = self._make_process(max_restarts)
+        self._listener = threading.Thread(target=self._listen, name="atropos-fetcher", daemon=True)
+        self._loader = threading.Thread(target=self._load_all, name="atropos-loader", daemon=True)
+        self._heartbeat = Heartbeat(min(settings.heartbeat, _SOON), self._late_line)
+        self._next_line_at = 0.0  # of the heartbeat's thread alone, as is the next one
+        self._said_at_once = False
+
+        # Of the loading thread alone.
+        self._new_after = 0  # number of the last batch that lay in the journal at the start
+        self._unreadable_since: float | None = None
+
+        # Guarded by the condition.
+        self._changed = threading.Condition()
+        self._told: tuple[int, int, int] | None = None  # the last number to fetch, version, step
+        self._numbers: deque[int] = deque()  # recorded, not read yet
+        self._last_number = after
+        self._ready: deque[FetchedBatch] = deque()  # read, not taken yet
+        self._taken = after  # number of the last batch that the caller took
+        self._waiting = 0  # callers in `get`
+        self._wanting_since: float | None = None  # None: enough is recorded, nobody is late
+        self._loading: tuple[int, float] | None = None  # which batch, since when
+        self._group_size: float | None = None
+        self._read_counts: Counter[str] = Counter()  # of new batches, when they were read
+        self._counters: FetchCounters | None = None  # when it was stopped: the journal may be closed then
+        self._stopping = False
+        self._recorded_all = False  # the process will record no more
+        self._ended = False  # the loader will read no more
+        self._failure: BaseException | None = None
+
+    def _make_process(self, max_restarts: int) -> FetchingProcess:
+        return FetchingProcess(self._journal, self._settings, max_restarts=max_restarts)
+
+    # For the caller's threads.
+
+    def start(self) -> Self:
+        """Rewind the journal to the checkpoint and start the process.
+
+        Raises:
+            JournalMismatch: The journal does not belong to the checkpoint.
+            RuntimeError: If it was started before.
+        """
+        if self._listener.ident is not None:
+            raise RuntimeError("the fetching process can be started once")
+        report = self._journal.rewind(self._after)
+        if report.waiting:
+            logger.info(
+                "To be trained from the journal, after batch %d: %s (%d trained after the checkpoint).",
+                self._after,
+                count_of(report.waiting, "batch"),
+                report.undone,
+            )
+        self._new_after = self._journal.last_number
+        self._journal.marks.begin_fetching(possibly_lost=self._journal.possibly_lost)
+        self._look()
+        self._listener.start()
+        self._loader.start()
+        self._heartbeat.start()
+        return self
+
+    def get(self, timeout: float | None = None) -> FetchedBatch:
+        """Take the next batch as `take` does, or say who is late, which the API is asked for.
+
+        Raises:
+            BatchTimeout: If none came in time; the message says who is late.
+            FetcherStopped: See `take`.
+            AtroposClientError: See `take`.
+        """
+        batch = self.take(timeout)
+        if batch is None:
+            raise BatchTimeout(f"no batch within {timeout:g} s: {self.explain_wait()}")
+        return batch
+
+    def take(self, timeout: float | None = None) -> FetchedBatch | None:
+        """Take the next batch, waiting for it if there is none.
+
+        Args:
+            timeout: Seconds. None: as long as batches may still come.
+
+        Returns:
+            The batch; None if none came in time.
+
+        Raises:
+            FetcherStopped: If it was never started, or is stopped.
+            AtroposClientError: What ended the fetching, once everything recorded before is taken.
+        """
+        if self._listener.ident is None:
+            raise FetcherStopped("the fetching process was not started")
+        with self._changed, self._waiting_for_one():
+            self._changed.wait_for(lambda: self._ready or self._ended, timeout)
+            if self._ready:
+                batch = self._ready.popleft()
+                self._taken = batch.number
+                return batch
+            if self._failure is not None:
+                raise self._failure
+            if self._ended:
+                raise FetcherStopped("the fetching process was stopped")
+        return None
+
+    def stop(self, timeout: float = STOP_PATIENCE) -> None:
+        """Stop fetching. Nothing is lost: what was not taken waits in the journal. May be called twice.
+
+        A poll that is under way after `timeout` seconds goes on in the process, within its farewell.
+        """
+        if self._counters is not None:
+            return
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        pid = self._process.pid
+        self._process.stop()
+        self._heartbeat.stop()
+        if self._listener.ident is not None:
+            self._listener.join(timeout)
+            if self._listener.is_alive():
+                logger.warning(
+                    "A poll is still under way: process %s records what comes, for up to %g s.",
+                    pid,
+                    self._settings.farewell,
+                )
+            self._loader.join(timeout)
+        left = len(self._ready) + len(self._numbers)
+        if left:
+            logger.info("Left in the journal %s: %s.", self._journal.directory, count_of(left, "batch"))
+        with self._changed:
+            self._counters = self._count_all()
+            self._ready.clear()
+            self._numbers.clear()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def counters(self) -> FetchCounters:
+        """Everything counted so far, by all processes of this run."""
+        with self._changed:
+            return self._counters or self._count_all()
+
+    def _count_all(self) -> FetchCounters:
+        counted = Counter({name: self._journal.marks.get(name) for name in COUNTED})
+        return FetchCounters(**(counted + self._read_counts))
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the fetching process; None: there is none now."""
+        return self._process.pid
+
+    # What to fetch; any thread that holds the condition.
+
+    @contextlib.contextmanager
+    def _waiting_for_one(self) -> Iterator[None]:
+        self._waiting += 1
+        self._tell()
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+            self._tell()
+
+    def _up_to(self) -> int:
+        """Return the number of the last batch to fetch, read and prepare."""
+        return self._taken + max(self._depth, 1 if self._waiting else 0)
+
+    def _tell(self) -> None:
+        """Note in the journal's marks what is wanted now, if that has changed."""
+        wanted = (self._up_to(), self._served_version(), self._step())
+        if wanted != self._told and not self._stopping:
+            marks = self._journal.marks
+            for name, value in zip(("step", "version", "up_to"), reversed(wanted), strict=True):
+                marks.set(name, value)
+            self._told = wanted
+            self._process.wake()
+            self._changed.notify_all()
+        if self._last_number >= self._up_to():
+            self._wanting_since = None
+        elif self._wanting_since is None:
+            self._wanting_since = running_time()
+
+    def _look(self) -> None:
+        """Queue everything that is in the journal and was not queued before."""
+        with self._changed:
+            if self._stopping:  # the journal may be closed
+                return
+            numbers = self._journal.numbers_after(self._last_number)
+            if numbers:
+                self._last_number = numbers[-1]
+                self._wanting_since = None
+                self._numbers.extend(numbers)
+                self._changed.notify_all()
+            self._tell()
+
+    # The listening thread.
+
+    def _listen(self) -> None:
+        failure: BaseException | None = None
+        try:
+            for _ in self._process.run():
+                self._look()
+        except BaseException as error:  # noqa: BLE001 - whatever ends this thread is raised in get()
+            failure = error
+            logger.error("Fetching ends: %s", error)  # noqa: TRY400 - get() raises it with its trace
+        with self._changed:
+            self._failure = failure
+            self._recorded_all = True
+            self._changed.notify_all()
+
+    # The loading thread.
+
+    def _load_all(self) -> None:
+        failure = None
+        try:
+            while (number := self._next_to_load()) is not None:
+                batch = self._load(number)
+                with self._changed:
+                    self._loading = None
+                    self._ready.append(batch)
+                    self._changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - whatever ends this thread is raised in get()
+            failure = error
+            logger.error("Reading the journal failed: %s", error)  # noqa: TRY400 - get() raises it
+        with self._changed:
+            self._failure = failure or self._failure
+            self._ended = True
+            self._changed.notify_all()
+
+    def _next_to_load(self) -> int | None:
+        """Wait for a batch that is recorded and wanted; None: there will be none."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._stopping
+                    or (self._recorded_all and not self._numbers)
+                    or (self._numbers and self._numbers[0] <= self._up_to())
+                )
+            )
+            if self._stopping or not self._numbers:
+                return None
+            number = self._numbers.popleft()
+            self._loading = (number, time.monotonic())
+            return number
+
+    def _load(self, number: int) -> FetchedBatch:
+        batch = self._journal.read(number)
+        unreadable = batch.entry.skip_reason
+        reply, prepared, failure = BatchReply(batch=None), None, None
+        if unreadable is None:
+            with self._journal.in_hand(number):
+                try:
+                    reply = parse_batch(batch.body)
+                except InvalidReply as error:
+                    unreadable = str(error)
+                    self._require_readable_ones(error)
+                else:
+                    self._unreadable_since = None
+                    prepared, failure = self._try_to_prepare(reply)
+                    warn_of_rejected(reply, number)
+            if number > self._new_after:
+                self._count(reply, unreadable is not None and claims_batch(batch.body))
+        return FetchedBatch(
+            number=number,
+            reply=reply,
+            body=batch.body,
+            served_version=batch.entry.served_version,
+            received_at=batch.entry.received_at,
+            prepared=prepared,
+            failure=failure,
+            unreadable=unreadable,
+        )
+
+    def _try_to_prepare(self, reply: BatchReply) -> tuple[object, Exception | None]:
+        if self._prepare is None:
+            return None, None
+        try:
+            return self._prepare(reply), None
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - travels with its batch, for its turn
+            return None, error
+
+    def _require_readable_ones(self, error: InvalidReply) -> None:
+        """Give up an API whose batches could not be read for as long as it is given in all."""
+        now = running_time()
+        self._unreadable_since = self._unreadable_since or now
+        if now - self._unreadable_since > self._settings.patience:
+            raise UnreadableBatch(
+                f"no batch could be read for {self._settings.patience:g} s: {error}"
+            ) from error
+
+    def _count(self, reply: BatchReply, unreadable: bool) -> None:
+        """Count what a new batch holds. What does not claim to be one was counted by the process."""
+        counts = count_groups(reply)
+        with self._changed:
+            self._read_counts.update(**counts, unreadable=int(unreadable))
+            if counts["groups"]:
+                self._group_size = counts["sequences"] / counts["groups"]
+
+    # Who is late.
+
+    def explain_wait(self) -> str:
+        """Say in one line who is late. Asks the API for its status if that is likely to answer."""
+        return self._explain_here() or explain_wait(self._asked_facts())
+
+    def _explain_here(self) -> str | None:
+        """Say what this machine knows by itself, if that is why there is no batch."""
+        loading = self._loading
+        if loading is not None and (seconds := time.monotonic() - loading[1]) > _LONG_LOADING:
+            return f"batch {loading[0]} is recorded, and being read and prepared for {seconds:.0f} s"
+        if self._failure is not None:
+            return f"fetching has ended: {self._failure}"
+        if self._process.pid is None:
+            return "the fetching process is being started"
+        silent = self._process.silent_seconds()
+        if silent > _LONG_SILENCE:
+            return f"no batch: process {self._process.pid}, which fetches, has not moved for {silent:.0f} s"
+        return None
+
+    def _asked_facts(self) -> WaitFacts:
+        """Return what is known, and what the API says, if it is likely to answer."""
+        marks, since = self._journal.marks, self._wanting_since
+        polling_since = marks.get("polling_since")
+        facts = WaitFacts(
+            url=self._settings.url,
+            waited=0.0 if since is None else running_time() - since,
+            batch_size=self._settings.registration.batch_size,
+            max_token_len=self._settings.registration.max_token_len,
+            batches=marks.get("batches"),
+            group_size=self._group_size,
+            in_flight=time.monotonic() - polling_since / 1e9 if polling_since else None,
+            trouble=marks.trouble,
+            status=None,
+        )
+        if facts.trouble is not None or (facts.in_flight is not None and facts.in_flight >= 1):
+            return facts
+        with self._settings.make_client() as client:
+            try:
+                status, info = client.status(), client.info()
+            except AtroposClientError:
+                return facts  # the line then says that there was no answer
+            environments = ask_environments(client)
+        if info.registered:  # perhaps by an earlier trainer, whose numbers stay in force
+            facts = dataclasses.replace(facts, batch_size=info.batch_size, max_token_len=info.max_token_len)
+        return dataclasses.replace(facts, status=status, environments=environments)
+
+    def _late_line(self) -> str | None:
+        """A line at every heartbeat; before the first batch at once, if no waiting can mend it."""
+        now, since = running_time(), self._wanting_since
+        if since is None:
+            return None
+        if now - since >= self._settings.heartbeat and now >= self._next_line_at:
+            self._next_line_at = now + self._settings.heartbeat
+            line = self.explain_wait()
+            return None if self._wanting_since is None else line  # one came while we asked
+        if self._said_at_once or self._journal.marks.get("batches"):
+            return None
+        with self._settings.make_client() as client:
+            try:
+                latest, info = client.latest_example(), client.info()
+            except AtroposClientError:
+                return None
+        never_full = why_no_batch_is_full(info.batch_size, latest.sequence_count) if latest else None
+        self._said_at_once = never_full is not None
+        return never_full and f"no batch will come: {never_full}"

@@ -1,0 +1,113 @@
+"""Records that the engine works on: settings, a request, its sequences.
+
+Terms: a *request* is one prompt with `n` samples; a *sequence* is one of these samples. All ids are token
+ids, all log-probs natural logarithms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from random import Random
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How to load the model and how much to run at once."""
+
+    model: str
+    """A Hugging Face directory (or hub id) with safetensors weights and a tokenizer."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens, prompt and completion together; None: the model's own, at most 4096."""
+    max_num_seqs: int = 64
+    """Most sequences in one batch; the rest waits."""
+    max_cached_tokens: int = 65_536
+    """Most key/value columns held at once, over all sequences: bounds the memory (46 kB each for 135M)."""
+    seed: int = 0
+    """Of the sampling of requests without a seed of their own, together with their order of arrival."""
+
+
+class SamplingParameters(BaseModel):
+    """How to continue a prompt; every default is the neutral value, every limit vLLM's."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    n: int = Field(default=1, ge=1, le=16_384)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    """0 and -1: the whole vocabulary."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    seed: int | None = None
+    max_tokens: int = Field(default=16, ge=1)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int = Field(default=0, ge=0, le=20)
+    """Also return the log-probs of that many likeliest tokens at every position."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """None: do not score the prompt; k: score it and return the k likeliest tokens, too."""
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken; the threshold is vLLM's."""
+        return self.temperature < 1e-5
+
+
+TopLogProbs = list[tuple[int, float]]
+"""(token id, log-prob), likeliest first."""
+PromptScores = list[dict[int, float] | None]
+"""Per prompt token: id to log-prob, the token itself first, then the likeliest; None for token 0."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample in the making."""
+
+    request: Request
+    random: Random
+    """Its own, so that a seed draws the same tokens whatever else runs in the batch."""
+    output_ids: list[int] = field(default_factory=list)
+    """The end-of-sequence or stop token included."""
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogProbs] = field(default_factory=list)
+    finish_reason: Literal["stop", "length", "abort"] | None = None
+    stop_reason: int | str | None = None
+    text: str = ""
+    """Set when it ends."""
+
+    def token_ids(self) -> list[int]:
+        """Prompt and output."""
+        return self.request.prompt_ids + self.output_ids
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt to continue; made in the event loop that waits for it."""
+
+    prompt_ids: list[int]
+    parameters: SamplingParameters
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Done when every sequence has ended."""
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_scores: PromptScores | None = None
+    """None if not asked for, or aborted before."""
+    weight_version_start: str = ""
+    """The label when the engine took the request."""
+    weight_version: str = ""
+    """The label when it ended."""
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that a sequence of this request can grow to."""
+        return len(self.prompt_ids) + self.parameters.max_tokens
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)

@@ -1,0 +1,163 @@
+"""From requests as they arrive to requests that the engine can run, or a clear refusal.
+
+Limits follow vLLM 0.32. What this server cannot do is refused, never ignored: a penalty that was silently
+left out would make the log-probs lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from local_stack.inference.engine import Engine
+from local_stack.inference.errors import RequestRefused, validation_message
+from local_stack.inference.records import Request, SamplingParameters
+from schemas.inference import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    GeneratePrompt,
+    GenerateRequest,
+)
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (None, True),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "best_of": (None, 1),
+    "echo": (None, False),
+    "frequency_penalty": (None, 0),
+    "include_stop_str_in_output": (None, False),
+    "logit_bias": (None, {}),
+    "logprob_token_ids": (None,),
+    "min_tokens": (None, 0),
+    "presence_penalty": (None, 0),
+    "prompt_embeds": (None,),
+    "repetition_detection": (None,),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "stream": (None, False),
+    "structured_outputs": (None,),
+    "suffix": (None, ""),
+    "thinking_token_budget": (None, -1),
+    "tool_choice": (None, "none", "auto"),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+}
+"""Fields that vLLM knows and this server does not, with the values that ask for nothing."""
+_UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
+    **_UNSUPPORTED,
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "logprobs": (None, False),
+    "prompt_logprobs": (None,),
+    "return_token_ids": (None, False),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+}
+"""Who needs tokens or log-probs uses `/v1/completions` or `/generate`."""
+
+
+def completion_requests(engine: Engine, body: CompletionRequest) -> list[Request]:
+    """Make one engine request per prompt."""
+    prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    if not prompts:
+        raise RequestRefused("prompt must be provided and non-empty", parameter="prompt")
+    if isinstance(prompts[0], int):
+        prompts = [prompts]
+    return [_request(engine, dict(body), prompt, _UNSUPPORTED) for prompt in prompts]
+
+
+def chat_request(engine: Engine, body: ChatCompletionRequest) -> Request:
+    """Render the conversation; the completion may fill the rest of the context."""
+    prompt_ids = engine.codec.encode_chat(
+        [_plain_message(message) for message in body.messages],
+        **(body.chat_template_kwargs or {}),
+        add_generation_prompt=body.add_generation_prompt,
+    )
+    fields = dict(body)
+    room = max(1, engine.max_model_len - len(prompt_ids))
+    fields["max_tokens"] = body.max_completion_tokens or body.max_tokens or room
+    return _request(engine, fields, prompt_ids, _UNSUPPORTED_IN_CHAT)
+
+
+def generate_request(engine: Engine, body: GenerateRequest) -> Request:
+    """Make the request of Atropos's own route: one prompt."""
+    prompt = body.prompt
+    if isinstance(prompt, GeneratePrompt):
+        given = prompt.prompt if prompt.prompt_token_ids is None else prompt.prompt_token_ids
+        if given is None:
+            raise RequestRefused("prompt needs `prompt_token_ids` or `prompt`", parameter="prompt")
+        prompt = given
+    return _request(engine, dict(body), prompt, _UNSUPPORTED)
+
+
+def _plain_message(message: ChatMessage) -> dict[str, Any]:
+    """Return a message as chat templates expect it: the content as one text."""
+    plain: dict[str, Any] = message.model_dump(exclude_none=True)
+    if plain.get("tool_calls"):
+        raise RequestRefused("tool calls are not supported by the embedded server", parameter="messages")
+    if isinstance(message.content, list):
+        for part in message.content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RequestRefused(
+                    f"only text parts are supported, found {part.get('type')!r}", parameter="messages"
+                )
+        plain["content"] = "\n".join(part["text"] for part in message.content)
+    return {"content": "", **plain}
+
+
+def _request(
+    engine: Engine,
+    fields: Mapping[str, Any],
+    prompt: str | list[int],
+    unsupported: Mapping[str, tuple[Any, ...]],
+) -> Request:
+    for name, neutral in unsupported.items():
+        if name in fields and fields[name] not in neutral:
+            raise RequestRefused(
+                f"`{name}` is not supported by the embedded server; leave it out, or use vLLM", parameter=name
+            )
+    prompt_ids = engine.codec.encode(prompt) if isinstance(prompt, str) else prompt
+    parameters = _parameters(fields)
+    length = engine.max_model_len
+    if not prompt_ids:
+        raise RequestRefused("The decoder prompt cannot be empty", parameter="prompt")
+    if len(prompt_ids) >= length:
+        raise RequestRefused(
+            f"This model's maximum context length is {length} tokens. However, your prompt contains "
+            f"{len(prompt_ids)} input tokens, which leaves no room for an output token. "
+            "Please reduce the length of the input prompt.",
+            parameter="input_tokens",
+        )
+    if parameters.max_tokens > length:
+        raise RequestRefused(
+            f"max_tokens must be in [1, {length}], got {parameters.max_tokens}", parameter="max_tokens"
+        )
+    for name, ids in (("prompt", prompt_ids), ("stop_token_ids", parameters.stop_token_ids)):
+        if outside := [token for token in ids if not 0 <= token < engine.vocabulary_size]:
+            raise RequestRefused(
+                f"Token id {outside[0]} is out of vocabulary: the model has {engine.vocabulary_size} tokens",
+                parameter=name,
+            )
+    # Like vLLM: a completion that would not fit is allowed and ends at the context's end.
+    room = min(parameters.max_tokens, length - len(prompt_ids))
+    return Request(prompt_ids, parameters.model_copy(update={"max_tokens": room}))
+
+
+def _parameters(fields: Mapping[str, Any]) -> SamplingParameters:
+    given = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    if given.get("seed") == -1:  # vLLM's way to say none
+        del given["seed"]
+    try:
+        parameters = SamplingParameters.model_validate(given)
+    except ValidationError as error:
+        details = error.errors()
+        raise RequestRefused(validation_message(details), parameter=str(details[0]["loc"][0])) from error
+    if parameters.greedy and parameters.n > 1:
+        raise RequestRefused(f"n must be 1 when using greedy sampling, got {parameters.n}.", parameter="n")
+    return parameters

@@ -1,0 +1,1 @@
+"""Checkpoints that a run goes on from: their format, manifest and retention."""

@@ -1,0 +1,129 @@
+"""Runs the model over a micro-batch: log-probs of the trained tokens, and nothing else.
+
+The head is applied only where a trained token is predicted, once for all branches that share the
+prediction. Everything is accumulated in float32, or in float64 where the model itself computes in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.attention import model_inputs
+from trainer.model.lm_head import (
+    HeadScores,
+    LogitTransform,
+    capture_hidden_states,
+    selected_logprobs,
+    tiled_scores,
+)
+from trainer.model.wrappers import unwrap
+from trainer.packing import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogProbs:
+    """Log-probs and entropy of the N trained tokens of a micro-batch."""
+
+    logprobs: Tensor
+    """[N] float32, in nats, with gradient."""
+    entropy: Tensor
+    """[N] float32: entropy of the distribution each token was predicted from, in nats; no gradient."""
+
+
+def token_logprobs(
+    model: nn.Module, batch: MicroBatch, *, use_temperature: bool, head: LogitTransform | None = None
+) -> TokenLogProbs:
+    """Compute the log-probs of a micro-batch's trained tokens.
+
+    Args:
+        model: A causal language model of transformers, wrapped or not.
+        batch: On the model's device.
+        use_temperature: Divide logits by the temperature each token was sampled at.
+        head: What the model does to its head's output, as `choose_head` found it. None: take the model's
+            own logits.
+
+    Raises:
+        ValueError: `head` is given and the model's forward does not call its head as it did when chosen.
+    """
+    predictions = _predictions(batch, use_temperature)
+    if head is None:
+        scores = _from_logits(model, batch, predictions)
+    else:
+        scores = _from_hidden_states(model, batch, predictions, head)
+    return TokenLogProbs(logprobs=scores.logprobs, entropy=scores.entropy[predictions.entry_rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Predictions:
+    """The U distinct predictions that the N trained tokens are made by."""
+
+    row: Tensor  # [U]
+    column: Tensor  # [U]
+    temperature: Tensor | None  # [U]; None if all are 1
+    entry_rows: Tensor  # [N] into U
+
+
+def _predictions(batch: MicroBatch, use_temperature: bool) -> _Predictions:
+    length = batch.input_ids.shape[1]
+    position = batch.predict_row * length + batch.predict_column  # [N] into B * T
+    temperature = None
+    if use_temperature and bool((batch.temperature != 1).any()):
+        values, index = _unique(batch.temperature)
+        pairs, entry_rows = _unique(position * len(values) + index)
+        position, temperature = pairs // len(values), values[pairs % len(values)]
+    else:
+        position, entry_rows = _unique(position)
+    return _Predictions(
+        row=position // length, column=position % length, temperature=temperature, entry_rows=entry_rows
+    )
+
+
+def _unique(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted distinct values, and where each of `values` is among them."""
+    distinct, inverse = values.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    return distinct, inverse
+
+
+def _from_hidden_states(
+    model: nn.Module, batch: MicroBatch, predictions: _Predictions, head: LogitTransform
+) -> HeadScores:
+    """Take the hidden states that predict, and do the head's work ourselves."""
+    inner = unwrap(model)
+    module: nn.Linear = inner.get_output_embeddings()
+    hidden = capture_hidden_states(model, module, model_inputs(inner, batch))  # [B, T, H]
+    return tiled_scores(
+        _take(hidden.flatten(0, 1), predictions.row * hidden.shape[1] + predictions.column),  # [U, H]
+        module.weight,
+        module.bias,
+        predictions.entry_rows,
+        batch.targets,
+        temperature=predictions.temperature,
+        transform=head,
+    )
+
+
+def _from_logits(model: nn.Module, batch: MicroBatch, predictions: _Predictions) -> HeadScores:
+    """Take the model's own logits at every column where any row predicts: [B, K, V]."""
+    inner = unwrap(model)
+    inputs = model_inputs(inner, batch)
+    columns, column = _unique(predictions.column)
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        logits: Tensor = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, columns]
+    rows = logits[predictions.row, column]  # [U, V]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    if predictions.temperature is not None:
+        rows = rows / predictions.temperature[:, None]
+    with torch.no_grad():
+        entropy = rows.logsumexp(dim=-1) - (rows.softmax(dim=-1) * rows).sum(dim=-1)
+    return HeadScores(selected_logprobs(rows, predictions.entry_rows, batch.targets), entropy)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`values[index]`, with a backward pass that adds in the same order each time on either device."""
+    return values[index] if values.is_cuda else values.index_select(0, index)

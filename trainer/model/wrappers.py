@@ -1,0 +1,80 @@
+"""Unwraps what training puts around a model: DistributedDataParallel, torch.compile, PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from trainer.errors import CheckpointError
+
+_LORA_PARAMETERS = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
+
+
+def unwrap(model: nn.Module) -> Any:
+    """Return the transformers model inside DistributedDataParallel, torch.compile and PEFT wrappers."""
+    inner = unwrap_training(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def unwrap_training(model: nn.Module) -> Any:
+    """Return the model inside DistributedDataParallel and torch.compile: PEFT's, if it has adapters."""
+    while True:
+        inner = extract_model_from_parallel(model, keep_torch_compile=False)
+        if inner is model:
+            return model
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """Return a weight's name without what adapters put into it."""
+    return name.replace(".base_layer.", ".")
+
+
+def weights_by_name(inner: nn.Module) -> dict[str, Tensor]:
+    """Return the model's own tensors, without adapters, by the names that they have without adapters."""
+    return {
+        plain_name(name): tensor
+        for name, tensor in inner.state_dict().items()
+        if not any(part in name for part in _LORA_PARAMETERS)
+    }
+
+
+def adapted_layers(inner: nn.Module) -> dict[str, Any]:
+    """Return PEFT's layers by the name of the weight that each adapts."""
+    return {
+        f"{name}.weight": module
+        for name, module in inner.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+
+
+def merged_weight(name: str, module: Any) -> Tensor:
+    """Return one adapted layer's weight with its active adapters merged in; a new tensor if there are any.
+
+    That is `W + scale * B A`, computed by PEFT, in the dtype of `W`.
+
+    Args:
+        name: The weight's name, for messages.
+        module: PEFT's LoRA layer.
+
+    Raises:
+        CheckpointError: An adapter is of a kind whose effect is not a sum with the weight
+            (DoRA, an adapter with a bias).
+    """
+    weight: Tensor = module.base_layer.weight.detach()
+    if module.merged:  # PEFT has added the adapter into the weight already
+        return weight
+    for adapter in module.active_adapters:
+        if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
+            continue
+        if adapter in module.lora_variant or module.lora_bias.get(adapter, False):
+            raise CheckpointError(
+                f"{name} has an adapter that is more than a sum with the weight (DoRA and other variants, "
+                "or an adapter with a bias), which cannot be merged; train with plain LoRA"
+            )
+        with torch.no_grad():
+            weight = weight + module.get_delta_weight(adapter).to(weight)
+    return weight

@@ -1,0 +1,173 @@
+"""A small HTTP server for reports: GET only, one thread, nobody can hold it up.
+
+One event loop serves all connections. A connection has a few seconds for its whole life, a request a few KiB,
+and when there are too many connections the oldest is closed for the newest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final, Self
+
+from trainer.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+CONNECTION_SECONDS: Final = 5.0
+"""For a connection, from its first byte to its last."""
+MAX_CONNECTIONS: Final = 32
+"""At once; one more closes the oldest."""
+MAX_REQUEST_BYTES: Final = 8192
+"""For the request line and all headers."""
+
+_JOIN_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True)
+class PageReply:
+    """The answer of a page."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+
+
+class HealthServer:
+    """Serves pages until it is closed; a context manager.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on; 0: any free one.
+        pages: By path, what makes the reply; called in the server's thread, so it must not wait for anybody.
+
+    Raises:
+        ConfigurationError: It cannot listen there.
+    """
+
+    def __init__(self, host: str, port: int, pages: Mapping[str, Callable[[], PageReply]]) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listener = socket.create_server((host, port), family=family)
+        except OSError as error:
+            raise ConfigurationError(
+                f"health.port: cannot listen on {host}:{port} ({error.strerror or error}); choose another "
+                "health.port, or 0 for any free one"
+            ) from error
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._listener.getsockname()[1]}"
+        """Its base URL."""
+        self._pages = dict(pages)
+        self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._closing = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="health", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.new_event_loop()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        assert self._loop is not None  # noqa: S101 - for the type checker
+        try:
+            self._loop.run_until_complete(self._serve_until_closed())
+        except Exception:
+            logger.exception("The health server has ended")
+        finally:
+            self._loop.close()
+
+    async def _serve_until_closed(self) -> None:
+        accepting = asyncio.ensure_future(self._accept_all())
+        await self._closing.wait()
+        left = [accepting, *self._connections]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        self._listener.close()
+
+    async def _accept_all(self) -> None:
+        """Accept one connection after the other, so that there are never more than the bound."""
+        loop = asyncio.get_running_loop()
+        self._listener.setblocking(False)
+        while True:
+            while len(self._connections) >= MAX_CONNECTIONS:
+                oldest = next(iter(self._connections))
+                oldest.cancel()
+                await asyncio.wait([oldest])
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError:  # no descriptor is left: others took them
+                await asyncio.sleep(1.0)
+                continue
+            task = loop.create_task(self._serve(connection))
+            self._connections[task] = None
+            task.add_done_callback(lambda done: self._connections.pop(done, None))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection, limit=MAX_REQUEST_BYTES)
+        except BaseException:
+            connection.close()
+            raise
+        try:
+            async with asyncio.timeout(CONNECTION_SECONDS):
+                writer.write(_encode(self._answer(await _read_head(reader))))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            return  # they have gone, or took too long
+        finally:
+            writer.transport.abort()
+
+    def _answer(self, head: bytes | None) -> PageReply:
+        if head is None:
+            return _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        words = head.partition(b"\r\n")[0].split(b" ")
+        if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
+            return _refusal(HTTPStatus.BAD_REQUEST)
+        page = self._pages.get(words[1].partition(b"?")[0].decode("latin-1"))
+        if page is None:
+            return _refusal(HTTPStatus.NOT_FOUND)
+        if words[0] != b"GET":
+            return _refusal(HTTPStatus.METHOD_NOT_ALLOWED)
+        try:
+            return page()
+        except Exception:
+            logger.exception("A report could not be made")
+            return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
+    """Everything up to the empty line; None if that is too much."""
+    try:
+        return await reader.readuntil(b"\r\n\r\n")
+    except asyncio.LimitOverrunError:
+        return None
+
+
+def _refusal(status: HTTPStatus) -> PageReply:
+    return PageReply(status, "text/plain; charset=utf-8", f"{status.value} {status.phrase}\n".encode())
+
+
+def _encode(reply: PageReply) -> bytes:
+    allow = "Allow: GET\r\n" if reply.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
+    head = (
+        f"HTTP/1.1 {reply.status.value} {reply.status.phrase}\r\n"
+        f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\n"
+        f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{allow}Connection: close\r\n\r\n"
+    )
+    return head.encode() + reply.body

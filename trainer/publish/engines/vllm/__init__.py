@@ -1,0 +1,1 @@
+"""Speaks to vLLM: its routes, its adapters, and its own sender of weights."""

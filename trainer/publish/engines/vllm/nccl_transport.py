@@ -1,0 +1,337 @@
+"""Sends weights from the live model into vLLM's workers, without a disk: the transports `nccl` and `ipc`.
+
+vLLM's own classes do the transfer (`nccl_sender`); here is what surrounds it: one group for each server, a
+deadline around every step that could wait for ever, and tidying up after a failure.
+
+A group whose transfer failed is never used again. The next attempt builds a new one. If the server still
+answers, it is first brought out of the half-done update, because vLLM holds layers without any data in the
+middle of one and would fail at the next token.
+
+Servers get the weights one after the other: vLLM's sender shares its CUDA streams between all groups of a
+process, and gathering sharded weights is a collective. A server that waits for its turn is paused already.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, NoReturn, TypeVar
+
+import httpx
+import torch
+
+from trainer.config import PublishSettings, plain_url
+from trainer.errors import ConfigurationError
+from trainer.model.weight_stream import WeightStream
+from trainer.publish.engines.vllm.nccl_sender import (
+    Backend,
+    SyncClient,
+    TransferEngine,
+    TransferGroup,
+    build_engine,
+    require_vllm,
+)
+from trainer.publish.errors import ConnectFailed, LoadFailed, Phase, PhaseDeadlineExceeded, ServerFailure
+from trainer.publish.interfaces import CollectiveServer, InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.transports.bounded_call import BoundedCall, NotEndedError
+from trainer.publish.transports.rendezvous import rendezvous_port
+
+logger = logging.getLogger(__name__)
+
+ABORT_SECONDS = 10.0
+"""For leaving a group. vLLM gives NCCL 5 seconds to abort; a GPU that hangs longer will not come back."""
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """Holds one server's group."""
+
+    server: CollectiveServer
+    engine: TransferEngine
+    client: SyncClient
+
+
+class VllmTransferTransport(WeightTransport):
+    """Sends the live model's weights to vLLM servers.
+
+    Args:
+        backend: `nccl`: over the network or between GPUs of one machine. `ipc`: to a server on the same GPU.
+        stream: The weights.
+        settings: Section `publish` of the configuration.
+        build: Builds a group's engine; None: vLLM's own.
+
+    Raises:
+        ConfigurationError: This machine or this configuration cannot send that way.
+    """
+
+    overlaps = False
+
+    def __init__(
+        self,
+        backend: Backend,
+        stream: WeightStream,
+        settings: PublishSettings,
+        *,
+        build: Callable[[TransferGroup], TransferEngine] | None = None,
+    ) -> None:
+        if backend == "ipc":
+            _require_one_machine(settings.servers)
+        if build is None:
+            require_vllm(backend, stream.device)
+        self._backend = backend
+        self._stream = stream
+        self._settings = settings
+        self._build = build or build_engine
+        self._connections: dict[str, _Connection] = {}
+        self._turn = threading.Lock()
+
+    def capture(self, version: int) -> Callable[[], StagedWeights]:
+        """Wait for the last step's work on the GPU, and say what will travel; nothing is copied."""
+        if self._stream.device.type == "cuda":
+            torch.cuda.current_stream(self._stream.device).synchronize()
+        staged = StagedWeights(
+            version=version, dtype=self._stream.dtype_name, weight_bytes=self._stream.total_bytes
+        )
+        return lambda: staged
+
+    def connect(self, server: InferenceServer) -> None:
+        """Build a new group with a server; an older one is left behind without waiting for it.
+
+        Raises:
+            ServerFailure: The server was not started for this transport, or its workers did not come.
+        """
+        if not isinstance(server, CollectiveServer):
+            raise ConnectFailed(
+                f"its engine takes no weights over {self._backend}; use publish.transport disk",
+                server=server.url,
+                phase=Phase.CONNECT,
+            )
+        with self._turn:
+            former = self._connections.pop(server.url, None)
+            if former is not None:
+                self._leave(former)
+            server.use_model_itself()
+            self._free_server(server)
+            workers = self._workers(server)
+            client = SyncClient(server)
+            group = TransferGroup(
+                backend=self._backend,
+                client=client,
+                stream=self._stream,
+                workers=workers,
+                address=self._settings.group_address,
+                port=rendezvous_port(self._settings, server.url) if self._backend == "nccl" else 0,
+            )
+            call = self._call(lambda: self._join(group), f"connect {server.url}")
+            client.on_failure = call.fail
+            try:
+                engine = call.start().within(self._settings.load_timeout)
+            except BaseException as error:  # noqa: BLE001 - raised again, by its name
+                client.close()
+                self._raise(error, server, Phase.CONNECT, None)
+            client.on_failure = lambda _error: None
+            self._connections[server.url] = _Connection(server, engine, client)
+
+    def load(self, server: InferenceServer, staged: StagedWeights) -> None:
+        """Send the weights, when it is this server's turn.
+
+        Raises:
+            ServerFailure: The server refused, or the transfer did not end in time. The group is given up.
+        """
+        with self._turn:
+            connection = self._connections.get(server.url)
+            if connection is None:
+                raise LoadFailed(
+                    "there is no transfer group with it",
+                    server=server.url,
+                    phase=Phase.LOAD,
+                    version=staged.version,
+                )
+            connection.client.version = staged.version
+            call = self._call(connection.engine.send_weights, f"send {server.url}")
+            connection.client.on_failure = call.fail
+            try:
+                call.start().within(self._settings.load_timeout)
+            except BaseException as error:  # noqa: BLE001 - raised again, by its name
+                self._give_up(connection, staged.version, error)
+                self._raise(error, server, Phase.LOAD, staged.version)
+
+    def close(self, servers: Sequence[InferenceServer]) -> None:
+        """Leave all groups, and let the workers leave them."""
+        for server in servers:
+            connection = self._connections.pop(server.url, None)
+            if connection is None:
+                continue
+            leaving = self._call(connection.client.shutdown_weight_transfer_engine, f"close {server.url}")
+            try:
+                leaving.start().within(ABORT_SECONDS)
+            except (ServerFailure, NotEndedError) as error:
+                logger.debug("%s: leaving its transfer group: %s", server.url, error)
+            self._wait_for(self._leave(connection))
+
+    def _call(self, action: Callable[[], Value], name: str) -> BoundedCall[Value]:
+        """Bind an action to the weights' GPU, to be started: the current GPU is a thread's own affair."""
+
+        def run() -> Value:
+            if self._stream.device.type == "cuda":
+                torch.cuda.set_device(self._stream.device)
+            return action()
+
+        return BoundedCall(run, name=name)
+
+    def _join(self, group: TransferGroup) -> TransferEngine:
+        engine = self._build(group)
+        if group.client.closed:  # its workers came after it was given up
+            engine.shutdown()
+        return engine
+
+    def _leave(self, connection: _Connection) -> BoundedCall[None]:
+        """Abort a group, in a thread of its own."""
+        connection.client.close()
+        return self._call(connection.engine.shutdown, "leave transfer group").start()
+
+    def _wait_for(self, call: BoundedCall[None]) -> None:
+        try:
+            call.within(ABORT_SECONDS)
+        except Exception as error:  # noqa: BLE001 - whatever NCCL says of a group that is dead anyway
+            logger.warning("leaving a transfer group: %s", error)
+
+    def _give_up(self, connection: _Connection, version: int, error: BaseException) -> None:
+        """Leave the group, so that the GPU is free again; bring the server out of the update."""
+        del self._connections[connection.server.url]
+        self._wait_for(self._leave(connection))
+        stuck = isinstance(error, NotEndedError | PhaseDeadlineExceeded)
+        gone = isinstance(error, ServerFailure) and error.status in (None, HTTPStatus.NOT_FOUND)
+        if not stuck and not gone and isinstance(error, Exception):
+            self._end_update(connection.server, version)
+
+    def _end_update(self, server: CollectiveServer, version: int | None) -> None:
+        """End a half-done update: layers that got nothing keep their old weights.
+
+        vLLM counts an update that failed as ended, but only the end of one puts the layers back. So if there
+        is none to be ended, one is begun for that.
+        """
+
+        def end() -> None:
+            try:
+                server.weight_request("/finish_weight_update", {}, version)
+            except ServerFailure:
+                server.weight_request("/start_weight_update", {}, version)
+                server.weight_request("/finish_weight_update", {}, version)
+
+        try:
+            BoundedCall(end, name=f"end update {server.url}").start().within(self._settings.pause_timeout)
+        except (ServerFailure, NotEndedError) as error:
+            logger.warning(
+                "%s is in the middle of a weight update and does not come out of it: restart it (%s)",
+                server.url,
+                error,
+            )
+
+    def _free_server(self, server: CollectiveServer) -> None:
+        """Let the workers leave the group of an earlier attempt, or of a trainer that died.
+
+        Raises:
+            PhaseDeadlineExceeded: They do not answer: they still wait in that group.
+        """
+
+        def shut_down() -> None:
+            server.weight_request("/shutdown_weight_transfer_engine", {}, None)
+
+        for last in (False, True):
+            try:
+                BoundedCall(shut_down, name=f"free {server.url}").start().within(self._settings.pause_timeout)
+            except NotEndedError as error:
+                raise PhaseDeadlineExceeded(
+                    f"its workers did not leave the former transfer group within {error.seconds:g} s; they "
+                    "may wait in it for ever, then only a restart of the server helps",
+                    server=server.url,
+                    phase=Phase.CONNECT,
+                ) from error
+            except ServerFailure as error:
+                if last or error.status != HTTPStatus.INTERNAL_SERVER_ERROR:
+                    logger.debug("%s: no transfer group to leave: %s", server.url, error)
+                    return
+                self._end_update(server, None)  # vLLM refuses in the middle of an update
+            else:
+                return
+
+    def _workers(self, server: CollectiveServer) -> int:
+        """Return the number of workers that are to join."""
+        try:
+            workers = server.world_size()
+        except ServerFailure as error:
+            self._raise(error, server, Phase.CONNECT, None)
+        if self._backend == "ipc" and workers != 1:
+            raise ConnectFailed(
+                f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU",
+                server=server.url,
+                phase=Phase.CONNECT,
+            )
+        return workers
+
+    def _raise(
+        self, error: BaseException, server: InferenceServer, phase: Phase, version: int | None
+    ) -> NoReturn:
+        """Raise our own errors as they are or with a hint, anything else as the phase's error."""
+        where: dict[str, Any] = {"server": server.url, "phase": phase, "version": version}
+        if isinstance(error, NotEndedError):
+            limit = f"within {error.seconds:g} s (publish.load_timeout)"
+            reason = f"the transfer group did not come together {limit}"
+            if phase is Phase.LOAD:
+                reason = (
+                    f"the transfer did not end {limit}; its group is given up. If a worker still waits in "
+                    "it, only a restart of the server helps"
+                )
+            raise PhaseDeadlineExceeded(reason, **where) from error
+        if isinstance(error, ServerFailure):
+            hint = self._hint(error)
+            if not hint:
+                raise error
+            raise type(error)(
+                f"{error.reason}; {hint}",
+                server=error.server,
+                phase=error.phase,
+                version=error.version,
+                status=error.status,
+                server_text=error.server_text,
+            ) from error
+        if isinstance(error, ConfigurationError) or not isinstance(error, Exception):
+            raise error
+        kind = ConnectFailed if phase is Phase.CONNECT else LoadFailed
+        raise kind(f"{type(error).__name__} in the sender: {error}", **where) from error
+
+    def _hint(self, error: ServerFailure) -> str:
+        """Say what a refusal most likely means; empty if nothing is likely."""
+        if error.status is None:
+            return ""
+        if error.status == HTTPStatus.NOT_FOUND:
+            return "it has to be started with VLLM_SERVER_DEV_MODE=1"
+        if error.phase is Phase.CONNECT:
+            return (
+                f"""it has to be started with --weight-transfer-config '{{"backend": "{self._backend}"}}'"""
+            )
+        if self._backend == "ipc":
+            return "it has to be on the trainer's GPU, with VLLM_ALLOW_INSECURE_SERIALIZATION=1"
+        return ""
+
+
+def _require_one_machine(servers: Sequence[str]) -> None:
+    """Refuse servers elsewhere: `ipc` sends a pickle, which a server accepts only from whom it trusts."""
+    for url in servers:
+        host = httpx.URL(url).host
+        try:
+            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = False
+        if not local:
+            raise ConfigurationError(
+                f"publish.transport ipc hands memory over inside one machine, but {plain_url(url)} in "
+                "publish.servers is not a loopback address; use 127.0.0.1, or publish.transport nccl"
+            )

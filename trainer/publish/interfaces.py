@@ -1,0 +1,222 @@
+"""Defines what the shared publish procedure needs of a server and of a transport.
+
+An `InferenceServer` speaks an engine's dialect (vLLM, SGLang). One that loads adapters is an `AdapterServer`
+too, one whose workers join a process group a `CollectiveServer`. A `WeightTransport` is the way that the
+weights take: a shared directory, an adapter, the GPUs' own network. The order of the calls, the deadlines and
+what happens after a failure are in `procedure` and `publisher`, once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trainer.publish.engines.connection import ServerConnection
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedWeights:
+    """Describes a version that is ready to be loaded by any number of servers."""
+
+    version: int
+    dtype: str | None
+    """Name of the weights' type, e.g. `bfloat16`; None if unknown. Verification's tolerance follows it."""
+    path: Path | None = None
+    """Directory that holds it: a whole model, or an adapter. None: it never touches a disk."""
+    served_name: str | None = None
+    """Name under which the servers serve this version, where it is a name of its own (an adapter's).
+    None: the model's name."""
+    merged: StagedWeights | None = None
+    """The same version as a whole model, for servers that take no adapter."""
+    weight_bytes: int = 0
+    """Size of what travels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Holds what a server says of the token after a prompt, along the path that generation takes."""
+
+    logprobs: Mapping[int, float]
+    """Token id to log-prob in nats: the sampled token and, where the server tells, the likeliest ones."""
+    cached_tokens: int | None = None
+    """Prompt tokens that were taken from the prefix cache; None if the server does not tell."""
+
+
+class InferenceServer(ABC):
+    """Speaks to one server. Every method ends within its phase's deadline or raises a `ServerFailure`."""
+
+    def __init__(self, connection: ServerConnection) -> None:
+        self._connection = connection
+
+    @property
+    def url(self) -> str:
+        """Base URL without credentials."""
+        return self._connection.url
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._connection.close()
+
+    @abstractmethod
+    def wait_until_ready(self) -> None:
+        """Wait until it is healthy; find the name under which it serves the model."""
+
+    @abstractmethod
+    def is_paused(self) -> bool:
+        """Tell whether somebody, perhaps a trainer that died, has paused it."""
+
+    @abstractmethod
+    def pause(self, version: int) -> None:
+        """Stop generation at the next step, or after it, as configured."""
+
+    @abstractmethod
+    def load_directory(self, path: Path, version: int) -> None:
+        """Replace the weights by those in a directory."""
+
+    @abstractmethod
+    def reset_caches(self, version: int) -> None:
+        """Forget everything that was computed with earlier weights."""
+
+    @abstractmethod
+    def tag(self, version: int) -> None:
+        """Label the weights; a server without labels ignores it."""
+
+    @abstractmethod
+    def resume(self, version: int | None) -> None:
+        """Go on generating. `version` is for messages; None outside a publish."""
+
+    @abstractmethod
+    def score(
+        self, token_id_lists: list[list[int]], version: int, *, served_name: str | None = None
+    ) -> list[list[float]]:
+        """Return the log-probs of tokens 1..T-1 of each list, in nats, at temperature 1.
+
+        `served_name`: the adapter's name, if not the model itself is asked.
+        """
+
+    @abstractmethod
+    def next_token(
+        self,
+        token_ids: list[int],
+        version: int,
+        *,
+        temperature: float = 1.0,
+        served_name: str | None = None,
+    ) -> NextToken:
+        """Sample one token after a prompt as an environment would: through the prefix cache.
+
+        At a temperature other than 1 the log-probs are what the server gives to environments, which may or
+        may not be divided by the temperature: that is what verification wants to know.
+        """
+
+    @abstractmethod
+    def weight_version(self, version: int) -> str | None:
+        """Return the label that the server shows, or None if it shows none."""
+
+    def use_model_itself(self) -> None:  # noqa: B027 - most servers know nothing else
+        """Let environments sample from the model again, where an earlier trainer left an adapter active."""
+
+
+class AdapterServer(InferenceServer):
+    """Loads adapters at run time, and lets environments sample from one without naming it."""
+
+    @abstractmethod
+    def takes_adapters(self) -> bool:
+        """Tell whether it was started so that adapters can be loaded AND reach the environments."""
+
+    @abstractmethod
+    def adapters(self, version: int) -> set[str]:
+        """Return the adapters that are loaded, or that requests in flight still sample from."""
+
+    @abstractmethod
+    def load_adapter(self, name: str, path: Path, version: int) -> None:
+        """Load an adapter under a name that was never used before."""
+
+    @abstractmethod
+    def active_adapter(self, version: int) -> str | None:
+        """Return the adapter that environments sample from; None: the model itself."""
+
+    @abstractmethod
+    def activate_adapter(self, name: str, version: int) -> None:
+        """Let environments sample from this adapter from now on, without changing their model name."""
+
+    @abstractmethod
+    def unload_adapter(self, name: str, version: int) -> None:
+        """Forget an adapter; not knowing it is no failure."""
+
+
+class CollectiveServer(InferenceServer):
+    """Takes weights from a process group that its workers join."""
+
+    @abstractmethod
+    def world_size(self) -> int:
+        """Return the number of workers that take part in a transfer."""
+
+    @abstractmethod
+    def weight_request(self, route: str, body: Mapping[str, Any], version: int | None) -> None:
+        """Send one request of a weight transfer, e.g. `/update_weights`, inside the load deadline; once.
+
+        `version` is for messages; None while shaking hands.
+        """
+
+
+class WeightTransport(ABC):
+    """Brings weights from the trainer to the servers.
+
+    The defaults are those of a transport that replaces the weights in place.
+    """
+
+    overlaps: ClassVar[bool]
+    """Whether `capture` detaches the weights from the live model.
+
+    If so the rest of a publish runs in a background thread while the next step trains; if not (weights are
+    sent from the model itself) the training thread waits for the publish."""
+
+    @abstractmethod
+    def capture(self, version: int) -> Callable[[], StagedWeights]:
+        """Take the weights out of the live model, in the training thread; quick.
+
+        Returns:
+            Finishes staging (writing, hashing), from any thread.
+
+        Raises:
+            StagingFailed: Now or in the returned function: the weights cannot be read or written.
+        """
+
+    @abstractmethod
+    def load(self, server: InferenceServer, staged: StagedWeights) -> None:
+        """Bring the staged weights into one server. Called from one thread per server."""
+
+    def connect(self, server: InferenceServer) -> None:
+        """Shake hands with a server that has just become ready, perhaps after a restart."""
+        server.use_model_itself()
+
+    def needs_pause(self, server: InferenceServer) -> bool:
+        """Tell whether generation has to stand still while this server loads."""
+        return True
+
+    def served_name(self, server: InferenceServer) -> str | None:
+        """Return the name to score the version under that this server has loaded; None: the model's."""
+        return None
+
+    def activate(  # noqa: B027 - what is loaded in place is what is sampled from
+        self, server: InferenceServer, staged: StagedWeights
+    ) -> None:
+        """After the proof: let environments sample from it, and forget older versions on the server."""
+
+    def is_served(self, server: InferenceServer, staged: StagedWeights) -> bool:
+        """Tell whether the server still shows this version: False after it was restarted. Cheap.
+
+        A server without labels cannot tell, and counts as unchanged.
+        """
+        label = server.weight_version(staged.version)
+        return label is None or label == str(staged.version)
+
+    def prune(self, served: int) -> None:  # noqa: B027 - most keep nothing
+        """Delete old versions, but never the one that is served; called after a publish that succeeded."""
+
+    def close(self, servers: Sequence[InferenceServer]) -> None:  # noqa: B027 - most hold nothing
+        """Give back process groups and the like; servers that do not answer are no failure."""

@@ -1,0 +1,129 @@
+"""Computes the trainer's own log-probs of the probes: what a server has to agree with."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.lm_head import selected_logprobs
+from trainer.publish.verification.compare_logprobs import ProbeScores
+from trainer.publish.verification.probes import Probes
+
+MAX_PADDING = 1.25
+"""A batch takes the next shorter sequence as long as this is not longer by more than this factor: fewer
+passes on the one hand, which each cost overhead, less padding on the other."""
+
+
+def score_probes(model: nn.Module, probes: Probes, device: torch.device | str) -> ProbeScores:
+    """Score everything that verification asks; see `score_with_model` for how.
+
+    Args:
+        model: A causal language model, wrapped or not.
+        probes: What is asked.
+        device: Where the model is.
+    """
+    texts = score_with_model(model, probes.texts, device)
+    if not probes.cuts:
+        return ProbeScores(texts=texts, next_tokens=())
+    with evaluation_mode(model), torch.no_grad():
+        # One pass: what comes after a beginning of the passage does not depend on how it goes on.
+        last = torch.tensor([cut - 1 for cut in probes.cuts], device=device)
+        logits = _logits(model, [probes.passage], device, columns=last)[0]  # [C, V]
+        rows = torch.log_softmax(logits.float(), dim=-1).cpu()
+    return ProbeScores(texts=texts, next_tokens=tuple(array("f", row.numpy().tobytes()) for row in rows))
+
+
+def score_with_model(
+    model: nn.Module, token_id_lists: list[list[int]], device: torch.device | str
+) -> list[list[float]]:
+    """Score token sequences with the weights as they are.
+
+    Without autocast, unless the caller has opened one: the master weights in float32 are the truth that
+    servers round. Computing in the served type as well comes no closer: two bfloat16 implementations differ
+    from each other as much as each does from float32. It would also cost a second copy of the model, and hide
+    an error of the cast itself; the rounding is in the tolerance instead. Dropout is off while scoring, no
+    random number is drawn, and no gradient is kept.
+
+    Args:
+        model: A causal language model, wrapped or not.
+        token_id_lists: Sequences of at least two tokens.
+        device: Where the model is.
+
+    Returns:
+        For each sequence the log-probs of its tokens 1..T-1, in nats, from a float32 log-softmax.
+    """
+    scores: list[list[float]] = [[] for _ in token_id_lists]
+    with evaluation_mode(model), torch.no_grad():
+        for numbers in _by_length([len(token_ids) for token_ids in token_id_lists]):
+            logits = _logits(model, [token_id_lists[number] for number in numbers], device)
+            for number, row in zip(numbers, logits, strict=True):
+                scores[number] = _pick(row, token_id_lists[number])
+    return scores
+
+
+def _by_length(lengths: list[int]) -> Iterator[list[int]]:
+    """Positions of sequences that are scored together: of similar length, longest first."""
+    group: list[int] = []
+    for number in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if group and lengths[group[0]] > MAX_PADDING * lengths[number]:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+def _logits(
+    model: nn.Module,
+    token_id_lists: list[list[int]],
+    device: torch.device | str,
+    *,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Logits [B, T, V] of sequences, padded on the right, where a causal model cannot see it.
+
+    `columns`: positions to return, of all sequences; None: all of them.
+    """
+    longest = max(map(len, token_id_lists))
+    padded = [token_ids + [token_ids[-1]] * (longest - len(token_ids)) for token_ids in token_id_lists]
+    present = [[1] * len(token_ids) + [0] * (longest - len(token_ids)) for token_ids in token_id_lists]
+    # The class's forward: where the hardware has bfloat16, Accelerate replaces the model's own by one that
+    # opens autocast.
+    forward = type(model).forward
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(present, device=device),
+        "use_cache": False,
+    }
+    # Most models can leave out the head where nobody looks.
+    selects = columns is not None and "logits_to_keep" in inspect.signature(forward).parameters
+    if selects:
+        inputs["logits_to_keep"] = columns
+    logits: Tensor = forward(model, **inputs).logits
+    return logits if columns is None or selects else logits[:, columns]
+
+
+def _pick(logits: Tensor, token_ids: list[int]) -> list[float]:
+    """Log-probs of one row's own tokens; logits are [T, V], possibly padded."""
+    targets = torch.tensor(token_ids[1:], device=logits.device)
+    rows = torch.arange(len(targets), device=logits.device)
+    scores: list[float] = selected_logprobs(logits, rows, targets).tolist()
+    return scores
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch every module to evaluation; on leaving, each gets back the mode that it had itself."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

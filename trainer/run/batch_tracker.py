@@ -1,0 +1,264 @@
+"""Tracks every batch: trained, skipped, or quarantined.
+
+What is not trained on is kept first; then a row says so; then its outcome is settled. A checkpoint counts
+settled batches only, so a run that dies in between gets the batch again.
+
+Data flow: received batch -> verdict of the loop -> `set_aside/`, metrics, ledger -> what a checkpoint counts.
+Whether a batch can be trained on is found elsewhere: `trainer.samples.prepare`, `trainer.run.optimizer_step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import NoReturn
+
+from atropos_client.journal import Outcome
+from schemas import count_of
+from trainer.config import TrainerConfig
+from trainer.errors import MismatchTooLarge, TooManySetAside, TooManySkippedBatches
+from trainer.monitoring import Progress, RunCounts
+from trainer.run.logprob_mismatch import Mismatch, alarm_text, temperature_text, unjudged_text
+from trainer.run.metrics import Row, RowWriter
+from trainer.run.train_state import PreparedRun
+from trainer.samples.prepare import PreparedBatch
+from trainer.samples.quarantine import QuarantineStore
+from trainer.samples.quarantine_rate import QuarantineRate
+from trainer.sources.incoming import BatchLedger, BatchSource, IncomingBatch
+
+logger = logging.getLogger(__name__)
+
+_IGNORED_FIELDS = (
+    "images",
+    "distill_token_ids",
+    "distill_logprobs",
+)  # of groups; nothing is computed with them
+
+
+class BatchTracker:
+    """Tracks every batch of a run, and sees to it that none is lost.
+
+    Args:
+        config: The run's configuration.
+        prepared: Its checkpoint says where the counting goes on.
+        source: Where the batches come from; asked for its counters.
+        ledger: Where the outcome of each batch is noted. None: nowhere.
+        rows: Where the row of a batch that was passed over goes.
+        progress: Where it is noted how far the run has come.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        prepared: PreparedRun,
+        *,
+        source: BatchSource,
+        ledger: BatchLedger | None,
+        rows: RowWriter,
+        progress: Progress,
+    ) -> None:
+        self._settings = config.train
+        self._compares_log_probs = config.loss.needs_inference_logprobs
+        self._directory = config.train.output_dir / "set_aside"
+        self._is_main_process = prepared.accelerator.is_main_process
+        self._source = source
+        self._ledger = ledger
+        self._rows = rows
+        self._progress = progress
+        state = prepared.state
+        self.step = state.step if state else 0
+        """Optimizer steps done, one for each batch trained on."""
+        self.batch = state.batches if state else 0
+        """Number of the newest batch received."""
+        self.settled_batch = self.batch
+        """Number of the newest batch whose outcome is known: what a checkpoint counts."""
+        self._position = self.settled_position = state.position if state else ""
+        self.counters = Counter(state.counters if state else {})
+        """Counts of what was set aside, by reason; see also `all_counters`."""
+        self._before = (self.batch, Counter(self.counters))
+        self.normalizer = prepared.normalizer.state_dict()
+        """State of the advantage normalizer after the newest batch that was trained on or skipped: what a
+        checkpoint has to hold, while the normalizer itself may be batches ahead."""
+        self._skips_in_a_row = 0
+        self._warned: set[str] = set()
+        self._store = QuarantineStore(self._directory, max_bytes=config.train.set_aside_max_bytes)
+        self._share = QuarantineRate(config.train, state.set_aside_window if state else None)
+        self.settled_window = self._share.state
+        """The window of the set-aside share up to the newest batch whose outcome is known."""
+        if self._is_main_process:
+            self._store.forget_after(self.batch)
+        self.note_counts()
+
+    @property
+    def set_aside_share(self) -> float:
+        """Groups set aside, of all groups of the last batches."""
+        return self._share.share
+
+    @property
+    def settled_counters(self) -> dict[str, int]:
+        """The counters without those of a batch whose outcome is not known yet: it will be counted again."""
+        settled = self.batch == self.settled_batch
+        return dict(self.counters if settled else self._before[1])
+
+    def all_counters(self) -> dict[str, int]:
+        """Everything set aside, by reason, and what was counted on the way in."""
+        pruned = {"set_aside_pruned_total": self._store.pruned}
+        return {**self.counters, **pruned, **self._source.counters()}
+
+    def note_counts(self) -> None:
+        """Tell whoever watches how far the run has come."""
+        self._progress.counts = RunCounts(
+            step=self.step,
+            batches=self.settled_batch,
+            possibly_lost=self._source.counters().get("intake_possibly_lost", 0),
+        )
+
+    def receive(self, incoming: IncomingBatch) -> None:
+        """Number a batch that has come."""
+        self._before = (self.batch, Counter(self.counters))
+        self.batch = incoming.number or self.batch + 1  # a journal numbers its batches itself
+        self._position = incoming.position
+
+    def forget(self, incoming: IncomingBatch, *, reason: str) -> None:
+        """Roll back to before the batch at hand, which is kept: in the journal, or set aside without one."""
+        self.batch, self.counters = self._before
+        self._share = QuarantineRate(self._settings, self.settled_window)
+        if self._ledger is not None:
+            return
+        self.counters["batches_unused"] += 1
+        if self._is_main_process:
+            self._store.keep_batch(incoming.body, batch=self.batch + 1, reason=reason)
+
+    def count(self, incoming: IncomingBatch, batch: PreparedBatch) -> None:
+        """Count what a prepared batch leaves out, and keep it.
+
+        Raises:
+            TooManySetAside: Of the last batches too large a share was left out; the batch is set aside.
+        """
+        self._warn_of_ignored_fields(incoming)
+        self.counters["set_aside_groups_total"] += len(batch.set_aside)
+        self.counters["groups_without_spread_total"] += batch.groups_without_spread
+        self.counters["groups_with_binary_masks_total"] += batch.groups_with_binary_masks
+        if self._is_main_process:
+            self._store.keep_groups(batch.set_aside, batch=self.batch)
+        reasons = [group.reason for group in batch.set_aside]
+        try:
+            alarm = self._share.add(groups=batch.groups + len(reasons), reasons=reasons)
+        except TooManySetAside as error:
+            self.set_aside(incoming, str(error))
+            raise
+        self.counters["set_aside_alarms_total"] += alarm
+
+    def _warn_of_ignored_fields(self, incoming: IncomingBatch) -> None:
+        """One warning a field and run: training without it is not what the environment wants."""
+        for group in incoming.reply.groups:
+            for name in _IGNORED_FIELDS:
+                if getattr(group, name) is not None:
+                    self._warn_once(
+                        name,
+                        "Batch %d, environment %s: %s is not supported, and the groups are trained as if it "
+                        "were not there.",
+                        self.batch,
+                        group.env_id,
+                        name,
+                    )
+
+    def _warn_once(self, about: str, message: str, *values: object) -> None:
+        if about not in self._warned and self._is_main_process:
+            logger.warning(message, *values)
+        self._warned.add(about)
+
+    def note_trained(self, batch: PreparedBatch) -> None:
+        """The batch at hand was trained on: one more step."""
+        self._skips_in_a_row = 0
+        self.normalizer = batch.normalizer
+        self.step += 1
+        self._settle("trained")
+
+    def skip(self, incoming: IncomingBatch, batch: PreparedBatch, reason: str, *, counter: str) -> None:
+        """Pass over a batch that cannot be trained on.
+
+        Args:
+            incoming: The batch.
+            batch: What was prepared of it.
+            reason: Why it cannot be trained on.
+            counter: What it counts as.
+
+        Raises:
+            TooManySkippedBatches: It is one of too many in a row.
+        """
+        self.counters[counter] += 1
+        self._skips_in_a_row += 1
+        self._pass_over(incoming, "skipped", reason)
+        self.normalizer = batch.normalizer
+        if self._skips_in_a_row >= self._settings.max_consecutive_skips:
+            raise TooManySkippedBatches(
+                f"{count_of(self._skips_in_a_row, 'batch')} in a row could not be trained "
+                f"(train.max_consecutive_skips), the last because {reason}; they are kept in "
+                f"{self._directory}"
+            )
+
+    def skip_unreadable(self, incoming: IncomingBatch, why: str) -> None:
+        """Keep a body that is no batch at all. Not a skip: the poller's patience bounds a row of them."""
+        self.counters["batches_unreadable"] += 1
+        self._pass_over(incoming, "set_aside", f"unreadable: {why}")
+
+    def set_aside(self, incoming: IncomingBatch, reason: str) -> None:
+        """Keep a batch that ends the run."""
+        self._keep(incoming, reason)
+        self._settle("set_aside", reason=reason)
+
+    def accepts(self, mismatch: Mismatch | None, staleness: int | None) -> bool:
+        """Whether to train on a batch whose log-probs differ like this; raises the alarm if there is one."""
+        temperature = temperature_text(mismatch, staleness)
+        if temperature is not None and self._compares_log_probs:
+            self._warn_once("temperature", "Batch %d: %s", self.batch, temperature)
+        unjudged = unjudged_text(mismatch, staleness, self._settings)
+        if unjudged is not None:
+            self._warn_once("unjudged", "Batch %d: %s", self.batch, unjudged)
+        alarm = alarm_text(mismatch, staleness, self._settings)
+        if alarm is None:
+            return True
+        self.counters["mismatch_alarms_total"] += 1
+        logger.warning("Batch %d: %s", self.batch, alarm)
+        return self._settings.mismatch_action == "warn"
+
+    def refuse(self, incoming: IncomingBatch, mismatch: Mismatch | None, staleness: int | None) -> NoReturn:
+        """Keep a batch that was not accepted and end the run.
+
+        Raises:
+            MismatchTooLarge: Always.
+        """
+        reason = alarm_text(mismatch, staleness, self._settings) or "its mismatch was not accepted"
+        self.set_aside(incoming, reason)
+        raise MismatchTooLarge(
+            f"batch {self.batch}: {reason}. The batch is kept in {self._directory} and was not trained on; "
+            "to go on all the same, set train.mismatch_action to warn"
+        )
+
+    def keep_unused(self, bodies: Iterable[bytes]) -> None:
+        """Keep what was fetched early and nobody trained on."""
+        for number, body in enumerate(bodies, start=self.batch + 1):
+            self.counters["batches_unused"] += 1
+            self._store.keep_batch(body, batch=number, reason="the run ended before it was trained on")
+
+    def _pass_over(self, incoming: IncomingBatch, outcome: Outcome, reason: str) -> None:
+        """Keep a batch that is not trained on, with a row that says so; the run goes on."""
+        self._keep(incoming, reason)
+        row: Row = {"kind": "skipped", "step": self.step, "batch": self.batch, "reason": reason}
+        self._rows.write({**row, **self.all_counters()}, step=self.step)
+        self._settle(outcome, reason=reason)
+
+    def _keep(self, incoming: IncomingBatch, reason: str) -> None:
+        if self._is_main_process:
+            self._store.keep_batch(incoming.body, batch=self.batch, reason=reason)
+
+    def _settle(self, outcome: Outcome, *, reason: str | None = None) -> None:
+        """Settle the outcome of the batch: from now on a checkpoint counts it."""
+        self.settled_batch, self.settled_position = self.batch, self._position
+        self.settled_window = self._share.state
+        if self._ledger is not None:
+            step = self.step if outcome == "trained" else None
+            self._ledger.settle(self.batch, outcome, step=step, reason=reason)
+        self.note_counts()

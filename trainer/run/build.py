@@ -1,0 +1,228 @@
+"""Builds a trainer with its source and publisher from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from atropos_client.journal import Journal
+from atropos_client.private_files import PRIVATE_DIRECTORY
+from trainer.config import PublishSettings, TrainerConfig
+from trainer.errors import CheckpointError, ConfigurationError
+from trainer.export.hf_model import capture_model
+from trainer.export.peft_adapter import capture_adapter
+from trainer.model.weight_stream import WeightStream
+from trainer.monitoring import Progress
+from trainer.publish import (
+    DiskTransport,
+    InferenceServer,
+    LogprobKind,
+    LogprobPolicy,
+    LoraTransport,
+    Publisher,
+    SglangRoutes,
+    VllmRoutes,
+    VllmTransferTransport,
+    WeightTransport,
+    make_probes,
+    score_probes,
+)
+from trainer.run.loop import Trainer
+from trainer.run.metrics import Row
+from trainer.run.optimizer_step import StepRunner
+from trainer.run.places import journal_directory
+from trainer.run.processes import JoinedRun
+from trainer.run.start import Accept, accept_any, accept_journal
+from trainer.run.train_state import PreparedRun, prepare_run
+from trainer.sources.incoming import BatchSource
+from trainer.sources.live import AtroposSource, journal_limits
+from trainer.sources.recorded import RecordedSource
+
+PUBLISHED_MODES = {"owner": PRIVATE_DIRECTORY, "group": 0o750, "everyone": 0o755}
+"""Permissions of published directories by `publish.readable_by`."""
+
+
+def build_trainer(
+    config: TrainerConfig,
+    *,
+    source: BatchSource | None = None,
+    accept: Accept | None = None,
+    joined: JoinedRun | None = None,
+    on_row: Callable[[Row], None] | None = None,
+    progress: Progress | None = None,
+) -> Trainer:
+    """Build a run.
+
+    Args:
+        config: The configuration.
+        source: Where batches come from. None: the configured Atropos API, through the journal in the output
+            directory unless `journal.enabled` is off.
+        accept: Whether the batches of `source` go on from a checkpoint. None: from any.
+        joined: This process's place in the run, which stays the caller's. None: find it.
+        on_row: Called with every metrics row.
+        progress: Where the present phase and how far the run has come are noted.
+
+    Raises:
+        ConfigurationError: The model cannot be loaded, or another setting does not fit it.
+        CheckpointError: The newest checkpoint cannot be read.
+        JournalError: Another run has the directory, or its journal cannot be read or written.
+    """
+    prepared = prepare_run(config, joined, accept or (accept_journal if source is None else accept_any))
+    steps = StepRunner(config, prepared)
+    is_main_process = prepared.accelerator.is_main_process
+    trainer: Trainer
+    publisher: Publisher | None = None
+
+    def served_version() -> int:
+        """Version that environments sampled from when a batch arrived, as far as it is known."""
+        if publisher is None:
+            return -1
+        version = publisher.loaded_version
+        if version is None:  # a publish is under way: what was proven last is what most of it came from
+            version = publisher.served_version
+        return -1 if version is None else version
+
+    def step() -> int:
+        return trainer.step
+
+    with ExitStack() as closed_on_failure:
+        closed_on_failure.callback(prepared.joined.release)
+        journal = None
+        if source is None and not is_main_process:
+            source = RecordedSource(())  # process 0 is asked
+        elif source is None:
+            if config.journal.enabled:
+                journal = closed_on_failure.enter_context(open_journal(config, prepared.joined))
+            counted = prepared.checkpoint.state.batches if prepared.checkpoint is not None else 0
+            source = AtroposSource(
+                config,
+                journal,
+                after=counted if journal is not None else 0,
+                served_version=served_version,
+                step=step,
+                prepare=steps.prepare,
+            )
+        if is_main_process:
+            publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
+        trainer = Trainer(
+            config,
+            prepared,
+            steps,
+            source=source,
+            ledger=journal,
+            publisher=publisher,
+            on_row=on_row,
+            progress=progress,
+        )
+        if progress is not None and publisher is not None:
+            progress.served_version = lambda: publisher.served_version
+        closed_on_failure.pop_all()
+    return trainer
+
+
+def open_journal(config: TrainerConfig, joined: JoinedRun) -> Journal:
+    """Open the run's journal for writing, under the lock that process 0 holds on the directory.
+
+    Raises:
+        JournalError: It cannot be read or written.
+    """
+    return Journal.open(
+        journal_directory(config),
+        limits=journal_limits(config),
+        lock=joined.share().lock,
+        accept_loss=config.journal.accept_loss,
+    )
+
+
+def build_publisher(
+    config: TrainerConfig, prepared: PreparedRun, *, stop_requested: Callable[[], bool] = lambda: False
+) -> Publisher | None:
+    """The configured publisher; None with `publish.transport: none`.
+
+    Args:
+        config: The configuration.
+        prepared: The model and what belongs to it.
+        stop_requested: Whether the run is to end soon.
+
+    Raises:
+        ConfigurationError: The transport does not go with the engine or the model.
+    """
+    settings = config.publish
+    if settings.transport == "none":
+        return None
+    policy = prepared.policy
+    context = min(policy.limits.max_sequence_length, config.atropos.max_token_length)
+    return Publisher(
+        settings,
+        transport=build_transport(config, prepared),
+        servers=build_servers(settings),
+        probes=make_probes(policy.tokenizer, settings.probes, context=context),
+        score=lambda probes: score_probes(policy.model, probes, prepared.accelerator.device),
+        logprobs=logprob_policy(config),
+        stop_requested=stop_requested,
+    )
+
+
+def logprob_policy(config: TrainerConfig) -> LogprobPolicy:
+    """Resolve what the servers' log-probs have to be at temperatures other than 1, and what fits the loss."""
+    fitting = None
+    if config.loss.needs_inference_logprobs:
+        fitting = LogprobKind.SCALED if config.loss.uses_temperature else LogprobKind.RAW
+    return LogprobPolicy(required=config.publish.logprobs, fitting=fitting)
+
+
+def build_servers(settings: PublishSettings) -> list[InferenceServer]:
+    """The inference servers, each in the dialect of its engine."""
+    if settings.engine == "sglang":
+        return [SglangRoutes(url, settings) for url in settings.servers]
+    return [VllmRoutes(url, settings) for url in settings.servers]
+
+
+def build_transport(config: TrainerConfig, prepared: PreparedRun) -> WeightTransport:
+    """The configured way of the weights.
+
+    Raises:
+        ConfigurationError: It does not go with the model, the engine, or the number of processes.
+    """
+    settings = config.publish
+    policy = prepared.policy
+    base, dtype = policy.base, None
+    if settings.dtype != "auto":
+        dtype = getattr(torch, settings.dtype)
+        base = base.declaring(dtype)
+    try:
+        stream = WeightStream(policy.model, base, dtype=dtype, bucket_bytes=settings.bucket_mebibytes << 20)
+    except CheckpointError as error:
+        raise ConfigurationError(f"publish.transport {settings.transport}: {error}") from error
+    directory = settings.directory or config.train.output_dir / "published"
+    mode = PUBLISHED_MODES[settings.readable_by]
+
+    def capture() -> Callable[[Path], None]:
+        captured = capture_model(stream)
+        # Not flushed to the disk: after a crash the trainer publishes anew.
+        return lambda path: captured.write(path, durable=False, mode=mode)
+
+    if settings.transport in ("nccl", "ipc"):
+        if settings.transport == "ipc" and prepared.accelerator.num_processes > 1:
+            raise ConfigurationError(
+                "publish.transport ipc is for a trainer of one process; with several use nccl or disk"
+            )
+        if not stream.piecewise:
+            raise ConfigurationError(
+                f"publish.transport {settings.transport}: the checkpoint layout of this model mixes weights "
+                "of several layers, so it cannot be sent piece by piece; use publish.transport disk"
+            )
+        return VllmTransferTransport(settings.transport, stream, settings)
+    disk = DiskTransport(directory, capture, keep=settings.keep, mode=mode)
+    if settings.transport == "disk":
+        return disk
+    return LoraTransport(
+        directory,
+        lambda: capture_adapter(policy.model, dtype=dtype or base.dtype),
+        keep=settings.keep,
+        merged=disk if settings.lora_fallback == "merged" else None,
+        mode=mode,
+    )

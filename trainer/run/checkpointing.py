@@ -1,0 +1,156 @@
+"""Saves a run: its checkpoints while it lasts, and the finished model.
+
+How a checkpoint lies on the disk: `trainer.checkpoints.format`; which of several is kept:
+`trainer.checkpoints.retention`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from trainer.checkpoints.format import (
+    CheckpointState,
+    read_checkpoint,
+    trained_parameter_names,
+    write_checkpoint,
+)
+from trainer.checkpoints.retention import checkpoint_path, list_checkpoints, prune_checkpoints
+from trainer.config import TrainerConfig
+from trainer.errors import CheckpointError
+from trainer.export.hf_model import write_model_directory
+from trainer.model.weight_stream import WeightStream, dtype_name
+from trainer.monitoring import Progress, RunPhase
+from trainer.run.batch_tracker import BatchTracker
+from trainer.run.places import checkpoint_directory
+from trainer.run.train_state import PreparedRun, library_versions
+from trainer.sources.incoming import BatchLedger
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, and the model that it ends with.
+
+    Args:
+        config: The run's configuration.
+        prepared: What is saved, and the checkpoint that the run goes on from.
+        tracker: What a checkpoint counts.
+        ledger: Lets go of the bodies that no checkpoint needs any more. None: there is none.
+        progress: Where the phase is noted.
+        disk: Who is waited for meanwhile, for logs.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        prepared: PreparedRun,
+        tracker: BatchTracker,
+        *,
+        ledger: BatchLedger | None,
+        progress: Progress,
+        disk: str,
+    ) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._accelerator = prepared.accelerator
+        self._tracker = tracker
+        self._ledger = ledger
+        self._progress = progress
+        self._disk = disk
+        self._directory = checkpoint_directory(config)
+        self._step = prepared.state.step if prepared.state else -1
+        self._settled_batch = tracker.settled_batch
+        # Of what is loaded: the environment on the disk may change, or go, while a run lasts.
+        self._versions = library_versions()
+
+    @property
+    def has_current_step(self) -> bool:
+        """Whether the newest checkpoint is of the current step."""
+        return self._step == self._tracker.step
+
+    @property
+    def newest(self) -> Path:
+        """The newest checkpoint; there is one once the run has begun."""
+        return checkpoint_path(self._directory, self._step)
+
+    def write(self) -> None:
+        """Write a checkpoint of the current step, on process 0, and delete the oldest; waits for nobody.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
+            self._write()
+
+    def save_last_whole_step(self, *, weights_whole: bool) -> None:
+        """After a failure: a checkpoint of the last whole step, by process 0 whatever became of the others.
+
+        Args:
+            weights_whole: Whether the weights are those after a whole step.
+        """
+        step = self._tracker.step
+        if (step, self._tracker.settled_batch) == (self._step, self._settled_batch):
+            return
+        if not weights_whole:
+            logger.warning("No checkpoint of step %d: the failure came while its weights were changed", step)
+            return
+        try:
+            self.write()
+        except Exception as error:  # noqa: BLE001 - a broken GPU, say; the failure under way matters more
+            logger.error("No checkpoint of step %d: %s", step, error)  # noqa: TRY400
+
+    def write_final_model(self) -> Path:
+        """Write the finished model, on process 0.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        path = self._config.train.output_dir / "final"
+        if self._accelerator.is_main_process:
+            policy = self._prepared.policy
+            write_model_directory(path, WeightStream(policy.model, policy.base), replace=True)
+        return path
+
+    def _write(self) -> None:
+        if self._accelerator.is_main_process:
+            write_checkpoint(
+                checkpoint_path(self._directory, self._tracker.step),
+                model=self._prepared.policy.model,
+                base=self._prepared.policy.base,
+                optimizer=self._prepared.optimizer,
+                state=self._state(),
+                configuration=self._config.model_dump(mode="json"),
+                versions=self._versions,
+            )
+            settings = self._config.checkpoint
+            prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
+            self._prune_ledger()
+        self._step = self._tracker.step
+        self._settled_batch = self._tracker.settled_batch
+
+    def _prune_ledger(self) -> None:
+        """Let go of the bodies that no checkpoint needs any more."""
+        if self._ledger is None or not self._config.journal.prune:
+            return
+        try:
+            oldest = read_checkpoint(list_checkpoints(self._directory)[0])
+        except CheckpointError as error:  # half deleted when an earlier process died; gone after the next one
+            logger.warning("No body is deleted from the journal: %s", error)
+            return
+        self._ledger.prune(oldest.state.batches)
+
+    def _state(self) -> CheckpointState:
+        tracker = self._tracker
+        return CheckpointState(
+            step=tracker.step,
+            policy_version=tracker.step,
+            batches=tracker.settled_batch,
+            position=tracker.settled_position,
+            counters=tracker.settled_counters,
+            normalizer=tracker.normalizer,
+            stored_dtype=dtype_name(self._prepared.policy.base.dtype),
+            parameter_names=trained_parameter_names(self._prepared.policy.model),
+            base_weights=self._prepared.policy.base_weights,
+            set_aside_window=tracker.settled_window,
+        )

@@ -1,0 +1,350 @@
+"""The run: batch -> samples -> step -> publish -> checkpoint -> next batch.
+
+What each of these is: `trainer.run.optimizer_step`, `trainer.run.batch_tracker`,
+`trainer.run.publish_schedule`, `trainer.run.checkpointing`. Here is the order in which they have their turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from atropos_client import AtroposClientError
+from trainer.config import TrainerConfig
+from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
+from trainer.model.weighted_sft_call import Alignment, compute_advantage_weighted_sft_loss
+from trainer.monitoring import PartyNames, Progress, RunPhase
+from trainer.publish import Publisher
+from trainer.run.batch_tracker import BatchTracker
+from trainer.run.broadcast import BatchBroadcast, Stopped
+from trainer.run.checkpointing import CheckpointWriter
+from trainer.run.metrics import Row, RowWriter, StepTimes, batch_metrics, step_metrics, time_metrics
+from trainer.run.optimizer_step import ComputedStep, StepAborted, StepRunner
+from trainer.run.publish_schedule import PublishSchedule
+from trainer.run.train_state import PreparedRun
+from trainer.sources.incoming import BatchLedger, BatchSource, EndOfBatches, IncomingBatch, PreparedStep
+
+_ASKED_ELSEWHERE = "another process was asked to stop"
+
+
+NO_MORE_BATCHES = "there are no more batches"
+"""Why a run on recordings stops early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Steps, files and reason with which a run ended."""
+
+    step: int
+    """Optimizer steps done."""
+    stopped_early: str | None
+    """Why it ended before its last step; None if it did not."""
+    final_model: Path | None
+    """The finished model; None if the run stopped early."""
+    checkpoint: Path
+    """The newest checkpoint."""
+    counters: dict[str, int]
+    """Everything set aside, by reason."""
+
+
+class Trainer:
+    """Trains a policy on batches and publishes it.
+
+    Args:
+        config: The run's configuration.
+        prepared: See `trainer.run.train_state.prepare_run`.
+        steps: Prepares batches and computes their steps.
+        source: Where batches come from; asked on process 0 only.
+        ledger: Where the outcome of each batch is noted, for a source whose batches are numbered; closed when
+            the run ends. None: nowhere.
+        publisher: How weights reach the inference servers; None trains only.
+        on_row: Called with every metrics row on process 0, e.g. to show progress.
+        progress: Where the present phase and how far the run has come are noted, for whoever watches it.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        prepared: PreparedRun,
+        steps: StepRunner,
+        *,
+        source: BatchSource,
+        ledger: BatchLedger | None = None,
+        publisher: Publisher | None = None,
+        on_row: Callable[[Row], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._accelerator = prepared.accelerator
+        self._source = source
+        self._ledger = ledger
+        self._progress = progress or Progress()
+        self._stop_reason: str | None = None
+        self._stop_asked_at = 0.0
+        self.starting = False
+        """Whether the run still waits for servers and the API: its checkpoint stands, no step has begun."""
+        is_main_process = self._accelerator.is_main_process
+        self._parties = PartyNames(config, source=source.party, is_main_process=is_main_process)
+        self._steps = steps
+        self._rows = RowWriter(config, prepared, on_row=on_row)
+        self._tracker = BatchTracker(
+            config, prepared, source=source, ledger=ledger, rows=self._rows, progress=self._progress
+        )
+        self._checkpoints = CheckpointWriter(
+            config, prepared, self._tracker, ledger=ledger, progress=self._progress, disk=self._parties.disk
+        )
+        self._publishes = PublishSchedule(
+            publisher if is_main_process else None,
+            every=config.publish.every,
+            rows=self._rows,
+            stop_requested=lambda: self.stop_requested,
+            progress=self._progress,
+            servers=self._parties.servers,
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; also the policy version: every step makes new weights."""
+        return self._tracker.step
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the run is to end before its next batch."""
+        return self._stop_reason is not None
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the run to write a checkpoint and end; safe from any thread and from a signal handler.
+
+        A step under way is given up if it takes longer than `checkpoint.grace` from now; everything else
+        waits for the end of the step.
+        """
+        self._stop_asked_at = time.monotonic()
+        self._stop_reason = reason
+        self._progress.stopping = True
+
+    def save_if_stopping(self) -> bool:
+        """For long waits of the training thread between steps: whether to stop, what there is being saved.
+
+        Raises:
+            CheckpointError: It cannot be saved.
+        """
+        if not self.stop_requested:
+            return False
+        if self._steps.weights_whole and not self._checkpoints.has_current_step:
+            self.write_checkpoint()
+        return True
+
+    def write_checkpoint(self) -> None:
+        """Write a checkpoint of the current step, on process 0, and delete the oldest.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        self._checkpoints.write()
+
+    def compute_advantage_weighted_sft_loss(
+        self, input_ids: Tensor, advantages: Tensor, loss_mask: Tensor, *, alignment: Alignment = "prediction"
+    ) -> Tensor:
+        """The seed's loss on this trainer's model; see `trainer.compute_advantage_weighted_sft_loss`."""
+        with self._accelerator.autocast():
+            return compute_advantage_weighted_sft_loss(
+                self._prepared.model, input_ids, advantages, loss_mask, alignment=alignment
+            )
+
+    def run(self) -> RunSummary:
+        """Train until `train.steps`, or until asked to stop.
+
+        Whatever ends the run, a checkpoint of the last whole step is written first.
+
+        Raises:
+            TrainerError: See `trainer.errors`.
+            AtroposClientError: The API refuses us for good, or the journal cannot be written.
+        """
+        try:
+            return self._run()
+        except (TrainerError, AtroposClientError) as error:
+            # All processes have met it. One that leaves now lets the launcher end process 0 in its work.
+            if not self._accelerator.is_main_process and not isinstance(error, AnotherProcessFailed):
+                self._prepared.joined.wait_until_process_0_has_left()
+            raise
+        finally:
+            if self._ledger is not None:
+                self._ledger.close()
+            self._prepared.joined.release()
+
+    def _run(self) -> RunSummary:
+        stopped_early: str | None = None
+        self._rows.start_trackers()
+        try:
+            if not self._checkpoints.has_current_step:
+                self.write_checkpoint()
+            self.starting = True
+            self._publishes.start(self.step)
+            stopped_early = self._train()
+            self._progress.begin(RunPhase.STOPPING, self._parties.ending)
+            if not self._checkpoints.has_current_step:  # before anything that waits for others
+                self.write_checkpoint()
+            self._publishes.finish(self.step)
+        except BaseException:
+            self._checkpoints.save_last_whole_step(weights_whole=self._steps.weights_whole)
+            raise
+        finally:
+            self._progress.begin(RunPhase.STOPPING, self._parties.ending)
+            self._tracker.keep_unused(self._source.stop())
+            self._publishes.close()
+        final = self._checkpoints.write_final_model() if stopped_early is None else None
+        # Nobody leaves the process group while another still writes. And while all wait here, gloo's threads
+        # let go of the last tensors that they moved: one that does so while Python shuts down aborts it.
+        self._accelerator.wait_for_everyone()
+        self._accelerator.end_training()
+        return RunSummary(
+            step=self.step,
+            stopped_early=stopped_early,
+            final_model=final,
+            checkpoint=self._checkpoints.newest,
+            counters=self._tracker.all_counters(),
+        )
+
+    def _train(self) -> str | None:
+        """Run steps until the last; returns why it ended early, if it did."""
+        broadcast = BatchBroadcast(
+            self._prepared.joined,
+            self._source,
+            timeout=self._config.atropos.batch_timeout,
+            stop_requested=lambda: self.stop_requested,
+            meanwhile=self._tend,
+        )
+        if self._accelerator.is_main_process:
+            self._progress.begin(RunPhase.STARTING, self._parties.batches)
+            self._source.start()
+        self.starting = False
+        self._progress.begin(RunPhase.TRAINING, self._parties.computation)
+        describe = self._source.describe_wait if self._accelerator.is_main_process else None
+        while self.step < self._config.train.steps:
+            started = time.monotonic()
+            try:
+                with self._progress.phase(RunPhase.WAITING, self._parties.batches, describe):
+                    incoming = broadcast.next()
+            except Stopped:
+                return self._stop_reason or _ASKED_ELSEWHERE
+            except EndOfBatches:
+                return NO_MORE_BATCHES
+            self._progress.note_batch()
+            self._tracker.receive(incoming)
+            waited = time.monotonic() - started
+            try:
+                with self._progress.phase(
+                    RunPhase.TRAINING, f"{self._parties.computation} of batch {self._tracker.batch}"
+                ):
+                    self._train_on(incoming, waited=waited)
+            except StepAborted:
+                grace = f"{self._config.checkpoint.grace:g} s"
+                reason = f"the run was to end and its step took longer than {grace} more"
+                self._tracker.forget(incoming, reason=reason)
+                return self._stop_reason or _ASKED_ELSEWHERE
+            del incoming  # its tensors: the next batch has tensors of its own
+        return None
+
+    def _tend(self) -> None:
+        """Between steps and while waiting for a batch."""
+        self._tracker.note_counts()
+        self._publishes.tend(self.step)
+
+    def _grace_is_over(self) -> bool:
+        """Whether the step under way is to be given up; all processes ask, and get one answer."""
+        return self._prepared.joined.any(
+            self.stop_requested and time.monotonic() - self._stop_asked_at >= self._config.checkpoint.grace
+        )
+
+    def _train_on(self, incoming: IncomingBatch, *, waited: float) -> None:
+        """Train on one batch, or pass over it with a reason."""
+        started = time.monotonic()
+        if incoming.unreadable is not None:
+            self._tracker.skip_unreadable(incoming, incoming.unreadable)
+            return
+        prepared = self._prepared_step(incoming)
+        batch = prepared.batch
+        self._tracker.count(incoming, batch)
+        if batch.empty_reason is not None:
+            self._tracker.skip(incoming, batch, batch.empty_reason, counter="batches_without_signal")
+            return
+        computed = self._steps.run(
+            prepared,
+            step=self.step,
+            served_version=incoming.served_version,
+            accepts=self._tracker.accepts,
+            should_abort=self._grace_is_over,
+        )
+        result = computed.result
+        if result.refused:
+            self._tracker.refuse(incoming, result.mismatch, computed.staleness)
+        if not result.applied:
+            reason = f"loss {result.loss} or gradient norm {result.grad_norm} is not finite"
+            self._tracker.skip(incoming, batch, reason, counter="batches_not_finite")
+            return
+        self._tracker.note_trained(batch)
+        self._conclude(
+            incoming, prepared, computed, waited=waited, training_seconds=time.monotonic() - started
+        )
+
+    def _conclude(
+        self,
+        incoming: IncomingBatch,
+        prepared: PreparedStep,
+        computed: ComputedStep,
+        *,
+        waited: float,
+        training_seconds: float,
+    ) -> None:
+        """After a step: publish, write its row, and save what is due."""
+        started = time.monotonic()
+        self._publishes.publish(self.step)
+        times = StepTimes(
+            waiting=waited,
+            idle=computed.idle,
+            preparing=prepared.seconds,
+            prepared_ahead=incoming.prepared is not None,
+            training=training_seconds,
+            publishing=time.monotonic() - started,
+        )
+        row: Row = {
+            "kind": "step",
+            "step": self.step,
+            "policy_version": self.step,
+            "batch": self._tracker.batch,
+            "served_version": incoming.served_version,
+            "staleness": computed.staleness,
+            "learning_rate": computed.learning_rate,
+            **batch_metrics(prepared.batch),
+            "set_aside_share": self._tracker.set_aside_share,
+            **step_metrics(computed.result),
+            **time_metrics(times, prepared.batch, computed.result),
+            **self._tracker.all_counters(),
+        }
+        self._rows.write(row, step=self.step)
+        self._publishes.write_rows(self.step)
+        # After the row: a resumed run drops the rows that its checkpoint does not count, and misses none.
+        if self.step % self._config.checkpoint.every == 0:
+            self.write_checkpoint()
+        self._steps.begin_idling()  # publish and checkpoint are no idleness
+
+    def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
+        """Take what was prepared ahead, or prepare it now; a batch that cannot be prepared is kept."""
+        failure = incoming.failure
+        if failure is None:
+            try:
+                with self._progress.phase(
+                    RunPhase.PREPARING, f"the preparation of batch {self._tracker.batch}"
+                ):
+                    return incoming.prepared or self._steps.prepare(incoming.reply)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept first
+                failure = error
+        # With a configuration that works a batch of the journal, which waits there, is as good as any.
+        if incoming.number is None or not isinstance(failure, ConfigurationError):
+            self._tracker.set_aside(incoming, str(failure))
+        raise failure

@@ -1,0 +1,226 @@
+"""Writes one row of numbers a step: to metrics.jsonl always, to experiment trackers by choice."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from atropos_client.private_files import PRIVATE_DIRECTORY, open_private, write_private
+from schemas import count_of
+from trainer.config import TrainerConfig
+from trainer.errors import ConfigurationError, MetricsError
+from trainer.row_files import drop_rows
+from trainer.run.optimizer_step import StepResult
+from trainer.run.train_state import PreparedRun
+from trainer.samples.prepare import PreparedBatch
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class MetricsFile:
+    """A JSON Lines file, one row a line, each on the disk before the next step begins.
+
+    Args:
+        path: Created if missing.
+        resumed_step: Rows of later steps, which a resumed run computes again, are dropped.
+        resumed_batch: Likewise rows of later batches, such as those that were skipped.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int, resumed_batch: int) -> None:
+        self._path = path
+        path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
+        dropped = drop_rows(
+            path, lambda row: row.get("step", 0) > resumed_step or row.get("batch", 0) > resumed_batch
+        )
+        if dropped:
+            logger.warning(
+                "%s: dropped %s after step %d, to be computed again",
+                path,
+                count_of(dropped, "row"),
+                resumed_step,
+            )
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row. Numbers that are not finite become null, which JSON can carry.
+
+        Raises:
+            MetricsError: It cannot be written.
+        """
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        try:
+            with open_private(self._path, "a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            why = error.strerror or error
+            raise MetricsError(
+                f"cannot write the metrics of step {row.get('step')} to {self._path}: {why}; when that is "
+                "mended, start again: the run goes on from its newest checkpoint"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Where the seconds of a step went, as the training thread saw them."""
+
+    waiting: float
+    """For the batch."""
+    idle: float | None
+    """From the end of the step before, its publish and its checkpoint, to the first computation of this one;
+    None: there is none before."""
+    preparing: float
+    """Preparing and packing, parsing not counted; beside the step before, if `prepared_ahead`."""
+    prepared_ahead: bool
+    training: float
+    """From when the batch was taken to its new weights."""
+    publishing: float
+    """Until training could go on; the rest goes on beside it."""
+
+
+def batch_metrics(batch: PreparedBatch) -> Row:
+    """Rewards, advantages and counts of a batch."""
+    return {
+        "reward_mean": fmean(batch.scores) if batch.scores else None,
+        "reward_std": pstdev(batch.scores) if batch.scores else None,
+        "advantage_mean": fmean(batch.advantages) if batch.advantages else None,
+        "advantage_std": pstdev(batch.advantages) if batch.advantages else None,
+        "advantage_min": min(batch.advantages, default=None),
+        "advantage_max": max(batch.advantages, default=None),
+        "groups": batch.groups,
+        "sequences": len(batch.scores),
+        "trained_tokens": round(batch.trained_tokens),
+        "groups_without_spread": batch.groups_without_spread,
+        "groups_with_binary_masks": batch.groups_with_binary_masks,
+        "set_aside_groups": len(batch.set_aside),
+    }
+
+
+def step_metrics(result: StepResult) -> Row:
+    """Loss, gradient, token counts and waste of a step."""
+    saved = result.sequence_tokens - (result.computed_tokens - result.padding_tokens)
+    return {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        **result.per_token,
+        **(result.mismatch.metrics() if result.mismatch is not None else {}),
+        "computed_tokens": result.computed_tokens,
+        "sequence_tokens": result.sequence_tokens,
+        "padding_share": result.padding_tokens / result.computed_tokens,
+        "prefix_tokens_saved": saved,
+        "prefix_tokens_saved_share": saved / result.sequence_tokens,
+        "micro_batches": result.micro_batches,
+        "imbalance": result.imbalance,
+    }
+
+
+def time_metrics(times: StepTimes, batch: PreparedBatch, result: StepResult) -> Row:
+    """Where the time of a step went, and how fast it was."""
+    return {
+        "waiting_seconds": times.waiting,
+        "idle_seconds": times.idle,
+        "preparing_seconds": times.preparing,
+        "prepared_ahead": times.prepared_ahead,
+        "training_seconds": times.training,
+        "publishing_seconds": times.publishing,
+        "tokens_per_second": batch.trained_tokens / times.training,
+        "total_tokens_per_second": result.sequence_tokens / times.training,
+    }
+
+
+class RowWriter:
+    """Writes the rows of a run, on process 0 only.
+
+    Args:
+        config: The run's configuration.
+        prepared: Rows after its checkpoint, which a resumed run computes again, are dropped.
+        on_row: Called with every row, e.g. to show progress.
+    """
+
+    def __init__(
+        self, config: TrainerConfig, prepared: PreparedRun, *, on_row: Callable[[Row], None] | None
+    ) -> None:
+        self._config = config
+        self._accelerator = prepared.accelerator
+        self._on_row = on_row
+        self._resumed_step = prepared.state.step if prepared.state else None
+        if self._accelerator.is_main_process:
+            state = prepared.state
+            self._file = MetricsFile(
+                config.train.output_dir / "metrics.jsonl",
+                resumed_step=state.step if state else 0,
+                resumed_batch=state.batches if state else 0,
+            )
+
+    def start_trackers(self) -> None:
+        """Open the configured experiment trackers with the settings of the run; a resumed run goes on there.
+
+        Raises:
+            ConfigurationError: One cannot be opened.
+        """
+        settings = self._config.logging
+        if not settings.trackers or not self._accelerator.is_main_process:
+            return
+        # Trackers take plain values only; secrets are masked by the dump.
+        dump = self._config.model_dump(mode="json")
+        flat = {f"{name}.{key}": str(value) for name, part in dump.items() for key, value in part.items()}
+        try:
+            self._accelerator.init_trackers(settings.project, init_kwargs=self._tracker_options())
+            for tracker in self._accelerator.trackers:
+                # TensorBoard makes a further run of each configuration.
+                if self._resumed_step is None or tracker.name != "tensorboard":
+                    tracker.store_init_configuration(flat)
+        except Exception as error:
+            raise ConfigurationError(
+                f"logging.trackers ({', '.join(settings.trackers)}) cannot be opened: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _tracker_options(self) -> dict[str, dict[str, Any]]:
+        """Options with which each tracker goes on with the same run, from the step after the checkpoint's."""
+        run = _tracker_run(self._config.train.output_dir, new=self._resumed_step is None)
+        group = {"group": self._config.logging.group} if self._config.logging.group else {}
+        return {
+            "tensorboard": {"purge_step": (self._resumed_step or 0) + 1},
+            "wandb": {"id": run, "resume": "allow", **group},
+            "trackio": {"name": run, "resume": "allow"},
+        }
+
+    def write(self, row: Row, *, step: int) -> None:
+        """Write a row.
+
+        Args:
+            row: The row; it may tell of an earlier step, whose publish has only now ended, say.
+            step: The current step: what trackers sort by, and some take no step before the newest.
+
+        Raises:
+            MetricsError: It cannot be written.
+        """
+        if not self._accelerator.is_main_process:
+            return
+        self._file.write(row)
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+        self._accelerator.log(numbers, step=step)
+        if self._on_row is not None:
+            self._on_row(row)
+
+
+def _tracker_run(output: Path, *, new: bool) -> str:
+    """Find the name under which trackers know the run in this directory."""
+    file = output / "tracker_run"
+    known = file.read_text(encoding="ascii", errors="replace").strip() if file.is_file() else ""
+    if new or not re.fullmatch(r"[0-9a-f]{8,64}", known):
+        known = secrets.token_hex(8)
+        write_private(file, known.encode())
+    return known

@@ -1,0 +1,320 @@
+"""One optimizer step over one batch, under Accelerate.
+
+Every process holds the whole batch, computes its share of the micro-batches, and gradients are summed:
+each token's loss is already divided by the whole step's denominator, so nothing is averaged afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from schemas import BatchReply
+from trainer.config import OptimizerSettings, TrainerConfig
+from trainer.losses import LossInputs
+from trainer.model.token_logprobs import token_logprobs
+from trainer.model.wrappers import unwrap
+from trainer.packing import MicroBatch, PassCost, pack, process_costs
+from trainer.run.logprob_mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
+from trainer.run.train_state import PreparedRun
+from trainer.samples.prepare import PreparedBatch, prepare_batch
+from trainer.sources.incoming import PreparedStep
+
+
+class StepAborted(Exception):  # noqa: N818 - an event, not a fault
+    """A step was given up between two micro-batches; the weights are those before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Loss, gradient norm and counts of a step, over all processes."""
+
+    loss: float
+    """The step's loss; its unit depends on the loss function."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False if loss or gradient were not finite, or the batch was refused: the weights stayed the same."""
+    refused: bool
+    """The caller did not accept the batch's mismatch."""
+    per_token: dict[str, float]
+    """The loss function's metrics and the entropy, averaged over computed trained tokens."""
+    mismatch: Mismatch | None
+    """Trainer against sampler; None if no trained token came with the sampler's log-probs."""
+    computed_tokens: int
+    """Tokens that went through the model, padding included."""
+    sequence_tokens: int
+    """Tokens of the computed sequences, each counted in full."""
+    padding_tokens: int
+    """Computed columns that hold no token."""
+    imbalance: float
+    """Estimated cost of the slowest process over the mean of all; 1 is even."""
+    micro_batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedStep:
+    """A step that was computed; its result says whether it was applied."""
+
+    result: StepResult
+    staleness: int | None
+    """Versions between the one that was served when the batch arrived and ours; None if that is not known."""
+    learning_rate: float
+    idle: float | None
+    """See `trainer.run.metrics.StepTimes`."""
+
+
+class StepRunner:
+    """Prepares the batches of a run and computes their optimizer steps.
+
+    Args:
+        config: The run's configuration.
+        prepared: The model, its optimizer, and how both are used.
+    """
+
+    def __init__(self, config: TrainerConfig, prepared: PreparedRun) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._accelerator = prepared.accelerator
+        self._model = prepared.model
+        self._optimizer = prepared.optimizer
+        self._loss = config.loss.bound
+        self._cost = PassCost.of_config(unwrap(prepared.model).config.get_text_config())
+        self._idle_since: float | None = None
+        self.weights_whole = True
+        """False while the optimizer changes the weights: what a failure leaves then belongs to no step."""
+
+    def prepare(self, reply: BatchReply) -> PreparedStep:
+        """Prepare a step; batches must be prepared in the order in which they are trained.
+
+        A source may call it ahead, in a thread of its own: it changes nothing but the advantage normalizer,
+        whose state checkpoints take from the batches that were trained.
+        """
+        started = time.monotonic()
+        batch = prepare_batch(
+            reply,
+            limits=self._prepared.policy.limits,
+            data=self._config.data,
+            loss=self._config.loss,
+            normalizer=self._prepared.normalizer,
+        )
+        micro_batches = self.pack(batch) if batch.samples else []
+        return PreparedStep(batch=batch, micro_batches=micro_batches, seconds=time.monotonic() - started)
+
+    def run(
+        self,
+        prepared: PreparedStep,
+        *,
+        step: int,
+        served_version: int,
+        accepts: Callable[[Mismatch | None, int | None], bool],
+        should_abort: Callable[[], bool],
+    ) -> ComputedStep:
+        """Run the optimizer step of a batch.
+
+        Args:
+            prepared: The batch; it has at least one micro-batch.
+            step: Steps done before this one.
+            served_version: See `IncomingBatch`.
+            accepts: Asked with the mismatch and the staleness before the weights change.
+            should_abort: Asked before each micro-batch.
+
+        Raises:
+            StepAborted: `should_abort` said so.
+        """
+        rate = learning_rate(self._config.optimizer, step, self._config.train.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        seed_step(self._config.train.seed, step, self._accelerator.process_index)
+        staleness = step - served_version if served_version >= 0 else None
+        idle = time.monotonic() - self._idle_since if self._idle_since is not None else None
+        result = self.train_on(
+            prepared.micro_batches,
+            accepts=lambda mismatch: accepts(mismatch, staleness),
+            should_abort=should_abort,
+        )
+        self.begin_idling()
+        return ComputedStep(result=result, staleness=staleness, learning_rate=rate, idle=idle)
+
+    def begin_idling(self) -> None:
+        """Note that the time from now until the next step is computed is idle."""
+        self._idle_since = time.monotonic()
+
+    def train_on(
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        accepts: Callable[[Mismatch | None], bool] = lambda _: True,
+        should_abort: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """Compute a batch's gradients and change the weights by them.
+
+        Args:
+            micro_batches: What `pack` made of the batch, at least one.
+            accepts: Asked before the weights change, with equal numbers on every process.
+            should_abort: Asked before each micro-batch; all processes have to answer the same.
+
+        Raises:
+            StepAborted: `should_abort` said so.
+        """
+        sums = self.accumulate(micro_batches, should_abort=should_abort)
+        totals = self._over_processes(sums)
+        mismatch = take_mismatch(totals)
+        loss = totals.pop("loss")
+        tokens = totals.pop("tokens")
+        max_norm = self._config.optimizer.max_grad_norm
+        grad_norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), max_norm))
+        refused = not accepts(mismatch)
+        applied = math.isfinite(loss) and math.isfinite(grad_norm) and not refused
+        if applied:
+            self.weights_whole = False
+            self._optimizer.step()
+            self.weights_whole = True
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            applied=applied,
+            refused=refused,
+            per_token={name: value / tokens for name, value in totals.items()},
+            mismatch=mismatch,
+            computed_tokens=sum(micro_batch.computed_tokens for micro_batch in micro_batches),
+            sequence_tokens=sum(micro_batch.sequence_tokens for micro_batch in micro_batches),
+            padding_tokens=sum(micro_batch.padding_tokens for micro_batch in micro_batches),
+            imbalance=self._imbalance(micro_batches),
+            micro_batches=len(micro_batches),
+        )
+
+    def pack(self, batch: PreparedBatch) -> list[MicroBatch]:
+        """Pack what one step over `batch` computes on all processes, in passes that fit the budget.
+
+        Touches neither the model nor this object, so that it may run ahead in another thread.
+        """
+        return pack(
+            batch.samples,
+            batch.denominators,
+            packing=self._prepared.packing,
+            tokens_per_micro_batch=self._config.data.tokens_per_micro_batch,
+            processes=self._accelerator.num_processes,
+            cost=self._cost,
+        )
+
+    def accumulate(
+        self, micro_batches: list[MicroBatch], *, should_abort: Callable[[], bool] = lambda: False
+    ) -> dict[str, Tensor]:
+        """Compute the gradients of a step, replacing those that were there.
+
+        Returns:
+            This process's sums of loss, token count and metrics, 0-dim.
+
+        Raises:
+            StepAborted: `should_abort` said so; there are no gradients then.
+        """
+        share = self._share(micro_batches)
+        self._model.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        if any(micro_batch.ref_logprobs is not None for micro_batch in micro_batches):
+            # Micro-batches without them do not report it, and all processes must add up the same names.
+            sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
+        for index, micro_batch in enumerate(share):
+            if should_abort():
+                self._optimizer.zero_grad(set_to_none=True)
+                raise StepAborted
+            last = index == len(share) - 1
+            # Gradients are exchanged between processes once a step, with the last micro-batch.
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
+                for name, value in self._backward(micro_batch).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return sums
+
+    def _share(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This process's micro-batches; all processes get equally many, so that none waits for ever."""
+        rank, world = self._accelerator.process_index, self._accelerator.num_processes
+        rounds = math.ceil(len(micro_batches) / world)
+        share = micro_batches[rank::world]
+        if len(share) < rounds:
+            share.append(min(micro_batches, key=lambda each: each.cost).without_weight())
+        return [micro_batch.to(self._accelerator.device) for micro_batch in share]
+
+    def _imbalance(self, micro_batches: list[MicroBatch]) -> float:
+        costs = process_costs([each.cost for each in micro_batches], self._accelerator.num_processes)
+        return max(costs) * len(costs) / sum(costs)
+
+    def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Forward and backward; returns loss, token count and metrics as sums, 0-dim, detached."""
+        with self._accelerator.autocast():
+            scores = token_logprobs(
+                self._model,
+                batch,
+                use_temperature=self._config.loss.uses_temperature,
+                head=self._prepared.head,
+            )
+        inputs = LossInputs(
+            logprobs=scores.logprobs,
+            advantages=batch.advantages,
+            loss_mask=batch.loss_mask,
+            inference_logprobs=batch.inference_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            denominator=batch.denominator,
+            sequence_index=batch.sequence_index,
+            sequence_count=batch.sequence_count,
+        )
+        loss, metrics = self._loss(inputs)
+        # Data parallelism averages gradients over processes; ours are shares of a sum.
+        self._accelerator.backward(loss * self._accelerator.num_processes)
+        return {
+            **drop_own_comparison(metrics),
+            **mismatch_sums(
+                scores.logprobs.detach(), batch.known_inference_logprobs, batch.loss_mask, scores.entropy
+            ),
+            "entropy": inputs.weighted_sum(scores.entropy),
+            "tokens": inputs.mask.sum(),
+            "loss": loss.detach(),
+        }
+
+    def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Add the sums of all processes."""
+        names = sorted(sums)
+        stacked = torch.stack([sums[name].to(torch.float64) for name in names])
+        reduced = self._accelerator.reduce(stacked, reduction="sum")
+        return dict(zip(names, reduced.tolist(), strict=True))
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed all random number generators for one step of one process.
+
+    What a step draws (dropout) depends on nothing before it, so a resumed run draws what it would have drawn,
+    with any number of processes, and no checkpoint has to hold the states of other processes.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{process}".encode()).digest()
+    set_seed(int.from_bytes(digest[:4]))  # NumPy takes 32 bits
+
+
+def learning_rate(settings: OptimizerSettings, step: int, total_steps: int) -> float:
+    """Learning rate of an optimizer step.
+
+    Rises linearly over `warmup_steps`, from 1/warmup_steps of the full rate at step 0; then stays, or
+    follows half a cosine to `minimum_learning_rate_ratio` at `total_steps` (Loshchilov and Hutter, 2017).
+
+    Args:
+        settings: The optimizer's settings.
+        step: Optimizer steps done before this one, from 0.
+        total_steps: Steps of the whole run.
+    """
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    span = max(1, total_steps - settings.warmup_steps)
+    progress = min(1.0, (step - settings.warmup_steps) / span)
+    floor = settings.minimum_learning_rate_ratio
+    return settings.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))

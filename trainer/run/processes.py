@@ -1,0 +1,212 @@
+"""The processes that train together, and the directory that is theirs alone.
+
+The one place where the Accelerator is made. Process 0 holds the lock on the run's directory before anything
+in it is touched; the others hear how that went, and see that the directory is the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Final, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast
+from torch import distributed
+
+from atropos_client.journal import LOCK_NAME, Journal, WriterLock
+from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
+from schemas import count_of
+from trainer.config import TrainerConfig
+from trainer.errors import AnotherProcessFailed, ConfigurationError
+from trainer.launch import (
+    launched_on_cpu,
+    nodes,
+    refuse_separate_runs,
+    started_by_accelerate_alone,
+    take_settings_of_accelerate,
+)
+from trainer.model.load import choose_mixed_precision, inspect_model
+from trainer.run.places import journal_directory, require_places
+
+logger = logging.getLogger(__name__)
+
+_PROCESS_GROUP_TIMEOUT: Final = timedelta(hours=2)
+"""Processes wait for process 0 while it publishes, which may take as long as its deadlines add up to."""
+
+_LOCK_PATIENCE_SECONDS: Final = 10.0
+"""Beyond `journal.shutdown_timeout`, in which the fetching process of a killed trainer ends its last poll."""
+
+_LEAVE_SECONDS: Final = 600.0
+"""For process 0 to end what it has under way, before the others leave and their launcher ends it."""
+
+_FAILED: Final = -1
+
+_PLACE: Final = re.compile(r"^\[[^]]*\] ")
+"""Where in torch's own source an error came up."""
+
+_LOST: Final = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedRun:
+    """This process's place in a run; a context manager that lets go of the directory."""
+
+    accelerator: Accelerator
+    control: Any = None
+    """Group for what processes tell each other by the CPU. None: the default group does that."""
+    lock: WriterLock | None = None
+    """On the run's directory, on process 0."""
+
+    def share(self) -> Self:
+        """Return the same place once more; the directory is free when all of them have let go."""
+        return replace(self, lock=self.lock.share() if self.lock is not None else None)
+
+    def release(self) -> None:
+        """Let go of the directory. May be called twice."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def any(self, ours: bool) -> bool:
+        """Return whether any process says yes; all have to ask."""
+        if self.accelerator.num_processes == 1:
+            return ours
+        votes = torch.tensor([int(ours)])
+        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX, group=self.control)
+        return bool(votes.item())
+
+    def wait_until_process_0_has_left(self) -> None:
+        """Return when process 0 is gone, or has taken too long; after a failure that all processes share."""
+        with contextlib.suppress(RuntimeError):  # its end is an error of the connection
+            answer = distributed.irecv(torch.zeros(1), src=0, group=self.control)
+            if answer is not None:
+                answer.wait(timedelta(seconds=_LEAVE_SECONDS))
+
+
+def join_run(config: TrainerConfig) -> JoinedRun:
+    """Find the other processes of the run, and take its directory.
+
+    Raises:
+        ConfigurationError: Accelerate was told what this trainer does not do, or the processes that were
+            started do not train together, or not in one directory; or something is in the way in there.
+        JournalLocked: Another run has the directory.
+        AnotherProcessFailed: Process 0 met one of these.
+    """
+    inspect_model(config.model)  # before anything is written
+    accelerator = make_accelerator(config)
+    if accelerator.is_main_process:
+        logger.info("Training with %s, on %s", describe_processes(accelerator), accelerator.device)
+    control = None
+    if accelerator.num_processes > 1 and distributed.get_backend() != "gloo":
+        control = distributed.new_group(backend="gloo", timeout=_PROCESS_GROUP_TIMEOUT)
+    return JoinedRun(accelerator=accelerator, control=control, lock=_take_directory(config, accelerator))
+
+
+def make_accelerator(config: TrainerConfig) -> Accelerator:
+    """Make the Accelerator, which finds the other processes; see `join_run`."""
+    alone = started_by_accelerate_alone()
+    take_settings_of_accelerate()
+    on_cpu = config.train.device == "cpu" or launched_on_cpu()
+    device = torch.device("cpu") if on_cpu else _default_device()
+    accelerator = Accelerator(
+        mixed_precision=choose_mixed_precision(config.train, device),
+        cpu=on_cpu,
+        log_with=list(config.logging.trackers) or None,
+        project_dir=str(config.train.output_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_GROUP_TIMEOUT)],
+    )
+    refuse_separate_runs(accelerator.num_processes, alone=alone)
+    return accelerator
+
+
+def describe_processes(accelerator: Accelerator) -> str:
+    """Say how many processes train together, and where."""
+    count = int(accelerator.num_processes)
+    processes = count_of(count, "process")
+    return processes if count == 1 else f"{processes} on {count_of(nodes(count), 'node')}"
+
+
+def _take_directory(config: TrainerConfig, accelerator: Accelerator) -> WriterLock | None:
+    if accelerator.num_processes == 1:
+        return _lock_directory(config)
+    lock, mark = None, _FAILED
+    try:
+        if accelerator.is_main_process:
+            lock = _lock_directory(config)
+            mark = _mark(config)
+    finally:  # the others must hear of it whatever happened
+        mark = _from_process_0(accelerator, mark)
+    if mark == _FAILED:
+        raise AnotherProcessFailed("process 0 could not take the run's directory; its message says why")
+    others = int(mark != _mark(config))
+    if int(accelerator.reduce(torch.tensor([others], device=accelerator.device)).item()):
+        if lock is not None:
+            lock.release()
+        raise ConfigurationError(
+            f"train.output_dir {config.train.output_dir} is not one directory for all processes"
+            f"{': this one does not see what process 0 wrote there' if others else ''}; "
+            "several nodes need a file system that they share"
+        )
+    return lock
+
+
+def _lock_directory(config: TrainerConfig) -> WriterLock:
+    require_places(config)
+    # Others may pass through it, but not look into it, where inference servers read what is published below.
+    shared = config.publish.readable_by != "owner" and config.publish.directory is None
+    make_run_directory(config.train.output_dir, mode=0o711 if shared else PRIVATE_DIRECTORY)
+    return Journal.take_lock(
+        journal_directory(config), wait=config.journal.shutdown_timeout + _LOCK_PATIENCE_SECONDS
+    )
+
+
+def _mark(config: TrainerConfig) -> int:
+    """Checksum of what the lock's file says of its holder: the process, its machine, and since when."""
+    try:
+        return zlib.crc32((journal_directory(config) / LOCK_NAME).read_bytes())
+    except OSError:
+        return 0
+
+
+def _from_process_0(accelerator: Accelerator, number: int) -> int:
+    return int(broadcast(torch.tensor([number], dtype=torch.int64, device=accelerator.device)).item())
+
+
+@contextlib.contextmanager
+def translated_peer_failures() -> Iterator[None]:
+    """Say of an error of the connection that another process is gone. The only place that does.
+
+    Raises:
+        AnotherProcessFailed: Instead of what torch raised.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip().partition(". ")[0].partition("\n")[0]
+        lost = isinstance(error, distributed.DistError) or any(word in text.lower() for word in _LOST)
+        if not (lost and distributed.is_initialized()):
+            raise
+        raise AnotherProcessFailed(
+            f"another process of the run has ended or cannot be reached ({_PLACE.sub('', text)}); what it "
+            "said last, or the launcher's list of exit codes, says why"
+        ) from error
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,147 @@
+"""Prepares a run: its processes, the policy, the optimizer, and the state they start from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch import nn
+
+from trainer.checkpoints.format import (
+    Checkpoint,
+    CheckpointState,
+    restore_optimizer,
+    trained_parameter_names,
+)
+from trainer.config import OptimizerSettings, TrainerConfig
+from trainer.model.lm_head import LogitTransform
+from trainer.model.lm_head.select import choose_head
+from trainer.model.load import Policy, load_policy
+from trainer.model.select_packing import choose_packing
+from trainer.packing import Packing
+from trainer.run.data_parallel import freeze_unused_parameters, settle_gradient_buckets
+from trainer.run.processes import JoinedRun, join_run
+from trainer.run.start import Accept, accept_any, find_checkpoint
+from trainer.samples.advantages import AdvantageNormalizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that is ready for its first step."""
+
+    joined: JoinedRun
+    """Its place among the processes; released when the run ends."""
+    policy: Policy
+    """Its `model` is the unwrapped one."""
+    model: nn.Module
+    """As Accelerate wrapped it."""
+    optimizer: torch.optim.Optimizer
+    normalizer: AdvantageNormalizer
+    packing: Packing
+    head: LogitTransform | None
+    """Fused LM head, and what the model does to its output; None computes the model's own logits."""
+    checkpoint: Checkpoint | None
+    """The checkpoint that the run goes on from."""
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Accelerate's view of devices and processes."""
+        return self.joined.accelerator
+
+    @property
+    def state(self) -> CheckpointState | None:
+        """The counts that the run goes on from; None: it starts."""
+        return self.checkpoint.state if self.checkpoint is not None else None
+
+
+def prepare_run(
+    config: TrainerConfig, joined: JoinedRun | None = None, accept: Accept = accept_any
+) -> PreparedRun:
+    """Build everything that a run computes with.
+
+    Args:
+        config: The configuration.
+        joined: This process's place in the run, which stays the caller's. None: find it.
+        accept: See `find_checkpoint`.
+
+    Raises:
+        ConfigurationError: The model cannot be loaded, or output_dir holds a run that may not be resumed,
+            or not with these settings.
+        CheckpointError: No checkpoint is whole, or the newest one may not be read or does not fit.
+        TrainerError, JournalLocked: See `join_run`.
+    """
+    joined = joined.share() if joined is not None else join_run(config)
+    try:
+        return _prepare(config, joined, accept)
+    except BaseException:
+        joined.release()
+        raise
+
+
+def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> PreparedRun:
+    accelerator = joined.accelerator
+    checkpoint = find_checkpoint(config, accelerator, accept)
+    # Equal weights everywhere: adapters are drawn at random.
+    set_seed(config.train.seed)
+    policy = load_trained_policy(config, checkpoint)
+    policy.model.to(accelerator.device)
+    if freeze_unused_parameters(policy.model):
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    packing = choose_packing(
+        policy.model,
+        config.data.packing,
+        config.model.attention,
+        longest_sequence=policy.limits.max_sequence_length,
+    )
+    head = choose_head(policy.model, config.model.head)
+    optimizer = make_optimizer(policy.model, config.optimizer)
+    normalizer = AdvantageNormalizer(config.data.advantage_normalization)
+    if checkpoint is not None:
+        restore_optimizer(checkpoint, optimizer, trained_parameter_names(policy.model))
+        normalizer.load_state_dict(checkpoint.state.normalizer)
+    model, wrapped_optimizer = accelerator.prepare(policy.model, optimizer)
+    if accelerator.num_processes > 1:
+        settle_gradient_buckets(model)
+    return PreparedRun(
+        joined=joined,
+        policy=policy,
+        model=model,
+        optimizer=wrapped_optimizer,
+        normalizer=normalizer,
+        packing=packing,
+        head=head,
+        checkpoint=checkpoint,
+    )
+
+
+def load_trained_policy(config: TrainerConfig, checkpoint: Checkpoint | None) -> Policy:
+    """Load the policy as the checkpoint has it; the base without one.
+
+    Raises:
+        ConfigurationError, CheckpointError: See `load_policy` and `Checkpoint.trained_path`.
+    """
+    if checkpoint is None:
+        return load_policy(config.model, config.data)
+    trained = checkpoint.trained_path(adapters=config.model.lora is not None)
+    return load_policy(config.model, config.data, trained, base_weights=checkpoint.state.base_weights)
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, in the model's order."""
+    return torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide a run's numbers."""
+    names = ("atropos-trainer", "torch", "transformers", "accelerate", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}

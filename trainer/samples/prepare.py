@@ -1,0 +1,152 @@
+"""From a batch as it came to what one optimizer step computes: samples, advantages, denominators, counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from schemas import BatchReply
+from trainer.config import DataSettings, LossSettings
+from trainer.samples.advantages import AdvantageNormalizer, has_signal, token_advantages
+from trainer.samples.quarantine_rate import kind_of_reason, name_reasons
+from trainer.samples.sample import Sample, samples_of_groups, token_columns
+from trainer.samples.validation import (
+    ModelLimits,
+    QuarantinedGroup,
+    implausible_reason,
+    set_aside_reason,
+    split_batch,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedBatch:
+    """Samples of one optimizer step, and the groups that it leaves out."""
+
+    samples: list[Sample]
+    """Those with a gradient: any non-zero advantage, or a loss that trains without."""
+    denominators: list[float]
+    """One a sample: what the loss of each of its tokens is divided by. Samples left out for lack of a
+    gradient still count in it, so that leaving them out changes nothing."""
+    trained_tokens: float
+    """Of all usable groups, the samples left out included."""
+    scores: list[float]
+    """Of all sequences in usable groups."""
+    advantages: list[float]
+    """Mean over its trained tokens, one a sequence of all usable groups that has any."""
+    set_aside: list[QuarantinedGroup]
+    groups: int
+    """Usable groups."""
+    groups_without_spread: int
+    groups_with_binary_masks: int
+    """Groups whose masks came as 0/1 and were converted."""
+    normalizer: dict[str, float]
+    """State of the advantage normalizer after this batch: what a checkpoint of its step has to hold, while
+    the normalizer itself may be batches ahead."""
+
+    @property
+    def empty_reason(self) -> str | None:
+        """Why there is nothing to compute; None if there is."""
+        if self.samples:
+            return None
+        if not self.scores:
+            return self._why_nothing_is_usable
+        if not self.trained_tokens:
+            return "no token is trained on"
+        if len(self.scores) == self.groups:
+            return (
+                "no advantage differs from 0: every group has one sequence, and there is nothing to compare "
+                "it with; data.advantage_estimator raw takes the score itself"
+            )
+        return "no advantage differs from 0"
+
+    @property
+    def _why_nothing_is_usable(self) -> str:
+        if not self.set_aside:
+            return "it holds no group"
+        environments = ", ".join(sorted({str(group.env_id) for group in self.set_aside}))
+        kinds = Counter(kind_of_reason(group.reason) for group in self.set_aside)
+        return f"all its groups (of environment {environments}) were set aside: {name_reasons(kinds)}"
+
+
+def prepare_batch(
+    reply: BatchReply,
+    *,
+    limits: ModelLimits,
+    data: DataSettings,
+    loss: LossSettings,
+    normalizer: AdvantageNormalizer,
+) -> PreparedBatch:
+    """Prepare one optimizer step.
+
+    Every process calls it with the same batch and gets the same answer; they divide the work afterwards.
+    """
+    groups, set_aside = split_batch(
+        reply,
+        lambda group: (
+            set_aside_reason(
+                group,
+                limits,
+                needs_inference_logprobs=loss.bound.needs_inference_logprobs,
+                needs_ref_logprobs=loss.bound.needs_ref_logprobs,
+            )
+            or implausible_reason(
+                group,
+                estimator=data.bound_estimator,
+                uses_temperature=loss.uses_temperature,
+                advantage_limit=data.advantage_limit,
+            )
+        ),
+    )
+    columns = token_columns(groups)
+    advantages = token_advantages(groups, estimator=data.bound_estimator)
+    of_groups = torch.split(advantages, [group.token_count for group in groups])
+    without_spread = sum(not has_signal(of_group) for of_group in of_groups)
+    # A first token may be marked as trained, but nothing predicts it.
+    advantages = advantages.masked_fill(columns.loss_mask == 0, 0.0)
+    advantages = normalizer(advantages, columns.loss_mask)
+    if data.advantage_clip is not None:
+        advantages = advantages.clamp(*data.advantage_clip)
+    samples = samples_of_groups(
+        groups,
+        columns,
+        advantages,
+        default_temperature=lambda env_id: data.sampling_temperature_of.get(
+            -1 if env_id is None else env_id, data.sampling_temperature
+        ),
+    )
+    trained = columns.per_sequence(columns.loss_mask)
+    totals = columns.per_sequence(advantages)
+    has_gradient = columns.per_sequence(advantages != 0)
+    trained_tokens = sum(trained)
+    denominators = _denominators(trained, loss)
+    computed = [
+        index
+        for index, tokens in enumerate(trained)
+        if tokens and (loss.bound.trains_without_advantage or has_gradient[index])
+    ]
+    return PreparedBatch(
+        samples=[samples[index] for index in computed],
+        denominators=[denominators[index] for index in computed],
+        trained_tokens=trained_tokens,
+        scores=[sample.score for sample in samples],
+        advantages=[total / tokens for total, tokens in zip(totals, trained, strict=True) if tokens],
+        set_aside=set_aside,
+        groups=len(groups),
+        groups_without_spread=without_spread,
+        groups_with_binary_masks=sum(group.masks_were_binary for group in groups),
+        normalizer=normalizer.state_dict(),
+    )
+
+
+def _denominators(trained: Sequence[float], loss: LossSettings) -> list[float]:
+    """Denominator of each sample's token losses, given its trained tokens; see `loss.reduction`."""
+    if loss.reduction == "token":
+        return [sum(trained)] * len(trained)
+    sequences = sum(tokens > 0 for tokens in trained)
+    if loss.reduction == "sequence":
+        return [sequences * tokens for tokens in trained]
+    return [float(sequences * loss.constant_length)] * len(trained)

@@ -1,0 +1,101 @@
+"""Defines what a source of batches is, and a batch as it comes from one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from atropos_client import InvalidReply, parse_batch
+from atropos_client.journal import Outcome
+from schemas import BatchReply
+from trainer.packing import MicroBatch
+from trainer.samples.prepare import PreparedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedStep:
+    """A batch from which a step can be computed at once."""
+
+    batch: PreparedBatch
+    micro_batches: list[MicroBatch]
+    """Empty if no sample of the batch has a gradient."""
+    seconds: float
+    """How long preparing and packing took, parsing not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncomingBatch:
+    """A batch as it came."""
+
+    reply: BatchReply
+    body: bytes
+    """The reply's bytes, as received."""
+    number: int | None = None
+    """Its number in the journal; None: it is in none, batches are counted as they come."""
+    position: str = ""
+    """Digest of all batches that a recording has given up to this one; empty: it is from no recording."""
+    served_version: int
+    """Policy version that all inference servers had been proven to serve when it arrived; -1 if unknown."""
+    prepared: PreparedStep | None = None
+    """The step, prepared ahead; None: still to be prepared."""
+    failure: Exception | None = None
+    """Why it could not be prepared ahead."""
+    unreadable: str | None = None
+    """Why `body` is no batch at all; `reply` is empty then. None: it is one."""
+
+
+class EndOfBatches(Exception):  # noqa: N818 - an event, not a fault
+    """A source that is finite has no more batches."""
+
+
+class BatchSource(Protocol):
+    """Gives batches to the loop."""
+
+    party: str
+    """Who is waited for, for logs."""
+
+    def start(self) -> None:
+        """Begin to provide batches."""
+
+    def get(self, timeout: float) -> IncomingBatch | None:
+        """Wait up to `timeout` seconds for a batch; None if none came.
+
+        Raises:
+            EndOfBatches: There will be no more.
+        """
+
+    def describe_wait(self) -> str:
+        """Say who is late, for logs."""
+
+    def counters(self) -> dict[str, int]:
+        """Return what was counted on the way in, e.g. batches possibly lost."""
+
+    def stop(self) -> list[bytes]:
+        """Stop providing batches; safe to call twice. Returns bodies that were fetched and never taken."""
+
+
+class BatchLedger(Protocol):
+    """Tracks the outcome of each batch; see `atropos_client.journal.Journal`."""
+
+    def settle(
+        self, number: int, outcome: Outcome, *, step: int | None = None, reason: str | None = None
+    ) -> None:
+        """Note what became of a batch; it counts when a checkpoint counts it."""
+
+    def prune(self, up_to: int) -> int:
+        """Delete the bodies of batches that no checkpoint needs any more."""
+
+    def close(self) -> None:
+        """Close it; nothing is noted afterwards."""
+
+
+def read_incoming(body: bytes, *, served_version: int, number: int | None = None) -> IncomingBatch:
+    """Read a batch of which only the bytes are here; every process that reads them finds the same."""
+    reply, unreadable = BatchReply(batch=None), None
+    try:
+        reply = parse_batch(body)
+    except InvalidReply as error:
+        unreadable = str(error)
+    return IncomingBatch(
+        reply=reply, body=body, number=number, served_version=served_version, unreadable=unreadable
+    )
