@@ -29,6 +29,7 @@ from atropos_client.errors import (
 )
 from atropos_client.fetcher._settings import FetcherSettings
 from atropos_client.journal import Journal
+from schemas import InfoReply, Registration
 
 logger = logging.getLogger(__name__)
 
@@ -173,13 +174,15 @@ class FetchLoop:
             update={"starting_step": self._marks.get("step")}
         )
         self._client.register(registration)
+        info = self._client.info()
+        if not info.registered:
+            info = self._register_after_reset(registration)
         self._registered = True
         again = self._marks.add("registrations") > 1
         self._marks.add("re_registrations", int(again))
         logger.info(
             "Registered with the Atropos API at %s%s.", self._client.base_url, " again" if again else ""
         )
-        info = self._client.info()
         if (info.batch_size, info.max_token_len) != (registration.batch_size, registration.max_token_len):
             logger.warning(
                 "The Atropos API keeps an earlier registration: batches of %d sequences of at most %d "
@@ -189,6 +192,21 @@ class FetchLoop:
                 registration.batch_size,
                 registration.max_token_len,
             )
+
+    def _register_after_reset(self, registration: Registration) -> InfoReply:
+        """Reset an API that accepts a registration without taking it, and register again.
+
+        The server takes its queue as the sign that a trainer has registered. An environment that was not told
+        of a restart and pushes a group first makes that queue, and from then on registrations are ignored.
+        """
+        logger.warning(
+            "The Atropos API at %s ignores registrations, because a group was pushed to it before the first "
+            "of them. It is reset; the groups in it, which it would never hand out, are lost.",
+            self._client.base_url,
+        )
+        self._client.reset_data()
+        self._client.register(registration)
+        return self._client.info()
 
     def _tolerate(self, error: AtroposClientError) -> None:
         """Log and count a failure; raise it if polling on cannot mend it."""

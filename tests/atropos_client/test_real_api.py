@@ -186,7 +186,6 @@ def test_one_registers_again_after_the_api_was_killed_and_restarted(
         return counters.failed_requests + counters.possibly_lost
 
     with RealApi() as api, AtroposClient(api.url) as client, fetching(api.url) as fetcher:
-        # Groups pushed before a trainer has registered would keep this API from ever taking one.
         eventually(lambda: client.info().registered, PATIENCE)
         client.push_groups([group(7), group(8)])
         assert tokens_of(fetcher) == [7, 8]
@@ -198,6 +197,26 @@ def test_one_registers_again_after_the_api_was_killed_and_restarted(
         eventually(lambda: client.register_environment(ENVIRONMENT).accepted)
         client.push_groups([group(9), group(10)])
         assert tokens_of(fetcher) == [9, 10]
+
+
+@pytest.mark.parametrize("after", ["a start", "a reset"])
+def test_one_registers_although_a_group_was_pushed_before(
+    after: str, fetching: Callable[[str], Fetcher], caplog: pytest.LogCaptureFixture
+) -> None:
+    with RealApi() as api, AtroposClient(api.url) as client:
+        if after == "a reset":
+            client.register(REGISTRATION)
+            client.reset_data()
+        client.push_group(group(1))  # the server ignores every registration from here on
+        client.register(REGISTRATION)
+        assert not client.info().registered
+        with fetching(api.url) as fetcher:
+            eventually(lambda: client.register_environment(ENVIRONMENT).accepted)
+            client.push_groups([group(2), group(3)])
+            assert tokens_of(fetcher) == [2, 3]
+            assert (fetcher.counters.re_registrations, fetcher.counters.possibly_lost) == (0, 0)
+    assert caplog.text.count("ignores registrations") == 1
+    assert "earlier registration" not in caplog.text
 
 
 def test_what_the_api_knows_of_its_environments_is_asked(api: RealApi) -> None:
