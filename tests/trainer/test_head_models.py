@@ -90,6 +90,8 @@ def make_batch(packing: Packing = "padded", seed: int = 3) -> MicroBatch:
 def gradients(model: nn.Module, batch: MicroBatch, scores: TokenLogProbs) -> dict[str, Tensor]:
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     loss = -(scores.logprobs * batch.advantages / batch.denominator).sum()
+    if scores.entropy.requires_grad:
+        loss = loss - 0.3 * (scores.entropy * batch.loss_mask / batch.denominator).sum()
     found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     return {
         name: torch.zeros_like(value) if gradient is None else gradient
@@ -100,14 +102,19 @@ def gradients(model: nn.Module, batch: MicroBatch, scores: TokenLogProbs) -> dic
 def assert_like_own_logits(model: nn.Module, batch: MicroBatch, tolerance: float = 1e-10) -> None:
     head = choose_head(model, "tiled")
     assert head is not None
-    ours = token_logprobs(model, batch, use_temperature=True, head=head)
-    own = token_logprobs(model, batch, use_temperature=True)
-    for name in ("logprobs", "entropy"):
-        torch.testing.assert_close(getattr(ours, name), getattr(own, name), rtol=tolerance, atol=tolerance)
-    expected = gradients(model, batch, own)
-    scale = max(float(value.abs().max()) for value in expected.values())
-    for name, found in gradients(model, batch, ours).items():
-        assert float((found - expected[name]).abs().max()) <= tolerance * scale, name
+    for entropy_gradient in (False, True):
+        ours, own = (
+            token_logprobs(model, batch, use_temperature=True, head=each, entropy_gradient=entropy_gradient)
+            for each in (head, None)
+        )
+        assert ours.entropy.requires_grad is own.entropy.requires_grad is entropy_gradient
+        for name in ("logprobs", "entropy"):
+            found, expected = getattr(ours, name), getattr(own, name)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        wanted = gradients(model, batch, own)
+        scale = max(float(value.abs().max()) for value in wanted.values())
+        for name, gradient in gradients(model, batch, ours).items():
+            assert float((gradient - wanted[name]).abs().max()) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("architecture", TRANSFORMS)
@@ -151,7 +158,7 @@ def test_a_head_that_peft_trains_keeps_the_models_own_logits(options: dict[str, 
     with pytest.raises(ConfigurationError, match="the model's head is more than a matrix"):
         choose_head(model, "tiled")
     batch = make_batch()
-    own = token_logprobs(model, batch, use_temperature=True)
+    own = token_logprobs(model, batch, use_temperature=True, entropy_gradient=True)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     rows = logits[batch.predict_row, batch.predict_column] / batch.temperature[:, None]
     expected = rows.log_softmax(-1).gather(-1, batch.targets[:, None])[:, 0]

@@ -23,7 +23,8 @@ class Problem:
     rows: Tensor  # [N]
     targets: Tensor  # [N]
     temperature: Tensor | None  # [U]
-    slope: Tensor  # [N]: the loss's gradient
+    slope: Tensor  # [N]: the loss's gradient in the log-probs
+    entropy_slope: Tensor  # [U]: and in the entropies
 
     def leaves(self) -> list[Tensor]:
         return [value for value in (self.hidden, self.weight, self.bias) if value is not None]
@@ -52,6 +53,7 @@ def make_problem(
         targets=torch.randint(vocabulary, (entries,), generator=generator),
         temperature=draw(rows).abs() + 0.5 if temperature else None,
         slope=draw(entries),
+        entropy_slope=draw(rows),
     )
 
 
@@ -63,8 +65,11 @@ def plain_logits(problem: Problem, transform: LogitTransform) -> Tensor:
     return logits if problem.temperature is None else logits / problem.temperature[:, None]
 
 
-def gradients(problem: Problem, logprobs: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad((logprobs * problem.slope).sum(), problem.leaves()))
+def gradients(problem: Problem, logprobs: Tensor | None, entropy: Tensor | None = None) -> list[Tensor]:
+    """Of the sum over log-probs [N] and entropies [U], each times its slope."""
+    pairs = ((logprobs, problem.slope), (entropy, problem.entropy_slope))
+    loss = torch.stack([(values * slope).sum() for values, slope in pairs if values is not None]).sum()
+    return list(torch.autograd.grad(loss, problem.leaves(), retain_graph=True))
 
 
 def assert_like_plain(
@@ -72,17 +77,20 @@ def assert_like_plain(
 ) -> None:
     plain = plain_logits(problem, transform).log_softmax(-1)  # [U, V]
     reference = plain[problem.rows, problem.targets]
-    plain = plain.detach()
+    entropy = -(plain.exp() * plain).sum(-1)
 
     def close(found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
     close(scores.logprobs, reference)
-    close(scores.entropy, -(plain.exp() * plain).sum(-1))
-    for found, expected in zip(
-        gradients(problem, scores.logprobs), gradients(problem, reference), strict=True
+    close(scores.entropy, entropy)
+    for ours, theirs in (
+        ((scores.logprobs,), (reference,)),
+        ((None, scores.entropy), (None, entropy)),
+        ((scores.logprobs, scores.entropy), (reference, entropy)),
     ):
-        close(found, expected)
+        for found, expected in zip(gradients(problem, *ours), gradients(problem, *theirs), strict=True):
+            close(found, expected)
 
 
 cases = {
@@ -262,7 +270,7 @@ def test_no_tensor_of_tokens_times_vocabulary_ever_exists() -> None:
             transform=LogitTransform(scale=0.5, cap=20.0),
             tile=tile,
         )
-        gradients(problem, scores.logprobs)
+        gradients(problem, scores.logprobs, scores.entropy)
     assert largest.elements == max(tile.rows * tile.vocabulary, problem.weight.numel())
     with LargestTensor() as plain:
         plain_logits(problem, LogitTransform())

@@ -1,4 +1,4 @@
-"""Runs the model over a micro-batch: log-probs of the trained tokens, and nothing else.
+"""Runs the model over a micro-batch: log-probs and entropies of the trained tokens, and nothing else.
 
 The head is applied only where a trained token is predicted, once for all branches that share the
 prediction. Everything is accumulated in float32, or in float64 where the model itself computes in it.
@@ -31,11 +31,17 @@ class TokenLogProbs:
     logprobs: Tensor
     """[N] float32, in nats, with gradient."""
     entropy: Tensor
-    """[N] float32: entropy of the distribution each token was predicted from, in nats; no gradient."""
+    """[N] float32: entropy of the distribution each token was predicted from, in nats; with gradient where that
+    was asked for."""
 
 
 def token_logprobs(
-    model: nn.Module, batch: MicroBatch, *, use_temperature: bool, head: LogitTransform | None = None
+    model: nn.Module,
+    batch: MicroBatch,
+    *,
+    use_temperature: bool,
+    head: LogitTransform | None = None,
+    entropy_gradient: bool = False,
 ) -> TokenLogProbs:
     """Compute the log-probs of a micro-batch's trained tokens.
 
@@ -45,16 +51,18 @@ def token_logprobs(
         use_temperature: Divide logits by the temperature each token was sampled at.
         head: What the model does to its head's output, as `choose_head` found it. None: take the model's
             own logits.
+        entropy_gradient: Let the entropy be differentiated, too.
 
     Raises:
         ValueError: `head` is given and the model's forward does not call its head as it did when chosen.
     """
     predictions = _predictions(batch, use_temperature)
     if head is None:
-        scores = _from_logits(model, batch, predictions)
+        scores = _from_logits(model, batch, predictions, entropy_gradient)
     else:
         scores = _from_hidden_states(model, batch, predictions, head)
-    return TokenLogProbs(logprobs=scores.logprobs, entropy=scores.entropy[predictions.entry_rows])
+    entropy = scores.entropy if entropy_gradient else scores.entropy.detach()
+    return TokenLogProbs(logprobs=scores.logprobs, entropy=_take(entropy, predictions.entry_rows))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +114,9 @@ def _from_hidden_states(
     )
 
 
-def _from_logits(model: nn.Module, batch: MicroBatch, predictions: _Predictions) -> HeadScores:
+def _from_logits(
+    model: nn.Module, batch: MicroBatch, predictions: _Predictions, entropy_gradient: bool
+) -> HeadScores:
     """Take the model's own logits at every column where any row predicts: [B, K, V]."""
     inner = unwrap(model)
     inputs = model_inputs(inner, batch)
@@ -119,7 +129,7 @@ def _from_logits(model: nn.Module, batch: MicroBatch, predictions: _Predictions)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     if predictions.temperature is not None:
         rows = rows / predictions.temperature[:, None]
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = rows.logsumexp(dim=-1) - (rows.softmax(dim=-1) * rows).sum(dim=-1)
     return HeadScores(selected_logprobs(rows, predictions.entry_rows, batch.targets), entropy)
 

@@ -10,7 +10,11 @@ each block has in it. With `g` the gradient of the log-probs, `G[u]` its sum ove
 The backward pass computes a tile's logits again and puts `-G * share`, which is one number a row, into the
 small factors of the two products; so the tile itself is passed over only once more, by the softmax. The first
 term touches one logit an entry and is added by itself. A block's weight gradient is complete, and written
-once, before the next block begins.
+once, before the next block begins. Where the entropy H[u] has a gradient `h[u]`, too, the second term is
+
+    softmax[u, v] * (-G[u] - h[u] * (log softmax[u, v] + H[u]))
+
+which is no number a row, so that the tile is passed over twice.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ class HeadScores(NamedTuple):
     logprobs: Tensor
     """[N], with gradient."""
     entropy: Tensor
-    """[U]: of each row's distribution; no gradient."""
+    """[U]: of each row's distribution, with gradient."""
 
 
 class TileSize(NamedTuple):
@@ -136,25 +140,28 @@ class _TiledScores(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             result = walk.forward()
         ctx.walk_of = (task, compute, hidden.dtype)
-        ctx.save_for_backward(
-            walk.hidden, weight, bias, temperature, result.tile_normalizers, result.normalizer, result.picked
-        )
+        ctx.save_for_backward(walk.hidden, weight, bias, temperature, *result)
         rows, place = task.entries.rows, task.entries.place
         logprobs = (result.picked - result.normalizer[rows])[place]
-        ctx.mark_non_differentiable(result.entropy)
         ctx.set_materialize_grads(False)
         return logprobs, result.entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if gradient is None:
+    def backward(
+        ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if gradient is None and entropy_gradient is None:
             return None, None, None, None, None
         task, compute, hidden_dtype = ctx.walk_of
         hidden, weight, bias, temperature, *state = ctx.saved_tensors
         walk = _Walk(hidden, weight, bias, temperature, task, compute)
+        if gradient is None:
+            gradient = walk.hidden.new_zeros(len(task.entries.targets), dtype=entropy_gradient.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            grads = walk.backward(gradient, *state, wanted=ctx.needs_input_grad[:3])
+            grads = walk.backward(
+                gradient, entropy_gradient, _Forward(*state), wanted=ctx.needs_input_grad[:3]
+            )
         grad_hidden, grad_weight, grad_bias = grads
         return (
             None if grad_hidden is None else grad_hidden.to(hidden_dtype),
@@ -165,12 +172,19 @@ class _TiledScores(torch.autograd.Function):
         )
 
 
-@dataclass(frozen=True)
-class _Forward:
+class _Forward(NamedTuple):
     picked: Tensor  # [N] logits of the targets, in the order of the tiles
     tile_normalizers: Tensor  # [blocks, U]
     normalizer: Tensor  # [U]
     entropy: Tensor  # [U]
+
+
+class _Bend(NamedTuple):
+    """What a logit's gradient is, as a multiple of its softmax: `constant - slope * log softmax`."""
+
+    constant: Tensor  # [U, 1]
+    slope: Tensor  # [U, 1]
+    normalizer: Tensor  # [U, 1]
 
 
 class _Walk:
@@ -227,9 +241,8 @@ class _Walk:
     def backward(
         self,
         gradient: Tensor,
-        tile_normalizers: Tensor,
-        normalizer: Tensor,
-        picked: Tensor,
+        entropy_gradient: Tensor | None,
+        result: _Forward,
         *,
         wanted: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -239,12 +252,17 @@ class _Walk:
         row_gradient = self._new(len(self.hidden)).zero_()
         add_rows(row_gradient, self._entries.rows, order_gradient)
         coefficient = row_gradient[:, None].neg_()  # [U, 1]
+        bend: _Bend | None = None
+        if entropy_gradient is not None:
+            slope = entropy_gradient[:, None]
+            bend = _Bend(coefficient - slope * result.entropy[:, None], slope, result.normalizer[:, None])
+            coefficient = torch.ones_like(coefficient)
         entry = order_gradient[:, None]  # [N, 1]
         if self._factor is not None:
             coefficient = coefficient * self._factor
             entry = entry * self._factor[self._entries.rows]
             if self._cap is not None:
-                entry = entry * (1 - self._tanh(picked[:, None], self._factor[self._entries.rows]).square_())
+                entry = entry * (1 - self._tanh(result.picked[:, None], self._factor[self._entries.rows]).square_())
         grad_hidden = self._new(*self.hidden.shape).zero_() if wanted[0] else None
         grad_weight = torch.empty_like(self._weight) if wanted[1] else None
         grad_bias = torch.empty_like(self._bias) if self._bias is not None and wanted[2] else None
@@ -252,9 +270,9 @@ class _Walk:
             weight = self._cast("weight", self._weight[block], self._compute)
             block_weight = self._block_gradient(grad_weight, block)
             block_bias = self._block_gradient(grad_bias, block)
-            share = (tile_normalizers[index] - normalizer).exp_()[:, None]
+            share = (result.tile_normalizers[index] - result.normalizer).exp_()[:, None]
             for span in self._row_spans:
-                slope = self._slope(self.hidden[span], weight, block, span)
+                slope = self._slope(self.hidden[span], weight, block, span, bend)
                 factor = coefficient[span] * share[span]
                 if grad_hidden is not None:
                     grad_hidden[span].addcmul_(self._product("rows", slope, weight), factor)
@@ -289,12 +307,22 @@ class _Walk:
             return logits.mul_(self._factor[span])
         return logits.mul_(self._squeeze).tanh_().mul_(self._factor[span] / self._squeeze)
 
-    def _slope(self, hidden: Tensor, weight: Tensor, block: slice, span: slice) -> Tensor:
-        """The softmax within a tile, times the soft cap's derivative, in the products' type."""
+    def _slope(
+        self, hidden: Tensor, weight: Tensor, block: slice, span: slice, bend: _Bend | None
+    ) -> Tensor:
+        """The softmax within a tile, times the soft cap's derivative, in the products' type.
+
+        With `bend`, times what the log-probs' and the entropy's gradients make of each logit.
+        """
         logits = self._logits(hidden, weight, block, span)
+        if bend is not None:  # log-probs are needed, of more than the products' precision
+            logits = self._cast("logits", logits, self._precision)
         slope = torch.softmax(logits, dim=1, out=self._buffer("softmax", logits.shape, logits.dtype))
         if self._cap is not None and self._factor is not None:
             slope.addcmul_(slope, self._tanh(logits, self._factor[span]).square_(), value=-1)
+        if bend is not None:
+            logprobs = logits.sub_(bend.normalizer[span])
+            slope.mul_(logprobs.mul_(-bend.slope[span]).add_(bend.constant[span]))
         return self._cast("slope", slope, self._compute)
 
     def _tanh(self, logits: Tensor, factor: Tensor) -> Tensor:
