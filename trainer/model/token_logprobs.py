@@ -31,7 +31,7 @@ class TokenLogProbs:
     logprobs: Tensor
     """[N] float32, in nats, with gradient."""
     entropy: Tensor
-    """[N] float32: entropy of the distribution each token was predicted from, in nats; with gradient where that
+    """[N] float32: entropy of the distribution each token was predicted from, in nats; with gradient where it
     was asked for."""
 
 

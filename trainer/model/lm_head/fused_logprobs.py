@@ -155,13 +155,12 @@ class _TiledScores(torch.autograd.Function):
             return None, None, None, None, None
         task, compute, hidden_dtype = ctx.walk_of
         hidden, weight, bias, temperature, *state = ctx.saved_tensors
+        result = _Forward(*state)
         walk = _Walk(hidden, weight, bias, temperature, task, compute)
         if gradient is None:
-            gradient = walk.hidden.new_zeros(len(task.entries.targets), dtype=entropy_gradient.dtype)
+            gradient = torch.zeros_like(result.picked)
         with torch.autocast(hidden.device.type, enabled=False):
-            grads = walk.backward(
-                gradient, entropy_gradient, _Forward(*state), wanted=ctx.needs_input_grad[:3]
-            )
+            grads = walk.backward(gradient, entropy_gradient, result, wanted=ctx.needs_input_grad[:3])
         grad_hidden, grad_weight, grad_bias = grads
         return (
             None if grad_hidden is None else grad_hidden.to(hidden_dtype),
@@ -262,7 +261,9 @@ class _Walk:
             coefficient = coefficient * self._factor
             entry = entry * self._factor[self._entries.rows]
             if self._cap is not None:
-                entry = entry * (1 - self._tanh(result.picked[:, None], self._factor[self._entries.rows]).square_())
+                entry = entry * (
+                    1 - self._tanh(result.picked[:, None], self._factor[self._entries.rows]).square_()
+                )
         grad_hidden = self._new(*self.hidden.shape).zero_() if wanted[0] else None
         grad_weight = torch.empty_like(self._weight) if wanted[1] else None
         grad_bias = torch.empty_like(self._bias) if self._bias is not None and wanted[2] else None
@@ -307,9 +308,7 @@ class _Walk:
             return logits.mul_(self._factor[span])
         return logits.mul_(self._squeeze).tanh_().mul_(self._factor[span] / self._squeeze)
 
-    def _slope(
-        self, hidden: Tensor, weight: Tensor, block: slice, span: slice, bend: _Bend | None
-    ) -> Tensor:
+    def _slope(self, hidden: Tensor, weight: Tensor, block: slice, span: slice, bend: _Bend | None) -> Tensor:
         """The softmax within a tile, times the soft cap's derivative, in the products' type.
 
         With `bend`, times what the log-probs' and the entropy's gradients make of each logit.
