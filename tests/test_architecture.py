@@ -21,7 +21,7 @@ MAY_IMPORT = {room: set(ROOMS[: position + 1]) for position, room in enumerate(R
 
 # The same within the trainer, a floor a line: a room may import itself, and rooms of the floors before.
 FLOORS = (
-    ("errors", "row_files"),
+    ("errors", "options", "row_files"),
     ("extensions",),
     ("config", "launch", "losses"),
     ("monitoring", "samples"),

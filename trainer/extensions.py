@@ -22,10 +22,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from trainer.errors import ConfigurationError, TrainerError
+from trainer.options import Options as Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,18 +51,6 @@ BUILT_IN_ESTIMATORS: Mapping[str, str] = MappingProxyType(
         "raw": "trainer.samples.advantages:raw",
     }
 )
-
-
-class Options(BaseModel):
-    """The options of a loss or an estimator: subclass it; each field's docstring is its help text."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
 
 
 _Result = TypeVar("_Result")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import run_module
-from trainer.config import config_fields
+from trainer.config import config_fields, option_fields
 
 
 def atropos_train(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,10 +24,14 @@ def test_help_names_every_command_and_loads_without_a_warning() -> None:
     assert all(command in done.stdout for command in ("run", "check", "local"))
 
 
-def test_help_of_run_explains_every_setting() -> None:
-    done = atropos_train("run", "--help")
+def test_help_of_run_explains_every_setting_and_loads_no_torch() -> None:
+    program = "import atexit, sys; from trainer.cli import main; "
+    program += "atexit.register(lambda: print('torch loaded:', 'torch' in sys.modules)); main()"
+    command = [sys.executable, "-c", program, "run", "--help", "--loss.name", "ppo_clip"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
-    for field in config_fields():
+    assert "torch loaded: False" in done.stdout
+    for field in (*config_fields(), *option_fields()):
         assert f"--{field.name} " in done.stdout
         assert field.help in done.stdout
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from atropos_client.journal import Journal
 from tests.trainer.batches import make_bodies
 from tests.trainer.test_cli import atropos_train
+from trainer.checkpoints.manifest import write_manifest
 from trainer.cli import main
 
 
@@ -85,6 +86,22 @@ def test_show_tells_what_was_set_aside_and_prints_texts_with_masks(
     assert "group 0 was set aside: tokens[0] has" in shown
     assert "group 2 was set aside: no inference_logprobs" in shown
     assert "2+2?⟦Four⟧." in shown
+
+
+def test_the_hub_is_asked_for_no_tokenizer_but_that_of_the_run(
+    output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["journal", "show", str(output), "3", "--text", "nosuch-model"]) == 2
+    said = capsys.readouterr().err
+    assert "--text 'nosuch-model' cannot be used: there is no such directory" in said
+    assert "asking the model hub" not in said
+    checkpoint = output / "checkpoints/step-000001"
+    checkpoint.mkdir(parents=True)
+    model = {"path": "nosuch-model", "tokenizer_path": None}
+    write_manifest(checkpoint, configuration={"model": model}, versions={})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["journal", "show", str(output), "3", "--text", "nosuch-model"]) == 2
+    assert "nosuch-model is no directory here: asking the model hub for it" in capsys.readouterr().err
 
 
 def test_export_writes_json_lines(output: Path, capsys: pytest.CaptureFixture[str]) -> None:

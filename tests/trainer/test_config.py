@@ -71,7 +71,7 @@ def test_command_line_wins_over_environment_over_file_over_defaults(tmp_path: Pa
         (["--optimizer.learning_rate", "nan"], r"optimizer\.learning_rate: .*finite"),
         (["--train.steps"], r"--train\.steps needs a value"),
         (["steps=3"], r"unexpected argument 'steps=3'"),
-        (["--model", "x", "--model.path", "y"], r"'model' was given a value already"),
+        (["--model", "x", "--model.path", "y"], r"model: it must hold settings below it \(found 'x'\)"),
         (["--publish.servers", "[http://a"], r"not a valid list"),
         (["--atropos.headers", "{a: 1, a: 2}"], r"not a valid list or mapping"),
         (["--model.path="], r"model\.path: it is empty"),
@@ -110,10 +110,24 @@ def test_a_wrong_environment_variable_of_ours_is_refused_by_its_name(
         load(*MODEL, **{f"ATROPOS_TRAINER_{name}": text})
 
 
-def test_a_variable_is_not_blamed_for_what_the_command_line_says() -> None:
+def test_a_variable_is_blamed_for_what_it_says_only() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        load(*MODEL, "--train.steps", "x", ATROPOS_TRAINER_TRAIN="oops")
+        load(
+            *MODEL, "--train.steps", "x", ATROPOS_TRAINER_TRAIN__STEPS="3", ATROPOS_TRAINER_TRAIN="{seed: y}"
+        )
     assert "train.steps: " in str(caught.value)
+    assert "train.seed (environment variable ATROPOS_TRAINER_TRAIN): " in str(caught.value)
+
+
+def test_what_stands_in_the_place_of_a_section_is_refused_though_a_setting_below_it_is_given(
+    tmp_path: Path,
+) -> None:
+    refused = r"train \(environment variable ATROPOS_TRAINER_TRAIN\): it must hold settings .*'oops'"
+    with pytest.raises(ConfigurationError, match=refused):
+        load(*MODEL, "--train.steps", "3", ATROPOS_TRAINER_TRAIN="oops")
+    (tmp_path / "run.yaml").write_text("train: oops\n")
+    with pytest.raises(ConfigurationError, match=r"train: it must hold settings .*'oops'"):
+        load(*MODEL, "--train.steps", "3", file=tmp_path / "run.yaml")
 
 
 def test_what_kubernetes_sets_for_services_of_our_name_does_not_matter() -> None:
@@ -239,16 +253,6 @@ def test_a_mapping_that_others_take_over_may_be_changed_there(tmp_path: Path) ->
     config = load(file=file)
     assert config.model.lora is not None
     assert (config.model.lora.rank, config.train.steps, config.train.seed) == (2, 3, 5)
-
-
-def test_a_setting_keeps_its_old_name_for_a_version(caplog: pytest.LogCaptureFixture) -> None:
-    config = load(*MODEL, "--journal.farewell", "7")
-    assert config.journal.shutdown_timeout == 7
-    assert "journal.farewell is journal.shutdown_timeout now" in caplog.text
-    assert (
-        load(*MODEL, "--journal.farewell", "7", "--journal.shutdown_timeout", "8").journal.shutdown_timeout
-        == 8
-    )
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from tests.trainer.runs import run
 from trainer.cli import main
 from trainer.config import load_config
 from trainer.errors import ConfigurationError
-from trainer.extensions import GroupScores, advantage_estimator, loss
+from trainer.extensions import AdvantageEstimator, GroupScores, Loss, advantage_estimator, loss
 from trainer.losses import LossInputs
+from trainer.options import ESTIMATOR_OPTIONS, LOSS_OPTIONS
 
 PAGE = (Path(__file__).parents[2] / "docs/extending.md").read_text(encoding="utf-8")
 NAMED = ("--model.path", "some/model", "--loss.name", "my_loss:sequence_clip")
@@ -115,6 +116,12 @@ def test_a_run_trains_with_both_and_goes_on_only_with_the_same(
     names = "loss.epsilon,data.advantage_options"
     named = (*changed, "--train.resume_changes", names)
     run(tiny_model_directory, output, make_bodies(1, first_seed=1), *named, steps=2)
+
+
+def test_what_the_help_says_of_our_options_is_what_our_losses_and_estimators_take() -> None:
+    assert {name: Loss.find(name).options for name in Loss.built_in} == LOSS_OPTIONS
+    found = {name: AdvantageEstimator.find(name).options for name in AdvantageEstimator.built_in}
+    assert found == ESTIMATOR_OPTIONS
 
 
 def test_the_help_shows_the_options_of_ours_and_of_the_one_that_is_named(

@@ -48,8 +48,8 @@ class JournalCommand:
         parser.add_argument(
             "--text",
             metavar="TOKENIZER",
-            help="show: print the texts, decoded with the tokenizer of this directory or hub id; what is "
-            "trained stands in ⟦ ⟧",
+            help="show: print the texts, decoded with the tokenizer of this directory, or the run's own of "
+            "the hub; what is trained stands in ⟦ ⟧",
         )
         parser.add_argument(
             "--groups", action="store_true", help="export: one line a group, as environments write them"

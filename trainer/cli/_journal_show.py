@@ -17,6 +17,7 @@ from atropos_client.errors import InvalidReply
 from atropos_client.journal import Journal
 from schemas import IGNORE_INDEX, ScoredGroup
 from trainer.cli._text import escape
+from trainer.errors import CheckpointError
 
 OUTCOME_COLORS = {"received": "yellow", "trained": "green", "set_aside": "red", "skipped": "magenta"}
 
@@ -26,7 +27,7 @@ Decode = Callable[[list[int]], str]
 def show_batches(journal: Journal, args: argparse.Namespace) -> int:
     """Print what is in each batch, group by group, and which groups were set aside."""
     console = Console(highlight=False)
-    decode = None if args.text is None else _decoder(args.text)
+    decode = None if args.text is None else _decoder(args.text, journal.directory.parent)
     for number in args.numbers or journal.numbers_after(0):
         entry = journal.entry(number)
         version = "unknown" if entry.served_version < 0 else str(entry.served_version)
@@ -113,8 +114,22 @@ def _set_aside_groups(journal: Path, number: int) -> dict[int, str]:
     return reasons
 
 
-def _decoder(tokenizer: str) -> Decode:
+def _decoder(tokenizer: str, output: Path) -> Decode:
+    """Decode with a tokenizer of this machine, or with that of the hub which the run in `output` has."""
     from trainer.model.tokenizer import load_tokenizer
 
-    loaded = load_tokenizer("--text", tokenizer)
+    loaded = load_tokenizer("--text", tokenizer, ask_hub=tokenizer in _models_of(output))
     return lambda tokens: str(loaded.decode(tokens))
+
+
+def _models_of(output: Path) -> list[str]:
+    """What the run's newest checkpoint says of where its model and its tokenizer are."""
+    from trainer.checkpoints.manifest import read_manifest
+    from trainer.checkpoints.retention import list_checkpoints
+
+    try:
+        newest = list_checkpoints(output / "checkpoints")[-1]
+        model = read_manifest(newest).configuration["model"]
+    except (CheckpointError, LookupError):
+        return []
+    return [model["path"], model["tokenizer_path"]]

@@ -16,7 +16,6 @@ from trainer.config import (
     option_fields,
 )
 from trainer.errors import ConfigurationError
-from trainer.extensions import BUILT_IN_ESTIMATORS, BUILT_IN_LOSSES
 
 _EPILOG_START = """\
 Settings come from the command line, environment variables, the file, and defaults, in this order:
@@ -36,7 +35,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 class _SettingsHelp(argparse.Action):
-    """Prints the help of a command that takes settings; made when it is wanted, because it loads torch."""
+    """Prints the help of a command that takes settings; made when asked for, as it may load others' code."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         words: Sequence[str] = parser.get_default("words") or ()
@@ -73,13 +72,10 @@ def settings_help(words: Sequence[str] = ()) -> str:
         ConfigurationError: It names one that cannot be loaded.
     """
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    named.add_argument("--loss.name", dest="loss")
-    named.add_argument("--data.advantage_estimator", dest="estimator")
+    named.add_argument("--loss.name", dest="losses", action="append", default=[])
+    named.add_argument("--data.advantage_estimator", dest="estimators", action="append", default=[])
     found, _ = named.parse_known_args(words)
-    options = option_fields(
-        dict.fromkeys([*BUILT_IN_LOSSES, *([found.loss] if found.loss else [])]),
-        dict.fromkeys([*BUILT_IN_ESTIMATORS, *([found.estimator] if found.estimator else [])]),
-    )
+    options = option_fields(found.losses, found.estimators)
     lines = [_EPILOG_START.format(prefix=ENVIRONMENT_PREFIX)]
     for section, description, fields in fields_by_section(options):
         lines.append(f"{section}: {description}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +30,6 @@ from trainer.extensions import (
     BoundLoss,
     Loss,
 )
-
-logger = logging.getLogger(__name__)
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
@@ -137,18 +134,6 @@ class JournalSettings(Section):
     """Delete bodies that no kept checkpoint needs. false: keep all, to replay the run from its beginning."""
     shutdown_timeout: PositiveSeconds = 60.0
     """Seconds that a poll under way may still take when the trainer stops or was killed."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_the_old_name(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "farewell" not in values:
-            return values
-        logger.warning(
-            "journal.farewell is journal.shutdown_timeout now; the next version refuses the old name"
-        )
-        values = dict(values)
-        old = values.pop("farewell")
-        return {"shutdown_timeout": old, **values}
 
 
 class DataSettings(Section):

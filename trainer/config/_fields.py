@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from trainer.config._tree import TrainerConfig
-from trainer.extensions import BUILT_IN_ESTIMATORS, BUILT_IN_LOSSES, AdvantageEstimator, Loss
+from trainer.extensions import AdvantageEstimator, Loss
+from trainer.options import ESTIMATOR_OPTIONS, LOSS_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +59,23 @@ def fields_by_section(options: Iterable[ConfigField]) -> Iterator[tuple[str, str
         yield section, TrainerConfig.model_fields[section].description or "", fields
 
 
-def option_fields(
-    losses: Iterable[str] = BUILT_IN_LOSSES, estimators: Iterable[str] = BUILT_IN_ESTIMATORS
-) -> list[ConfigField]:
-    """Return the options of losses and advantage estimators, each with those that have it; loads torch."""
+def option_fields(losses: Iterable[str] = (), estimators: Iterable[str] = ()) -> list[ConfigField]:
+    """Return the options of losses and advantage estimators, each with those that have it.
+
+    Args:
+        losses: Further ones than ours.
+        estimators: Further ones than ours.
+
+    Raises:
+        ConfigurationError: One of them cannot be loaded.
+    """
     having: dict[ConfigField, list[str]] = {}
-    for kind, prefix, names in (
-        (Loss, "loss.", losses),
-        (AdvantageEstimator, "data.advantage_options.", estimators),
+    for kind, prefix, ours, others in (
+        (Loss, "loss.", LOSS_OPTIONS, losses),
+        (AdvantageEstimator, "data.advantage_options.", ESTIMATOR_OPTIONS, estimators),
     ):
-        for name in names:
-            for field in config_fields(kind.find(name).options, prefix):
+        for name in dict.fromkeys((*ours, *others)):
+            for field in config_fields(ours.get(name) or kind.find(name).options, prefix):
                 having.setdefault(field, []).append(name)
     return [replace(field, help=f"{', '.join(names)}: {field.help}") for field, names in having.items()]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 200, 200
 
 Tree = dict[str, Any]
+Given = tuple[list[str], str, str]
+"""The keys of a setting, its text, and where it was given, in words."""
 
 
 def load_config(
@@ -48,16 +50,20 @@ def load_config(
         ConfigurationError: The file cannot be read, or a key or value is wrong. The message lists every
             wrong field and what is allowed there.
     """
-    variables = _variables(os.environ if environment is None else environment)
-    merged: Tree = _read_yaml(path) if path is not None else {}
-    _merge(merged, _from_environment(variables))
-    last = _from_command_line(overrides)
-    _merge(merged, last)
-    merged.setdefault("model", {})  # so that a complaint names model.path, the one required setting
+    tree: Tree = _read_yaml(path) if path is not None else {}
+    variables = os.environ if environment is None else environment
+    sources: dict[tuple[str, ...], str] = {}
+    for keys, text, source in (*_from_environment(variables), *_from_command_line(overrides)):
+        value = _parse_value(text, source=source)
+        for key in reversed(keys):
+            value = {key: value}
+        _merge(tree, value)
+        sources[tuple(keys)] = source
+    tree.setdefault("model", {})  # so that a complaint names model.path, the one required setting
     try:
-        config = TrainerConfig.model_validate(merged)
+        config = TrainerConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigurationError(_describe(error, variables, last)) from error
+        raise ConfigurationError(_describe(error, sources)) from error
     known = {field.name for field in config_fields()}
     for name in config.train.resume_changes:
         if name not in known and not name.startswith("loss."):  # a loss has options of its own
@@ -140,14 +146,13 @@ def _where(error: Exception) -> str:
     return f": {error.problem} in line {mark.line + 1}, column {mark.column + 1}"
 
 
-def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that name a setting, or try to, with their values.
+def _from_environment(environment: Mapping[str, str]) -> Iterator[Given]:
+    """Yield the environment variables that name a setting, or try to.
 
     Others may begin like ours: Kubernetes sets PORT=tcp://..., SERVICE_HOST and more with the name of each
     service before them.
     """
     meant = {field.name.replace(".", "_"): field.name for field in config_fields()}
-    found = {}
     for name, text in environment.items():
         key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
         if key == name.lower():
@@ -156,45 +161,21 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
             right = ENVIRONMENT_PREFIX + meant[key].replace(".", _NESTING).upper()
             raise ConfigurationError(f"environment variable {name}: there is no such setting; use {right}")
         if _NESTING in key or key in TrainerConfig.model_fields:
-            found[name] = text
-    return found
+            yield key.split(_NESTING), text, f"environment variable {name}"
 
 
-def _keys(variable: str) -> list[str]:
-    return variable.removeprefix(ENVIRONMENT_PREFIX).lower().split(_NESTING)
-
-
-def _from_environment(variables: Mapping[str, str]) -> Tree:
-    tree: Tree = {}
-    for name, text in variables.items():
-        _set(tree, _keys(name), text, source=f"environment variable {name}")
-    return tree
-
-
-def _from_command_line(words: Sequence[str]) -> Tree:
-    tree: Tree = {}
-    remaining = list(words)
-    while remaining:
-        word = remaining.pop(0)
+def _from_command_line(words: Sequence[str]) -> Iterator[Given]:
+    remaining = iter(words)
+    for word in remaining:
         if not word.startswith("--") or word == "--":
             raise ConfigurationError(
                 f"unexpected argument {word!r}; settings are given as --section.key value"
             )
         name, equals, text = word[2:].partition("=")
-        if not equals:
-            if not remaining:
-                raise ConfigurationError(f"{word} needs a value, e.g. {word} VALUE")
-            text = remaining.pop(0)
-        _set(tree, name.split("."), text, source=f"argument --{name}")
-    return tree
-
-
-def _set(tree: Tree, keys: Sequence[str], text: str, *, source: str) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise ConfigurationError(f"{source}: {key!r} was given a value already, it cannot hold more keys")
-    tree[keys[-1]] = _parse_value(text, source=source)
+        value = text if equals else next(remaining, None)
+        if value is None:
+            raise ConfigurationError(f"{word} needs a value, e.g. {word} VALUE")
+        yield name.split("."), value, f"argument --{name}"
 
 
 def _parse_value(text: str, *, source: str) -> Any:
@@ -214,19 +195,23 @@ def _parse_value(text: str, *, source: str) -> Any:
 
 
 def _merge(lower: Tree, higher: Tree) -> None:
-    """Lay `higher` over `lower`, in place; mappings are merged, everything else is replaced."""
+    """Lay `higher` over `lower`, in place; mappings are merged, everything else is replaced.
+
+    But what stands where a section belongs stays, to be refused, whatever is set below that section.
+    """
     for key, value in higher.items():
-        if isinstance(value, dict) and isinstance(lower.get(key), dict):
-            _merge(lower[key], value)
-        else:
+        below = lower.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            _merge(below, value)
+        elif not isinstance(value, dict) or below is None:
             lower[key] = value
 
 
-def _describe(error: ValidationError, variables: Iterable[str], last: Tree) -> str:
+def _describe(error: ValidationError, sources: Mapping[tuple[str, ...], str]) -> str:
     lines = ["the configuration is wrong:"]
     for problem in error.errors(include_url=False):
         name = ".".join(str(part) for part in problem["loc"])
-        where = (name or "settings together") + _source(problem["loc"], variables, last)
+        where = (name or "settings together") + _source(problem, sources)
         if problem["type"] == "extra_forbidden":
             lines.append(f"  {where}: there is no such setting{_hint(name)}")
         elif problem["type"] == "missing":
@@ -239,21 +224,14 @@ def _describe(error: ValidationError, variables: Iterable[str], last: Tree) -> s
     return "\n".join(lines)
 
 
-def _source(location: tuple[int | str, ...], variables: Iterable[str], last: Tree) -> str:
-    """The environment variable that what is wrong came from; nothing if it came from elsewhere.
-
-    `last`: what the command line says, which replaces what a variable says.
-    """
-    given: Any = last
-    for part in location:
-        given = given.get(part) if isinstance(given, dict) else None
-    if given is not None:
-        return ""
-    for variable in variables:
-        pairs = zip(location, _keys(variable), strict=False)
-        if location and all(str(part) == key for part, key in pairs):
-            return f" (environment variable {variable})"
-    return ""
+def _source(problem: ErrorDetails, sources: Mapping[tuple[str, ...], str]) -> str:
+    """Name the environment variable that what is wrong came from; nothing if it came from elsewhere."""
+    keys = tuple(map(str, problem["loc"]))
+    given = [each for each in sources if keys[: len(each)] == each]
+    if not given and problem["type"] == "extra_forbidden":  # a section that there is not
+        given = [each for each in sources if each[: len(keys)] == keys]
+    source = sources[max(given, key=len)] if given else ""
+    return f" ({source})" if source.startswith("environment") else ""
 
 
 def _found(name: str, problem: ErrorDetails) -> str:

@@ -17,8 +17,9 @@ from __future__ import annotations
 from trainer.losses._inputs import LossInputs
 from trainer.losses._policy_gradient import policy_gradient
 from trainer.losses._ppo_clip import ppo_clip
-from trainer.losses._terms import KlOptions, k3, log_ratio, policy_metrics, reference_kl
+from trainer.losses._terms import k3, log_ratio, policy_metrics, reference_kl
 from trainer.losses._weighted_sft import weighted_sft
+from trainer.options import KlOptions
 
 __all__ = [
     "KlOptions",

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import KlOptions, LogMetrics, log_ratio, policy_metrics, reference_kl
-
-
-class PolicyGradientOptions(KlOptions):
-    """Options of `policy_gradient`."""
-
-    ratio_cap: float = Field(default=2.0, gt=0)
-    """Largest importance ratio; larger ones are truncated to it. 2 lets it at most double a token's say."""
+from trainer.losses._terms import LogMetrics, log_ratio, policy_metrics, reference_kl
+from trainer.options import KlOptions, PolicyGradientOptions
 
 
 @loss(

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import KlOptions, LogMetrics, log_ratio, policy_metrics, reference_kl
-
-
-class PpoClipOptions(KlOptions):
-    """Options of `ppo_clip`."""
-
-    epsilon_low: float = Field(default=0.2, gt=0, lt=1)
-    """The ratio is clipped from below at 1 - epsilon_low, where a negative advantage stops pushing."""
-    epsilon_high: float = Field(default=0.2, gt=0)
-    """The ratio is clipped from above at 1 + epsilon_high, where a positive advantage stops pushing."""
+from trainer.losses._terms import LogMetrics, log_ratio, policy_metrics, reference_kl
+from trainer.options import KlOptions, PpoClipOptions
 
 
 @loss(PpoClipOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from trainer.errors import MissingLogProbsError
-from trainer.extensions import Options
 from trainer.losses._inputs import LossInputs
 
 LogMetrics = dict[str, Tensor]
@@ -38,17 +36,6 @@ def k3(log_of_ratio: Tensor) -> Tensor:
     """
     # expm1, because exp(x) - 1 - x loses every digit for the small x of a nearly on-policy step.
     return torch.expm1(log_of_ratio) - log_of_ratio
-
-
-class KlOptions(Options):
-    """Options of a loss with a penalty towards a reference model: subclass it for the loss's own."""
-
-    kl_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the KL penalty towards the groups' ref_logprobs (k3 estimator). 0: none."""
-
-    def has_penalty(self) -> bool:
-        """Return True if reference log-probs are needed."""
-        return self.kl_coefficient > 0
 
 
 def reference_kl(inputs: LossInputs, coefficient: float) -> tuple[Tensor | None, LogMetrics]:

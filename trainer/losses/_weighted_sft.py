@@ -6,7 +6,8 @@ from torch import Tensor
 
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import KlOptions, LogMetrics, policy_metrics, reference_kl
+from trainer.losses._terms import LogMetrics, policy_metrics, reference_kl
+from trainer.options import KlOptions
 
 
 @loss(KlOptions, needs_ref_logprobs=KlOptions.has_penalty)

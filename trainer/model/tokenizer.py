@@ -29,13 +29,16 @@ def require_directory_or_hub_id(setting: str, path: str) -> None:
         )
 
 
-def load_tokenizer(setting: str, path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    setting: str, path: str, *, trust_remote_code: bool = False, ask_hub: bool = True
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
     Args:
         setting: What named it, for messages.
         path: Directory, or hub id.
         trust_remote_code: Whether code beside it may run.
+        ask_hub: Whether the model hub may be asked for what is not on this machine.
 
     Raises:
         ConfigurationError: There is none, or it cannot be loaded.
@@ -43,14 +46,20 @@ def load_tokenizer(setting: str, path: str, *, trust_remote_code: bool = False) 
     from transformers import AutoTokenizer
 
     require_directory_or_hub_id(setting, path)
-    if not Path(path).is_dir():
+    is_here = Path(path).is_dir()
+    if ask_hub and not is_here:
         sys.stderr.write(f"{path} is no directory here: asking the model hub for it\n")
     try:
         require_readable(path)
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code
+            path, trust_remote_code=trust_remote_code, local_files_only=not ask_hub
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        if not (ask_hub or is_here):
+            raise ConfigurationError(
+                f"{setting} {path!r} cannot be used: there is no such directory, and no model of this name "
+                "that was fetched from the hub before"
+            ) from error
         raise ConfigurationError(
             f"{setting} {path!r} cannot be loaded: {error}. It must be a directory with a tokenizer, or a "
             "hub id"
