@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -12,20 +11,18 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import httpx
-from pydantic import SecretStr
+from pydantic import SecretStr, TypeAdapter
 
-from atropos_client import _calls
 from atropos_client._body import BodyReader
-from atropos_client._calls import Call
+from atropos_client._calls import Call, get, post, reader
 from atropos_client._exchange import Reply, encode_request, exchange, worth_keeping
-from atropos_client._retry import NO_RETRIES, RetryPolicy
-from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, connection_settings
+from atropos_client._retry import NO_RETRIES, Resend, RetryPolicy
+from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, ConnectionSettings, Timeouts
 from atropos_client._translate import translated_errors
 from atropos_client.clock import running_time
 from atropos_client.errors import ApiUnreachable, RequestFailed, ServerError
 from schemas import (
-    BatchReply,
-    DisconnectReply,
+    EnvironmentIdentifier,
     EnvironmentRegistration,
     EnvironmentRegistrationReply,
     EnvironmentStatus,
@@ -33,16 +30,16 @@ from schemas import (
     Registration,
     RegistrationReply,
     ScoredDataListReply,
-    ScoredDataReply,
     ScoredGroup,
     StatusReply,
-    WandbInfoReply,
 )
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+_GROUPS: TypeAdapter[list[ScoredGroup]] = TypeAdapter(list[ScoredGroup])
+_GREETING: Final = Call[None](method="GET", path="/", parse=lambda _: None, resend=Resend.HARMLESS)
 _READY_PAUSE: Final = 0.2  # seconds between two looks at a server that is starting
 _REMIND_SECONDS: Final = 15.0  # between two log lines that say that we still wait for it
 
@@ -54,7 +51,7 @@ class AtroposClient:
 
         with AtroposClient("http://127.0.0.1:8000") as client:
             client.register(Registration(batch_size=64, max_token_len=2048, num_steps=100))
-            reply = client.fetch_batch()   # reply.state: "ready", "waiting" or "unregistered"
+            reply = parse_batch(client.fetch_batch())   # its state: "ready", "waiting" or "unregistered"
 
     Every method raises an :class:`~atropos_client.AtroposClientError` and nothing else for what can go wrong
     outside this process.
@@ -64,40 +61,37 @@ class AtroposClient:
         self,
         base_url: str,
         *,
-        token: SecretStr | str | None = None,
-        headers: Mapping[str, SecretStr | str] | None = None,
-        verify: bool | str | Path | ssl.SSLContext = True,
+        token: SecretStr | None = None,
+        headers: Mapping[str, SecretStr] | None = None,
+        ca_file: Path | None = None,
         timeouts: Timeouts | None = None,
         retries: RetryPolicy | None = None,
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-        transport: httpx.BaseTransport | None = None,
     ) -> None:
         """Prepare a client; nothing is sent yet.
 
         Args:
             base_url: For example ``http://127.0.0.1:8000``, possibly with a path prefix.
-            token: Bearer token, for a proxy that asks for one.
-            headers: Further headers of every request; treated as secrets.
-            verify: How the server's certificate is checked: True (the usual authorities), a file or directory
-                of authorities, an ``ssl.SSLContext`` (client certificates), or False (not at all).
-            timeouts: Patience per phase. None: the defaults of `Timeouts`.
+            token: See `ConnectionSettings`, as for the others.
+            headers: Further headers of every request.
+            ca_file: Authorities that vouch for the server's certificate.
+            timeouts: Patience per phase of a request.
             retries: Bounds on repeating a request. None: the defaults of `RetryPolicy`.
-            max_body_bytes: Largest reply, in bytes, before and after decompression.
-            transport: How bytes travel, for tests and unusual networks. None: ordinary HTTP.
+            max_body_bytes: Largest reply.
 
         Raises:
-            ValueError: If the address or a bound makes no sense.
+            ValueError: If the address, a secret or the bound makes no sense.
         """
-        self._settings = connection_settings(
-            base_url,
+        self._settings = ConnectionSettings(
+            base_url=base_url,
             token=token,
-            headers=headers,
-            verify=verify,
-            timeouts=timeouts,
+            headers=headers or {},
+            ca_file=ca_file,
+            timeouts=timeouts or Timeouts(),
             max_body_bytes=max_body_bytes,
         )
         self._retries = retries or RetryPolicy()
-        self._http = httpx.Client(transport=transport, **self._settings.http_options())
+        self._http = httpx.Client(**self._settings.http_options())
 
     @property
     def base_url(self) -> str:
@@ -123,39 +117,34 @@ class AtroposClient:
 
     def register(self, registration: Registration) -> RegistrationReply:
         """Register the trainer. Only the first registration since the API started counts."""
-        return self._call(_calls.register(registration))
+        # Harmless to repeat: the server ignores what a second one says.
+        return self._call(post("/register", registration, RegistrationReply, Resend.HARMLESS))
 
-    def fetch_batch(self) -> BatchReply:
-        """Take the next batch, if there is one.
-
-        Raises:
-            BatchPossiblyLost: If the request failed after the server may have removed a batch.
-        """
-        return self._call(_calls.fetch_batch())
-
-    def fetch_batch_body(self) -> bytes:
-        """Take the next batch as bytes (JSON, decompressed) without parsing it, to be stored first.
+    def fetch_batch(self) -> bytes:
+        """Take the next batch, if there is one, as JSON that nobody has read yet, to be stored first.
 
         Raises:
             BatchPossiblyLost: If the request failed after the server may have removed a batch.
         """
-        return self._call(_calls.fetch_batch_body())
+        resend = Resend.ONLY_IF_NOT_SENT
+        return self._call(Call(method="GET", path="/batch", parse=bytes, resend=resend, removes_batch=True))
 
     def status(self) -> StatusReply:
         """Return how many groups wait and how many batches were formed."""
-        return self._call(_calls.status())
+        return self._call(get("/status", StatusReply))
 
     def info(self) -> InfoReply:
         """Return the batch size and the longest sequence of the registration in force."""
-        return self._call(_calls.info())
-
-    def wandb_info(self) -> WandbInfoReply:
-        """Return the Weights & Biases names of the registration in force."""
-        return self._call(_calls.wandb_info())
+        return self._call(get("/info", InfoReply))
 
     def latest_example(self) -> ScoredGroup | None:
         """Return the last group that reached the queue, without removing it. None: there was none."""
-        return self._call(_calls.latest_example())
+
+        def parse(body: bytes) -> ScoredGroup | None:
+            # What the server answers when it has none: every field an empty list.
+            return None if body.startswith(b'{"tokens":[],') else reader(ScoredGroup)(body)
+
+        return self._call(Call(method="GET", path="/latest_example", parse=parse, resend=Resend.HARMLESS))
 
     def wait_until_ready(self, deadline: float) -> None:
         """Wait until the API answers.
@@ -171,7 +160,7 @@ class AtroposClient:
         end, remind_at = started + deadline, started
         while True:
             try:
-                self._call(_calls.greeting(), NO_RETRIES)
+                self._call(_GREETING, NO_RETRIES)
             except (RequestFailed, ServerError) as error:
                 now = running_time()
                 if now >= remind_at:
@@ -195,27 +184,32 @@ class AtroposClient:
 
     def register_environment(self, registration: EnvironmentRegistration) -> EnvironmentRegistrationReply:
         """Register an environment; not `accepted` before the trainer has polled once."""
-        return self._call(_calls.register_environment(registration))
+        # A second one would add a second environment.
+        resend = Resend.ONLY_IF_NOT_SENT
+        return self._call(post("/register-env", registration, EnvironmentRegistrationReply, resend))
 
     def environment_status(self, env_id: int) -> EnvironmentStatus:
         """Return what an environment needs to decide whether to produce more."""
-        return self._call(_calls.environment_status(env_id))
-
-    def push_group(self, group: ScoredGroup) -> ScoredDataReply:
-        """Hand one group to the queue."""
-        return self._call(_calls.push_group(group))
+        return self._call(get("/status-env", EnvironmentStatus, EnvironmentIdentifier(env_id=env_id)))
 
     def push_groups(self, groups: Sequence[ScoredGroup]) -> ScoredDataListReply:
-        """Hand several groups to the queue at once."""
-        return self._call(_calls.push_groups(groups))
-
-    def disconnect_environment(self, env_id: int) -> DisconnectReply:
-        """Say that an environment will send no more."""
-        return self._call(_calls.disconnect_environment(env_id))
+        """Hand groups to the queue."""
+        return self._call(
+            Call(
+                method="POST",
+                path="/scored_data_list",
+                body=_GROUPS.dump_json(list(groups), exclude_none=True),
+                parse=reader(ScoredDataListReply),
+                resend=Resend.ONLY_IF_NOT_SENT,  # a second one would store the groups twice
+            )
+        )
 
     def reset_data(self) -> None:
         """Wipe the queue and the registration. Until the next registration ``GET /batch`` fails with 500."""
-        self._call(_calls.reset_data())
+        harmless = Resend.HARMLESS
+        self._call(
+            Call(method="GET", path="/reset_data", parse=lambda _: None, resend=harmless, expects_json=False)
+        )
 
     def _call(self, call: Call[T], retries: RetryPolicy | None = None) -> T:
         return exchange(call, self._send, retries or self._retries, self._settings)

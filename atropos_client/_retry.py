@@ -50,17 +50,6 @@ class RetryPolicy:
     longest_pause: float = 5.0
     """Seconds that a pause never exceeds."""
 
-    def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"attempts must be at least 1, found {self.attempts}")
-        if not self.wall_clock >= 0:
-            raise ValueError(f"wall_clock must be 0 seconds or more, found {self.wall_clock}")
-        if not 0 < self.first_pause <= self.longest_pause:
-            raise ValueError(
-                "first_pause must be positive and at most longest_pause, found "
-                f"{self.first_pause} and {self.longest_pause}"
-            )
-
     def allows_another(self, attempts: int, elapsed: float) -> bool:
         """Whether a further sending is within the bounds.
 

@@ -44,11 +44,6 @@ class Timeouts:
     total: float = 1800.0
     """For one whole sending. Ends a reply that keeps dripping and never finishes."""
 
-    def __post_init__(self) -> None:
-        for name in ("connect", "read", "batch_read", "write", "total"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be more than 0 seconds, found {getattr(self, name)}")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionSettings:
@@ -63,9 +58,8 @@ class ConnectionSettings:
     headers: Mapping[str, SecretStr] = field(default_factory=dict)
     """Further headers of every request. All are treated as secrets."""
 
-    verify: bool | Path | ssl.SSLContext = True
-    """How to check the server's certificate: the usual authorities, a file or directory of authorities, a
-    complete context (client certificates), or False for not at all."""
+    ca_file: Path | None = None
+    """Authorities that vouch for the server's certificate. None: the usual ones."""
 
     timeouts: Timeouts = field(default_factory=Timeouts)
     """Patience."""
@@ -96,15 +90,8 @@ class ConnectionSettings:
                     f"the value of {name!r} holds a character that cannot stand in an HTTP header"
                 )
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        if self.has_credentials and url.scheme == "http" and not _is_loopback(url.host):
+        if (self.token or self.headers) and url.scheme == "http" and not _is_loopback(url.host):
             logger.warning("Credentials for the Atropos API travel unencrypted to %s: use https.", url.host)
-        if self.verify is False:
-            logger.warning("The certificate of the Atropos API at %s is not checked.", url.host)
-
-    @property
-    def has_credentials(self) -> bool:
-        """Whether requests carry a token or extra headers."""
-        return self.token is not None or bool(self.headers)
 
     def redact(self, text: str) -> str:
         """Remove every secret of ours from a text that a server sent back."""
@@ -120,7 +107,7 @@ class ConnectionSettings:
             token=self.token,
             headers={"Accept": SecretStr("application/json"), **self.headers},
             limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
-        ) | {"verify": _tls(self.verify)}
+        ) | {"verify": ssl.create_default_context(cafile=self.ca_file) if self.ca_file else True}
 
     def phase_timeouts(self, *, batch: bool) -> httpx.Timeout:
         """Return the timeouts of one request."""
@@ -152,38 +139,6 @@ def client_options(
         # Neither ~/.netrc nor a proxy variable of the shell may decide where rollouts go.
         "trust_env": False,
     }
-
-
-def connection_settings(
-    base_url: str,
-    *,
-    token: SecretStr | str | None,
-    headers: Mapping[str, SecretStr | str] | None,
-    verify: bool | str | Path | ssl.SSLContext,
-    timeouts: Timeouts | None,
-    max_body_bytes: int,
-) -> ConnectionSettings:
-    """Build settings from the looser types that the clients accept."""
-    return ConnectionSettings(
-        base_url=base_url,
-        token=None if token is None else _secret(token),
-        headers={name: _secret(value) for name, value in (headers or {}).items()},
-        verify=Path(verify) if isinstance(verify, str) else verify,
-        timeouts=timeouts or Timeouts(),
-        max_body_bytes=max_body_bytes,
-    )
-
-
-def _secret(value: SecretStr | str) -> SecretStr:
-    return value if isinstance(value, SecretStr) else SecretStr(value)
-
-
-def _tls(verify: bool | Path | ssl.SSLContext) -> bool | ssl.SSLContext:
-    if not isinstance(verify, Path):
-        return verify
-    if verify.is_dir():
-        return ssl.create_default_context(capath=verify)
-    return ssl.create_default_context(cafile=verify)
 
 
 def _is_loopback(host: str) -> bool:

@@ -255,7 +255,7 @@ def _feed(client: AtroposClient, steps: int) -> None:
         group = make_group(
             generator, size=8, lengths=lambda: generator.randint(16, 64), prompt=100, vocabulary=VOCABULARY
         )
-        client.push_group(ScoredGroup.model_validate({**group, "env_id": reply.env_id}))
+        client.push_groups([ScoredGroup.model_validate({**group, "env_id": reply.env_id})])
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,6 @@ Here are the names of the Atropos API; those of the servers are in `schemas.infe
 from __future__ import annotations
 
 from schemas._api import (
-    DisconnectReply,
     EnvironmentIdentifier,
     EnvironmentRegistration,
     EnvironmentRegistrationReply,
@@ -16,9 +15,7 @@ from schemas._api import (
     Registration,
     RegistrationReply,
     ScoredDataListReply,
-    ScoredDataReply,
     StatusReply,
-    WandbInfoReply,
 )
 from schemas._batch import MAX_GROUPS, BatchReply, BatchState, RejectedGroup
 from schemas._flat import IGNORE_INDEX, FlatGroup
@@ -34,7 +31,6 @@ __all__ = [
     "MAX_GROUPS",
     "BatchReply",
     "BatchState",
-    "DisconnectReply",
     "EnvironmentIdentifier",
     "EnvironmentRegistration",
     "EnvironmentRegistrationReply",
@@ -45,10 +41,8 @@ __all__ = [
     "RegistrationReply",
     "RejectedGroup",
     "ScoredDataListReply",
-    "ScoredDataReply",
     "ScoredGroup",
     "StatusReply",
-    "WandbInfoReply",
     "WireModel",
     "count_of",
     "first_problem",

@@ -100,7 +100,7 @@ class EnvironmentRegistrationReply(WireModel):
 
 
 class EnvironmentIdentifier(WireModel):
-    """Body of ``GET /status-env`` (a GET with a body) and of ``POST /disconnect-env``."""
+    """Body of ``GET /status-env`` (a GET with a body)."""
 
     env_id: int = Field(ge=0)
     """Number from the registration."""
@@ -128,16 +128,6 @@ class EnvironmentStatus(WireModel):
     """Largest group waiting."""
 
 
-class DisconnectReply(WireModel):
-    """Reply to ``POST /disconnect-env``."""
-
-    status: Literal["success", "failure"]
-    """``"failure"`` if the server does not know the environment."""
-
-    error: str | None = None
-    """Why it failed."""
-
-
 class StatusReply(WireModel):
     """Reply to ``GET /status``."""
 
@@ -161,26 +151,6 @@ class InfoReply(WireModel):
     def registered(self) -> bool:
         """Whether the API knows of a trainer."""
         return self.batch_size > 0
-
-
-class WandbInfoReply(WireModel):
-    """Reply to ``GET /wandb_info``."""
-
-    group: str | None
-    """As registered. None: no trainer has registered."""
-
-    project: str | None
-    """As registered. None: no trainer has registered."""
-
-
-class ScoredDataReply(WireModel):
-    """Reply to ``POST /scored_data``."""
-
-    status: Literal["received", "buffered"]
-    """``"buffered"``: the group is smaller than its environment's group size and waits for others."""
-
-    buffer_size: int | None = None
-    """Sequences waiting in that buffer. None: not buffered."""
 
 
 class ScoredDataListReply(WireModel):

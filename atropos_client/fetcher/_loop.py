@@ -127,7 +127,7 @@ class FetchLoop:
         self._marks.add("polls")
         self._marks.set("polling_since", time.monotonic_ns())
         try:
-            body = self._client.fetch_batch_body()
+            body = self._client.fetch_batch()
             if not body:
                 raise possibly_lost(self._of_batch(InvalidReply("the reply is empty")))
             return self._take(body)

@@ -55,7 +55,7 @@ class FetcherSettings(BaseModel):
             self.url,
             token=self.token,
             headers=self.headers,
-            verify=self.ca_file or True,
+            ca_file=self.ca_file,
             timeouts=self.timeouts,
             retries=self.retries,
             max_body_bytes=self.max_body_bytes,

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from atropos_client import (
     NO_RETRIES,
@@ -30,22 +31,10 @@ from tests.schemas.test_group import GOOD
 
 BATCH = json.dumps({"batch": [GOOD]}).encode()
 STATUS = Answer(body=b'{"current_step":3,"queue_size":2}')
+RECEIVED = Answer(body=b'{"status":"received","groups_processed":1}')
 TIGER = "tiger-token"
 LION = "lion-header"
 IMPATIENT = Timeouts(connect=2.0, read=0.2, batch_read=0.2, total=5.0)
-
-
-def test_a_batch_arrives_parsed_and_as_bytes(ask: Ask, server: MisbehavingServer) -> None:
-    server.script("/batch", Answer(body=BATCH))
-    assert ask(server.url, "fetch_batch").groups == [ScoredGroup.model_validate(GOOD)]
-    assert ask(server.url, "fetch_batch_body") == BATCH
-
-
-def test_null_and_unregistered_are_states_and_not_errors(ask: Ask, server: MisbehavingServer) -> None:
-    forgotten = b'{"status":"error","message":"register first","batch":[]}'
-    server.script("/batch", Answer(body=b'{"batch":null}'), Answer(body=forgotten))
-    assert ask(server.url, "fetch_batch").state == "waiting"
-    assert ask(server.url, "fetch_batch").state == "unregistered"
 
 
 @pytest.mark.parametrize(
@@ -59,9 +48,6 @@ def test_null_and_unregistered_are_states_and_not_errors(ask: Ask, server: Misbe
         (Answer(body=BATCH, delay=30.0), ReplyTimeout),
         (Answer(body=BATCH, content_type="text/html"), InvalidReply),
         (Answer(body=BATCH, content_type=None), InvalidReply),
-        (Answer(body=b"<html>not json"), InvalidReply),
-        (Answer(body=BATCH[:-3]), InvalidReply),
-        (Answer(body=b'{"other":1}'), InvalidReply),
         (Answer(body=BATCH, headers={"Content-Encoding": "br"}), InvalidReply),
         (Answer(body=BATCH, headers={"Content-Encoding": "gzip"}), InvalidReply),
         (
@@ -127,15 +113,15 @@ def test_no_reply_grows_beyond_the_maximum(ask: Ask, server: MisbehavingServer, 
 def test_a_gzip_reply_of_exactly_the_maximum_is_read(ask: Ask, server: MisbehavingServer) -> None:
     body = b'{"batch":null' + b" " * 5_000 + b"}"
     server.script("/batch", zipped(body))
-    assert ask(server.url, "fetch_batch_body", max_body_bytes=len(body)) == body
+    assert ask(server.url, "fetch_batch", max_body_bytes=len(body)) == body
     with pytest.raises(BatchPossiblyLost):
-        ask(server.url, "fetch_batch_body", max_body_bytes=len(body) - 1)
+        ask(server.url, "fetch_batch", max_body_bytes=len(body) - 1)
 
 
 def test_a_gzip_reply_of_several_members_is_one_body(ask: Ask, server: MisbehavingServer) -> None:
     body = gzip.compress(BATCH[:30]) + gzip.compress(BATCH[30:])
     server.script("/batch", Answer(body=body, headers={"Content-Encoding": "gzip"}))
-    assert ask(server.url, "fetch_batch_body") == BATCH
+    assert ask(server.url, "fetch_batch") == BATCH
 
 
 @pytest.mark.parametrize("answer", [Answer(status=503), Answer(hang_up=True), Answer(status=429)])
@@ -161,21 +147,21 @@ def test_no_retries_means_one_sending(ask: Ask, server: MisbehavingServer) -> No
 
 
 def test_a_group_is_never_pushed_twice(ask: Ask, server: MisbehavingServer) -> None:
-    server.script("/scored_data", Answer(hang_up=True), Answer(body=b'{"status":"received"}'))
+    server.script("/scored_data_list", Answer(hang_up=True), RECEIVED)
     with pytest.raises(ConnectionLost):
-        ask(server.url, "push_group", ScoredGroup.model_validate(GOOD))
-    assert len(server.paths("/scored_data")) == 1
+        ask(server.url, "push_groups", [ScoredGroup.model_validate(GOOD)])
+    assert len(server.paths()) == 1
 
 
 def test_large_requests_travel_as_gzip_and_small_ones_do_not(ask: Ask, server: MisbehavingServer) -> None:
-    server.script("/scored_data", Answer(body=b'{"status":"received"}'))
+    server.script("/scored_data_list", RECEIVED)
     small = ScoredGroup.model_validate(GOOD)
     n = 1_000
     large = ScoredGroup(tokens=[[7] * n], masks=[[7] * n], scores=[0.5])
     for group in (small, large):
-        ask(server.url, "push_group", group)
+        ask(server.url, "push_groups", [group])
     assert [seen.headers.get("content-encoding") for seen in server.seen] == [None, "gzip"]
-    assert ScoredGroup.model_validate_json(server.seen[1].body) == large
+    assert ScoredGroup.model_validate(json.loads(server.seen[1].body)[0]) == large
 
 
 def test_a_redirect_is_refused_and_its_query_not_shown(ask: Ask, server: MisbehavingServer) -> None:
@@ -185,7 +171,7 @@ def test_a_redirect_is_refused_and_its_query_not_shown(ask: Ask, server: Misbeha
             "/status", Answer(status=307, headers={"Location": f"{other.url}/status?secret=hunter2"})
         )
         with pytest.raises(ErrorStatus, match="redirects are not followed") as caught:
-            ask(server.url, "status", token=TIGER)
+            ask(server.url, "status", token=SecretStr(TIGER))
         assert other.seen == []
     assert other.url in str(caught.value)
     assert "hunter2" not in str(caught.value)
@@ -195,7 +181,7 @@ def test_token_and_headers_reach_the_server_and_nothing_else(
     ask: Ask, server: MisbehavingServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    options: dict[str, Any] = {"token": TIGER, "headers": {"X-Team": LION}}
+    options: dict[str, Any] = {"token": SecretStr(TIGER), "headers": {"X-Team": SecretStr(LION)}}
     echo = b"you sent Bearer tiger-token and lion-header"
     server.script("/status", STATUS, Answer(status=401, body=echo))
     assert ask(server.url, "status", **options).current_step == 3
@@ -210,7 +196,9 @@ def test_token_and_headers_reach_the_server_and_nothing_else(
 
 @pytest.mark.parametrize("ending", ["\nX: y", "\x00", "é", " \r"])
 def test_an_illegal_secret_is_refused_without_showing_it(ending: str) -> None:
-    for options in ({"token": TIGER + ending}, {"headers": {"X-Team": TIGER + ending}}):
+    secret = SecretStr(TIGER + ending)
+    cases: list[dict[str, Any]] = [{"token": secret}, {"headers": {"X-Team": secret}}]
+    for options in cases:
         with pytest.raises(ValueError, match="cannot stand in an HTTP header") as caught:
             AtroposClient("http://127.0.0.1:1", **options)
         assert TIGER not in repr(caught.value)
@@ -228,10 +216,10 @@ def test_an_address_that_makes_no_sense_is_refused_without_its_password(address:
 def test_credentials_over_plain_http_to_another_host_are_warned_about(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    AtroposClient("http://api.example:8000", token=TIGER).close()
+    AtroposClient("http://api.example:8000", token=SecretStr(TIGER)).close()
     assert "unencrypted" in caplog.text
     caplog.clear()
-    AtroposClient("http://127.0.0.1:8000", token=TIGER).close()
+    AtroposClient("http://127.0.0.1:8000", token=SecretStr(TIGER)).close()
     assert caplog.text == ""
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from atropos_client import AtroposClient, BatchPossiblyLost, ServerError, ask_environments
+from atropos_client import AtroposClient, BatchPossiblyLost, ServerError, ask_environments, parse_batch
 from atropos_client.fetcher import FetchCounters, Fetcher
 from atropos_client.journal import Journal
 from atropos_client.waiting import EnvironmentFacts
@@ -90,27 +90,23 @@ def test_the_whole_life_of_a_batch_through_both_clients(api: RealApi, ask: Ask) 
     assert ask(api.url, "register", REGISTRATION).uuid > 0
     early = ask(api.url, "register_environment", ENVIRONMENT)
     assert not early.accepted, "environments must wait for the trainer's first poll"
-    assert ask(api.url, "fetch_batch").state == "waiting"
+    assert parse_batch(ask(api.url, "fetch_batch")).state == "waiting"
 
     environment = ask(api.url, "register_environment", ENVIRONMENT)
     assert environment.accepted
     assert (environment.env_id, environment.starting_step, environment.num_steps) == (0, 5, 10)
     assert ask(api.url, "environment_status", 0).env_weight == 1.0
     assert ask(api.url, "info").batch_size == 4
-    assert ask(api.url, "wandb_info").group == "g"
 
     first, second = group(11), group(22, length=1_000, overrides=[{}, {"set_advantage_to_zero": True}])
-    assert ask(api.url, "push_group", first).status == "received"
-    assert ask(api.url, "push_groups", [second]).groups_processed == 1
+    assert ask(api.url, "push_groups", [first, second]).groups_processed == 2
     assert ask(api.url, "latest_example") == second
     assert ask(api.url, "status").queue_size == 2
 
-    reply = ask(api.url, "fetch_batch")
+    reply = parse_batch(ask(api.url, "fetch_batch"))
     assert (reply.groups, reply.rejected) == ([first, second], [])
     assert ask(api.url, "status").current_step == 6
-    assert ask(api.url, "fetch_batch").state == "waiting"
-    assert ask(api.url, "disconnect_environment", 0).status == "success"
-    assert ask(api.url, "disconnect_environment", 9).status == "failure"
+    assert parse_batch(ask(api.url, "fetch_batch")).state == "waiting"
 
 
 def test_a_group_smaller_than_its_environments_is_buffered(api: RealApi) -> None:
@@ -118,9 +114,8 @@ def test_a_group_smaller_than_its_environments_is_buffered(api: RealApi) -> None
         client.fetch_batch()
         client.register_environment(ENVIRONMENT)
         half = ScoredGroup(tokens=[[1]], masks=[[1]], scores=[1.0], env_id=0)
-        reply = client.push_group(half)
-        assert (reply.status, reply.buffer_size) == ("buffered", 1)
-        assert client.push_groups([half]).buffered == 1
+        reply = client.push_groups([half])
+        assert (reply.buffered, reply.last_buffer_size) == (1, 1)
 
 
 def test_the_status_of_an_unknown_environment_is_a_server_error_at_once(api: RealApi) -> None:
@@ -132,7 +127,7 @@ def test_one_nan_score_loses_the_batch_on_the_server_and_the_client_says_so(api:
     push_with_nan(api.url)
     with pytest.raises(BatchPossiblyLost, match="500"):
         ask(api.url, "fetch_batch")
-    assert ask(api.url, "fetch_batch").state == "waiting"
+    assert parse_batch(ask(api.url, "fetch_batch")).state == "waiting"
 
 
 def push_with_nan(url: str) -> None:
@@ -207,7 +202,7 @@ def test_one_registers_although_a_group_was_pushed_before(
         if after == "a reset":
             client.register(REGISTRATION)
             client.reset_data()
-        client.push_group(group(1))  # the server ignores every registration from here on
+        client.push_groups([group(1)])  # the server ignores every registration from here on
         client.register(REGISTRATION)
         assert not client.info().registered
         with fetching(api.url) as fetcher:
@@ -228,7 +223,7 @@ def test_what_the_api_knows_of_its_environments_is_asked(api: RealApi) -> None:
         client.register_environment(ENVIRONMENT)
         reserving = ENVIRONMENT.model_copy(update={"min_batch_allocation": 0.5})
         client.register_environment(reserving)
-        client.push_group(group(1))
+        client.push_groups([group(1)])
         assert ask_environments(client) == EnvironmentFacts(
             registered=2, without_groups=(1,), largest_group=2, latest_group=2, reserved=True
         )

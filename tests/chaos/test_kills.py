@@ -56,7 +56,7 @@ def test_each_batch_is_trained_once_whoever_is_killed(
         trainer.join(240)
         assert trainer.exitcode == 0, stack.log.read_text()[-3000:]
         left = 0
-        while parse_batch(client.fetch_batch_body()).state == "ready":
+        while parse_batch(client.fetch_batch()).state == "ready":
             left += 1
     said = " ".join(stack.log.read_text().split()).count("so that a batch is possibly lost")
     with Journal.read_only(stack.output / "journal") as journal:

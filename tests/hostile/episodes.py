@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from atropos_client import AtroposClient
+from atropos_client import AtroposClient, parse_batch
 from schemas import Registration
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
 from tests.atropos_client.test_real_api import RealApi
@@ -85,7 +85,7 @@ def another_trainer_takes_a_batch(stage: Stage) -> RunSummary:
         push_groups(stage.api.url, groups)
     with AtroposClient(stage.api.url) as other:
         other.register(Registration(batch_size=2, max_token_len=16, num_steps=1))
-        assert other.fetch_batch().groups[0].tokens == STOLEN[0]["tokens"]
+        assert parse_batch(other.fetch_batch()).groups[0].tokens == STOLEN[0]["tokens"]
     return stage.train(stage.api.url)
 
 

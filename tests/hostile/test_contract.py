@@ -71,7 +71,7 @@ def outcome_of(url: str, path: str, body: Any) -> str:
         if sent.status_code >= 400:
             return "refused by the API"
         try:
-            fetched = client.fetch_batch_body()
+            fetched = client.fetch_batch()
         except BatchPossiblyLost:
             return "possibly lost"
         try:

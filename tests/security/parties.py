@@ -22,7 +22,7 @@ Party = Callable[[str], str]
 
 
 def ask_api(url: str) -> str:
-    with AtroposClient(url, token=SECRET, retries=NO_RETRIES) as client:
+    with AtroposClient(url, token=SecretStr(SECRET), retries=NO_RETRIES) as client:
         try:
             return str(client.status())
         except AtroposClientError as error:

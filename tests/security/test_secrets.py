@@ -131,7 +131,7 @@ def test_a_header_given_wrongly_on_the_command_line_is_refused_without_its_secre
 def test_what_objects_say_of_themselves_has_no_secret() -> None:
     words = ("--model.path", "m", "--atropos.token", SECRET, "--publish.token", SECRET)
     config = load_config(None, [*words, "--atropos.headers", f"{{X: {SECRET}}}"], environment={})
-    client = AtroposClient("http://127.0.0.1:1", token=SECRET, headers={"X": SECRET})
+    client = AtroposClient("http://127.0.0.1:1", token=config.atropos.token, headers=config.atropos.headers)
     settings = FetcherSettings(
         url="http://127.0.0.1:1",
         registration=Registration(batch_size=1, max_token_len=2, num_steps=1),

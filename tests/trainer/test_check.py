@@ -99,7 +99,8 @@ def test_environments_are_asked_for_and_groups_that_never_fill_a_batch_fail(api_
         environment = EnvironmentRegistration(max_token_length=64, desired_name="threes", group_size=3)
         assert client.register_environment(environment).env_id == 0
         quiet = check_api(config)[-1]
-        client.push_group(ScoredGroup(tokens=[[1, 2]] * 3, masks=[[-100, 2]] * 3, scores=[1, 0, 0], env_id=0))
+        threes = ScoredGroup(tokens=[[1, 2]] * 3, masks=[[-100, 2]] * 3, scores=[1, 0, 0], env_id=0)
+        client.push_groups([threes])
         misfit = check_api(config)[-1]
     assert (quiet.status, quiet.found) == ("warning", "1 registered, none has sent a group yet")
     assert (misfit.status, misfit.found) == (
