@@ -41,6 +41,8 @@ BUILT_IN_LOSSES: Mapping[str, str] = MappingProxyType(
         "weighted_sft": "trainer.losses:weighted_sft",
         "policy_gradient": "trainer.losses:policy_gradient",
         "ppo_clip": "trainer.losses:ppo_clip",
+        "gspo": "trainer.losses:gspo",
+        "cispo": "trainer.losses:cispo",
     }
 )
 BUILT_IN_ESTIMATORS: Mapping[str, str] = MappingProxyType(
@@ -149,7 +151,12 @@ class Extension(Generic[O]):
         options = f"its options are {', '.join(known)}" if known else "it has none"
         return f"{self.noun} {self.__name__} has no option {name}{hint}: {options}"
 
-    def _called_options(self, values: Mapping[str, Any]) -> O:
+    def called_options(self, values: Mapping[str, Any]) -> O:
+        """Check option values given in Python.
+
+        Raises:
+            ConfigurationError: There is no such option, or its value is not allowed.
+        """
         try:
             return self.read_options(values)
         except ValidationError as error:
@@ -190,7 +197,7 @@ class Loss(Extension[O]):
         Raises:
             ConfigurationError: An option or its value is not allowed.
         """
-        result: LossResult = self.function(inputs, self._called_options(options))
+        result: LossResult = self.function(inputs, self.called_options(options))
         return result
 
     def bind(self, options: O) -> BoundLoss:
@@ -248,7 +255,7 @@ class AdvantageEstimator(Extension[O]):
         Raises:
             ConfigurationError: An option or its value is not allowed.
         """
-        return self.bind(self._called_options(options))(group)
+        return self.bind(self.called_options(options))(group)
 
     def bind(self, options: O) -> BoundEstimator:
         """Give it its options."""

@@ -58,6 +58,8 @@ def test_the_files_of_the_page_name_both_with_their_options(directory: Path) -> 
         "apply_temperature": None,
         "epsilon": 0.001,
         "kl_coefficient": 0.5,
+        "kl_estimator": "k3",
+        "kl_cap": None,
     }
     assert config.loss.needs_inference_logprobs
     assert config.loss.uses_temperature
@@ -82,7 +84,7 @@ def test_the_loss_of_the_page_is_gspo(directory: Path) -> None:
             loss_mask=torch.ones(7),
             inference_logprobs=sampler,
             denominator=3 * index.bincount()[index],
-            sequence_index=index,
+            sequence_ids=index,
             sequence_count=3,
         )
     )
@@ -138,7 +140,7 @@ def test_the_help_shows_the_options_of_ours_and_of_the_one_that_is_named(
         assert (
             "--loss.epsilon float  (default: 0.0003)\n      my_loss:sequence_clip: The ratio of a seq" in text
         )
-        assert "ppo_clip, my_loss:sequence_clip: Weight of the KL penalty" in text
+        assert "every built-in loss, my_loss:sequence_clip: Weight of the KL penalty" in text
         assert "--loss.epsilon_low float  (default: 0.2)\n      ppo_clip: " in text
     assert "--data.advantage_options.scale float  (default: 1.0)" in text
     with pytest.raises(SystemExit) as ended:

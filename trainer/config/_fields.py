@@ -77,7 +77,15 @@ def option_fields(losses: Iterable[str] = (), estimators: Iterable[str] = ()) ->
         for name in dict.fromkeys((*ours, *others)):
             for field in config_fields(ours.get(name) or kind.find(name).options, prefix):
                 having.setdefault(field, []).append(name)
-    return [replace(field, help=f"{', '.join(names)}: {field.help}") for field, names in having.items()]
+    return [
+        replace(field, help=f"{_those_that_have_it(names)}: {field.help}") for field, names in having.items()
+    ]
+
+
+def _those_that_have_it(names: list[str]) -> str:
+    if set(LOSS_OPTIONS) <= set(names):
+        names = ["every built-in loss", *(name for name in names if name not in LOSS_OPTIONS)]
+    return ", ".join(names)
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

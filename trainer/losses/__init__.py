@@ -6,7 +6,7 @@ other processes, or logs.
 
 ::
 
-    log-probs, advantages, mask ─> LossInputs ─> weighted_sft | policy_gradient | ppo_clip ─> (loss, sums)
+    log-probs, advantages, mask ─> LossInputs ─> a loss's term for each token ─> finish_loss ─> (loss, sums)
 
 Each is a :class:`trainer.extensions.Loss`, as a user's own is. Every definition, with a worked example, is in
 ``docs/losses.md``.
@@ -14,21 +14,41 @@ Each is a :class:`trainer.extensions.Loss`, as a user's own is. Every definition
 
 from __future__ import annotations
 
+from typing import Any
+
+from trainer.extensions import BoundLoss, Loss
+from trainer.losses._clipped import ppo_clip
+from trainer.losses._divergences import k3, log_ratio, reference_kl
+from trainer.losses._importance_weighted import cispo, policy_gradient
 from trainer.losses._inputs import LossInputs
-from trainer.losses._policy_gradient import policy_gradient
-from trainer.losses._ppo_clip import ppo_clip
-from trainer.losses._terms import k3, log_ratio, policy_metrics, reference_kl
+from trainer.losses._sequence_level import gspo
+from trainer.losses._terms import finish_loss, policy_metrics
 from trainer.losses._weighted_sft import weighted_sft
-from trainer.options import KlOptions
+from trainer.options import ClipOptions, KlOptions
 
 __all__ = [
+    "ClipOptions",
     "KlOptions",
     "LossInputs",
+    "cispo",
+    "finish_loss",
+    "gspo",
     "k3",
     "log_ratio",
     "policy_gradient",
     "policy_metrics",
     "ppo_clip",
     "reference_kl",
+    "resolve_loss",
     "weighted_sft",
 ]
+
+
+def resolve_loss(name: str, **options: Any) -> BoundLoss:
+    """Find a loss by its name, ours or `module:function`, and give it its options; call it with `LossInputs`.
+
+    Raises:
+        ConfigurationError: There is no such loss or option, or the option's value is not allowed.
+    """
+    loss: Loss[Any] = Loss.find(name)
+    return loss.bind(loss.called_options(options))

@@ -41,9 +41,12 @@ class LossInputs:
             trained tokens of the *whole* optimizer step, so that the losses of its micro-batches add up to
             the loss of the step; or a tensor that broadcasts to the shape, for reductions per sequence. None:
             this call's own ``loss_mask.sum() + 1e-8``.
-        sequence_index: Which sequence each token belongs to, int64 from 0; a sequence is never split over
+        proximal_logprobs: The log-prob of each token under the weights that the first update of this batch
+            began with, for `decoupled_ppo`. None: those of now, as in the only update of a batch.
+        sequence_ids: Which sequence each token belongs to, int64 from 0; a sequence is never split over
             two calls. None: each row of ``[B, T]`` is one.
-        sequence_count: How many sequences there are; given together with ``sequence_index``.
+        sequence_count: How many sequences there are. None: one more than the largest of ``sequence_ids``,
+            which is looked up, and an accelerator is waited for.
 
     Raises:
         ShapeMismatchError: if the tensors do not share one shape.
@@ -56,7 +59,8 @@ class LossInputs:
     inference_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     denominator: float | Tensor | None = None
-    sequence_index: Tensor | None = None
+    proximal_logprobs: Tensor | None = None
+    sequence_ids: Tensor | None = None
     sequence_count: int | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +113,7 @@ class LossInputs:
         The mask selects here, it does not weigh: a sum over log-probs is the log-prob of the whole sequence.
 
         Raises:
-            DataError: if tokens are packed in one row and ``sequence_index`` is None.
+            DataError: if tokens are packed in one row and ``sequence_ids`` is None.
         """
         index, count = self._sequences  # [N], N tokens of any shape
         values = self.at_trained_tokens(per_token)
@@ -122,18 +126,21 @@ class LossInputs:
         0 where a sequence has no trained token.
 
         Raises:
-            DataError: if tokens are packed in one row and ``sequence_index`` is None.
+            DataError: if tokens are packed in one row and ``sequence_ids`` is None.
         """
         return self.sequence_sum(per_token) / self.sequence_sum(self.trained).clamp(min=1)
 
     @cached_property
     def _sequences(self) -> tuple[Tensor, int]:
-        if self.sequence_index is not None and self.sequence_count is not None:
-            return self.sequence_index.flatten(), self.sequence_count
+        if self.sequence_ids is not None:
+            ids, count = self.sequence_ids.flatten(), self.sequence_count
+            if count is None:
+                count = int(ids.max()) + 1 if ids.numel() else 0
+            return ids, count
         if self.logprobs.ndim != 2:
             raise DataError(
                 f"logprobs of shape {list(self.logprobs.shape)} do not say which token belongs to which "
-                "sequence; pass sequence_index and sequence_count"
+                "sequence; pass sequence_ids"
             )
         rows, columns = self.logprobs.shape
         return torch.arange(rows, device=self.logprobs.device).repeat_interleave(columns), rows
@@ -155,7 +162,8 @@ class LossInputs:
             "loss_mask": self.loss_mask,
             "inference_logprobs": self.inference_logprobs,
             "ref_logprobs": self.ref_logprobs,
-            "sequence_index": self.sequence_index,
+            "proximal_logprobs": self.proximal_logprobs,
+            "sequence_ids": self.sequence_ids,
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
         if len(set(shapes.values())) > 1:

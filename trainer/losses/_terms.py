@@ -1,74 +1,77 @@
-"""The building blocks that several losses share: importance ratio, KL estimate, their metrics."""
+"""The building blocks that every loss shares: log-ratios, and the way from per-token terms to the loss."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from trainer.errors import MissingLogProbsError
+from trainer.losses._divergences import k3, log_ratio, reference_kl
 from trainer.losses._inputs import LossInputs
+from trainer.options import ClipOptions, KlOptions
 
 LogMetrics = dict[str, Tensor]
 """Sums over trained tokens, weighted by the mask, detached, 0-dim: add them up, divide by the count once."""
 
-LOG_RATIO_LIMIT = 20.0
-"""Log-ratios are held to ±20, a factor of 4.9e8.
 
-float32 overflows at exp(88.7), and inf meets 0 soon after. No honest ratio comes near e^20: past it the two
-models disagree about the token altogether (a wrong tokenizer, a wrong version), and it must not decide the
-whole step. The gradient there is zero.
-"""
-
-
-def log_ratio(numerator_logprobs: Tensor, denominator_logprobs: Tensor) -> Tensor:
-    """``log(p / q)`` per token, held to ±``LOG_RATIO_LIMIT`` so that its exponential is finite."""
-    return torch.clamp(numerator_logprobs - denominator_logprobs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-
-def k3(log_of_ratio: Tensor) -> Tensor:
-    """The k3 estimate of KL(q ‖ p) from tokens drawn from q: ``r - 1 - log r`` with ``r = p / q``.
-
-    Unbiased, never negative, and 0 exactly where the two agree (Schulman 2020, "Approximating KL Divergence",
-    http://joschu.net/blog/kl-approx.html).
-
-    Args:
-        log_of_ratio: ``log(p / q)`` per token, any shape.
-    """
-    # expm1, because exp(x) - 1 - x loses every digit for the small x of a nearly on-policy step.
-    return torch.expm1(log_of_ratio) - log_of_ratio
-
-
-def reference_kl(inputs: LossInputs, coefficient: float) -> tuple[Tensor | None, LogMetrics]:
-    """KL from the policy to the reference model, per token, as a penalty and as a metric.
-
-    ``k3`` of ``ref / policy``, differentiated as it stands, which is GRPO's term (Shao et al. 2024,
-    DeepSeekMath, equation 4).
-
-    Args:
-        inputs: ``ref_logprobs`` are used where present.
-        coefficient: Weight of the penalty; 0 measures only.
-
-    Returns:
-        ``coefficient * k3`` in the inputs' shape (None if the coefficient is 0), and the sum ``kl_ref`` (no
-        key where there are no reference log-probs).
+def sampler_log_ratio(inputs: LossInputs, loss_name: str) -> Tensor:
+    """``log(trainer / sampler)`` per token, held to ±20; 0 where the mask is 0.
 
     Raises:
-        MissingLogProbsError: if the coefficient is not 0 and there are no reference log-probs.
+        MissingLogProbsError: if ``inference_logprobs`` is None.
     """
-    if inputs.ref_logprobs is None:
-        if coefficient:
-            raise MissingLogProbsError(
-                f"kl_coefficient {coefficient} needs ref_logprobs (a reference model's log-prob per token) "
-                "and got None: let the environment send them, or set loss.kl_coefficient to 0"
-            )
-        return None, {}
-    per_token = k3(
-        log_ratio(
-            inputs.at_trained_tokens(inputs.ref_logprobs).detach(), inputs.at_trained_tokens(inputs.logprobs)
-        )
+    sampler = inputs.sampler_logprobs(loss_name)
+    return log_ratio(inputs.at_trained_tokens(inputs.logprobs), sampler)
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, options: ClipOptions) -> Tensor:
+    """PPO's pessimistic term ``-min(r A, clip(r) A)`` per token (Schulman et al. 2017, equation 7).
+
+    Only two of the four regions are clipped (and have no gradient)::
+
+                          r < 1 - epsilon_low     r > 1 + epsilon_high
+        advantage > 0     free                    clipped
+        advantage < 0     clipped                 free: A = -1, r = 2 gives a term of 2.0, with gradient
+    """
+    bounded = torch.clamp(ratio, options.lowest, options.highest)
+    return -torch.minimum(ratio * advantages, bounded * advantages)
+
+
+@torch.no_grad()
+def clip_counts(
+    inputs: LossInputs, ratio: Tensor, advantages: Tensor, options: ClipOptions
+) -> Mapping[str, Tensor]:
+    """Count the tokens that `clipped_surrogate` stops: ``clipped_low``, ``clipped_high`` and ``clipped``."""
+    low = inputs.weighted_sum((ratio < options.lowest) & (advantages < 0))
+    high = inputs.weighted_sum((ratio > options.highest) & (advantages > 0))
+    return {"clipped_low": low, "clipped_high": high, "clipped": low + high}
+
+
+def finish_loss(
+    inputs: LossInputs, options: KlOptions, terms: Tensor, counts: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, LogMetrics]:
+    """Add the KL penalty to the terms, reduce them, and measure what every loss measures.
+
+    Args:
+        inputs: Those of the loss.
+        options: Its options.
+        terms: What is minimised, per token, in the inputs' shape, with gradient.
+        counts: The loss's own sums for the metrics.
+
+    Returns:
+        The loss (0-dim), and sums over trained tokens: those of `policy_metrics`, ``kl_ref`` where known, and
+        ``counts``.
+
+    Raises:
+        MissingLogProbsError: if ``ref_logprobs`` is None and a KL penalty is asked for.
+    """
+    penalty, kl_metrics = reference_kl(
+        inputs, options.kl_coefficient, estimator=options.kl_estimator, cap=options.kl_cap
     )
-    metrics = {"kl_ref": inputs.weighted_sum(per_token).detach()}
-    return (coefficient * per_token if coefficient else None), metrics
+    if penalty is not None:
+        terms = terms + penalty
+    return inputs.reduce(terms), policy_metrics(inputs) | kl_metrics | dict(counts or {})
 
 
 @torch.no_grad()

@@ -6,15 +6,15 @@ from torch import Tensor
 
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import LogMetrics, policy_metrics, reference_kl
+from trainer.losses._terms import LogMetrics, finish_loss
 from trainer.options import KlOptions
 
 
-@loss(KlOptions, needs_ref_logprobs=KlOptions.has_penalty)
+@loss(KlOptions, needs_inference_logprobs=KlOptions.needs_sampler, needs_ref_logprobs=KlOptions.has_penalty)
 def weighted_sft(inputs: LossInputs, options: KlOptions) -> tuple[Tensor, LogMetrics]:
     """Cross-entropy of each token, weighted by its advantage.
 
-    ``loss = sum_t mask_t * (-logprob_t * advantage_t [+ kl_coefficient * k3_t]) / denominator``
+    ``loss = sum_t mask_t * (-logprob_t * advantage_t [+ kl_coefficient * KL_t]) / denominator``
 
     With advantages of 1 this is supervised fine-tuning; with on-policy samples its gradient is REINFORCE's.
     It corrects for no difference between sampler and trainer. Source: the Atropos integration for VERL,
@@ -32,9 +32,5 @@ def weighted_sft(inputs: LossInputs, options: KlOptions) -> tuple[Tensor, LogMet
     Raises:
         MissingLogProbsError: if a KL penalty is asked for and ``ref_logprobs`` is None.
     """
-    logprobs = inputs.at_trained_tokens(inputs.logprobs)
-    per_token = -logprobs * inputs.at_trained_tokens(inputs.advantages)
-    penalty, kl_metrics = reference_kl(inputs, options.kl_coefficient)
-    if penalty is not None:
-        per_token = per_token + penalty
-    return inputs.reduce(per_token), policy_metrics(inputs) | kl_metrics
+    terms = -inputs.at_trained_tokens(inputs.logprobs) * inputs.at_trained_tokens(inputs.advantages)
+    return finish_loss(inputs, options, terms)

@@ -59,7 +59,7 @@ class MicroBatch:
     """[N] float32, NaN where the environment sent none: for metrics."""
     ref_logprobs: Tensor | None
     """[N] float32."""
-    sequence_index: Tensor
+    sequence_ids: Tensor
     """[N] int64: which of its sequences each token belongs to. A sequence is whole in one micro-batch."""
     sequence_count: int
     sequence_tokens: int

@@ -91,7 +91,7 @@ class TrainedTokens:
         return {
             **fields,
             **complete,
-            "sequence_index": torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
+            "sequence_ids": torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
             "sequence_count": len(chosen),
             "known_inference_logprobs": known,
             "predict_row": torch.from_numpy(rows),

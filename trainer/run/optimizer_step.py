@@ -265,7 +265,7 @@ class StepRunner:
             inference_logprobs=batch.inference_logprobs,
             ref_logprobs=batch.ref_logprobs,
             denominator=batch.denominator,
-            sequence_index=batch.sequence_index,
+            sequence_ids=batch.sequence_ids,
             sequence_count=batch.sequence_count,
         )
         loss, metrics = self._loss(inputs)
