@@ -26,7 +26,7 @@ class KlOptions(Options):
     """Options of a loss with a penalty towards a reference model: subclass it for the loss's own."""
 
     kl_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the KL penalty towards the groups' ref_logprobs. 0: none."""
+    """Weight of the KL penalty towards the reference model, see loss.reference. 0: none."""
     kl_estimator: KlEstimator = "k3"
     """Estimate of the KL divergence of a token, with x = log(reference / policy). k1: -x. k2: x^2 / 2. k3:
     e^x - 1 - x (GRPO). k3_gradient_k2: k3's value with k2's gradient. k3_unbiased: k3 times the importance

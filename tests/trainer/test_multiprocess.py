@@ -51,6 +51,12 @@ def run_in_processes(
         ("--data.tokens_per_micro_batch", "40"),
         # One micro-batch for two processes.
         ("--loss.reduction", "sequence"),
+        # What looks at the whole step before it begins.
+        (
+            *("--data.tokens_per_micro_batch", "40", "--loss.top_entropy_share", "0.4"),
+            *("--loss.name", "ppo_clip", "--loss.reference", "base", "--loss.kl_coefficient", "0.1"),
+            *("--loss.entropy_target", "9"),
+        ),
     ],
 )
 def test_two_processes_train_as_one(

@@ -67,6 +67,8 @@ class CheckpointState(BaseModel):
     """Everything set aside so far, by reason."""
     normalizer: dict[str, Any]
     """State of the advantage normalizer."""
+    entropy_bonus: dict[str, float] = {}
+    """State of an adaptive entropy coefficient; empty without one."""
     stored_dtype: str
     """Type in which the base stores most of its numbers, e.g. `bfloat16`."""
     parameter_names: list[str]

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from trainer.config._base import CommaPair, Section
+from trainer.config._base import CommaPair, PathOrHubId, Section
 from trainer.extensions import (
     BUILT_IN_ESTIMATORS,
     BUILT_IN_LOSSES,
@@ -219,6 +219,21 @@ class LossSettings(Section):
     """Divide logits by the sampling temperature before taking log-probs. None: yes for the losses that use
     the sampler's log-probs, no for the others."""
 
+    reference: Literal["batch", "base"] | PathOrHubId = Field("batch", union_mode="left_to_right")
+    """Where a reference model's log-probs come from, for losses that have a KL penalty, and for the metric
+    kl_ref. batch: the groups' ref_logprobs. base: computed here, by the base weights under the adapters, or,
+    without model.lora, by a second, frozen copy of model.path. Else the path or hub id of a frozen model."""
+    entropy_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of a bonus for the policy's entropy. With entropy_target, its first value."""
+    entropy_target: float | None = Field(default=None, gt=0)
+    """Entropy in nats a token towards which the coefficient is adapted: it rises by entropy_step after a step
+    below it, falls after one above it, and there is no bonus while the entropy is above. None: fixed."""
+    entropy_step: float = Field(default=0.005, gt=0)
+    """By how much entropy_target moves the coefficient a step."""
+    top_entropy_share: float = Field(default=1.0, gt=0, le=1)
+    """Train only on this share of a step's trained tokens, those with the highest entropy; the others have
+    advantage 0. Needs one more pass, without gradient. 1: all."""
+
     @field_validator("name")
     @classmethod
     def _is_a_loss(cls, name: str) -> str:
@@ -251,6 +266,21 @@ class LossSettings(Section):
     def needs_inference_logprobs(self) -> bool:
         """True if the loss uses the sampler's log-probs."""
         return self.bound.needs_inference_logprobs
+
+    @property
+    def needs_ref_logprobs_of_groups(self) -> bool:
+        """True if groups without a reference model's log-probs cannot be trained on."""
+        return self.bound.needs_ref_logprobs and self.reference == "batch"
+
+    @property
+    def rewards_entropy(self) -> bool:
+        """True if there is an entropy bonus, or may be one later in the run."""
+        return self.entropy_coefficient > 0 or self.entropy_target is not None
+
+    @property
+    def trains_without_advantage(self) -> bool:
+        """True if sequences whose advantages are all 0 have a gradient all the same."""
+        return self.bound.trains_without_advantage or self.rewards_entropy
 
     @property
     def uses_temperature(self) -> bool:

@@ -63,7 +63,8 @@ def reference_kl(
         if coefficient:
             raise MissingLogProbsError(
                 f"kl_coefficient {coefficient} needs ref_logprobs (a reference model's log-prob per token) "
-                "and got None: let the environment send them, or set loss.kl_coefficient to 0"
+                "and got None: let the environment send them, name a model with loss.reference, or set "
+                "loss.kl_coefficient to 0"
             )
         return None, {}
     logprobs = inputs.at_trained_tokens(inputs.logprobs)

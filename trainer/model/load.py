@@ -110,6 +110,24 @@ def load_policy(
     )
 
 
+def load_beside(setting: str, path: str, settings: ModelSettings) -> Any:
+    """Load a model that is used beside the policy: float32, on the CPU, without dropout.
+
+    Args:
+        setting: Which setting names it, for messages.
+        path: Directory, or hub id.
+        settings: Section `model`, for its attention and whether code beside the weights may run.
+
+    Raises:
+        ConfigurationError: The path holds no usable checkpoint.
+    """
+    with _explained(setting, path):
+        attention = loaded_implementation(settings.attention)
+        model = load_model(path, trust_remote_code=settings.trust_remote_code, attention=attention)
+    _switch_dropout_off(model)
+    return model
+
+
 def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the model.
 

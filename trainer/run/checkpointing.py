@@ -149,6 +149,7 @@ class CheckpointWriter:
             position=tracker.settled_position,
             counters=tracker.settled_counters,
             normalizer=tracker.normalizer,
+            entropy_bonus=self._prepared.entropy_bonus.state,
             stored_dtype=dtype_name(self._prepared.policy.base.dtype),
             parameter_names=trained_parameter_names(self._prepared.policy.model),
             base_weights=self._prepared.policy.base_weights,

@@ -24,6 +24,7 @@ from trainer.model.token_logprobs import token_logprobs
 from trainer.model.wrappers import unwrap
 from trainer.packing import MicroBatch, PassCost, pack, process_costs
 from trainer.run.logprob_mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
+from trainer.run.step_scores import StepScores
 from trainer.run.train_state import PreparedRun
 from trainer.samples.prepare import PreparedBatch, prepare_batch
 from trainer.sources.incoming import PreparedStep
@@ -87,6 +88,8 @@ class StepRunner:
         self._model = prepared.model
         self._optimizer = prepared.optimizer
         self._loss = config.loss.bound
+        self._scores = StepScores(config.loss, prepared)
+        self._entropy_bonus = prepared.entropy_bonus
         self._cost = PassCost.of_config(unwrap(prepared.model).config.get_text_config())
         self._idle_since: float | None = None
         self.weights_whole = True
@@ -178,6 +181,7 @@ class StepRunner:
             self.weights_whole = False
             self._optimizer.step()
             self.weights_whole = True
+            self._entropy_bonus.observe(totals["entropy"] / tokens)
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(
             loss=loss,
@@ -218,11 +222,13 @@ class StepRunner:
         Raises:
             StepAborted: `should_abort` said so; there are no gradients then.
         """
-        share = self._share(micro_batches)
+        share = self._scores.complete(self._share(micro_batches), should_abort=should_abort)
+        if share is None:
+            raise StepAborted
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
-        if any(micro_batch.ref_logprobs is not None for micro_batch in micro_batches):
+        if any(micro_batch.ref_logprobs is not None for micro_batch in (*micro_batches, *share)):
             # Micro-batches without them do not report it, and all processes must add up the same names.
             sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
         for index, micro_batch in enumerate(share):
@@ -257,6 +263,7 @@ class StepRunner:
                 batch,
                 use_temperature=self._config.loss.uses_temperature,
                 head=self._prepared.head,
+                entropy_gradient=self._entropy_bonus.coefficient > 0,
             )
         inputs = LossInputs(
             logprobs=scores.logprobs,
@@ -269,14 +276,17 @@ class StepRunner:
             sequence_count=batch.sequence_count,
         )
         loss, metrics = self._loss(inputs)
+        loss, bonus_metrics = self._entropy_bonus.add(loss, inputs, scores.entropy)
+        entropy = scores.entropy.detach()
         # Data parallelism averages gradients over processes; ours are shares of a sum.
         self._accelerator.backward(loss * self._accelerator.num_processes)
         return {
             **drop_own_comparison(metrics),
+            **bonus_metrics,
             **mismatch_sums(
-                scores.logprobs.detach(), batch.known_inference_logprobs, batch.loss_mask, scores.entropy
+                scores.logprobs.detach(), batch.known_inference_logprobs, batch.loss_mask, entropy
             ),
-            "entropy": inputs.weighted_sum(scores.entropy),
+            "entropy": inputs.weighted_sum(entropy),
             "tokens": inputs.mask.sum(),
             "loss": loss.detach(),
         }

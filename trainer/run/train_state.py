@@ -20,9 +20,11 @@ from trainer.config import OptimizerSettings, TrainerConfig
 from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
 from trainer.model.load import Policy, load_policy
+from trainer.model.reference import ReferenceModel, load_reference
 from trainer.model.select_packing import choose_packing
 from trainer.packing import Packing
 from trainer.run.data_parallel import freeze_unused_parameters, settle_gradient_buckets
+from trainer.run.entropy_bonus import EntropyBonus
 from trainer.run.processes import JoinedRun, join_run
 from trainer.run.start import Accept, accept_any, find_checkpoint
 from trainer.samples.advantages import AdvantageNormalizer
@@ -40,9 +42,12 @@ class PreparedRun:
     """As Accelerate wrapped it."""
     optimizer: torch.optim.Optimizer
     normalizer: AdvantageNormalizer
+    entropy_bonus: EntropyBonus
     packing: Packing
     head: LogitTransform | None
     """Fused LM head, and what the model does to its output; None computes the model's own logits."""
+    reference: ReferenceModel | None
+    """None: groups bring a reference's log-probs, or nobody wants them."""
     checkpoint: Checkpoint | None
     """The checkpoint that the run goes on from."""
 
@@ -97,11 +102,20 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         longest_sequence=policy.limits.max_sequence_length,
     )
     head = choose_head(policy.model, config.model.head)
+    reference = load_reference(
+        config.loss.reference,
+        config.model,
+        policy=policy.model,
+        head=head,
+        packing=packing,
+        limits=policy.limits,
+    )
     optimizer = make_optimizer(policy.model, config.optimizer)
     normalizer = AdvantageNormalizer(config.data.advantage_normalization)
     if checkpoint is not None:
         restore_optimizer(checkpoint, optimizer, trained_parameter_names(policy.model))
         normalizer.load_state_dict(checkpoint.state.normalizer)
+    bonus = EntropyBonus(config.loss, checkpoint.state.entropy_bonus if checkpoint is not None else {})
     model, wrapped_optimizer = accelerator.prepare(policy.model, optimizer)
     if accelerator.num_processes > 1:
         settle_gradient_buckets(model)
@@ -111,8 +125,10 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         model=model,
         optimizer=wrapped_optimizer,
         normalizer=normalizer,
+        entropy_bonus=bonus,
         packing=packing,
         head=head,
+        reference=reference,
         checkpoint=checkpoint,
     )
 

@@ -91,7 +91,7 @@ def prepare_batch(
                 group,
                 limits,
                 needs_inference_logprobs=loss.bound.needs_inference_logprobs,
-                needs_ref_logprobs=loss.bound.needs_ref_logprobs,
+                needs_ref_logprobs=loss.needs_ref_logprobs_of_groups,
             )
             or implausible_reason(
                 group,
@@ -126,7 +126,7 @@ def prepare_batch(
     computed = [
         index
         for index, tokens in enumerate(trained)
-        if tokens and (loss.bound.trains_without_advantage or has_gradient[index])
+        if tokens and (loss.trains_without_advantage or has_gradient[index])
     ]
     return PreparedBatch(
         samples=[samples[index] for index in computed],

@@ -56,8 +56,8 @@ def set_aside_reason(
         )
     if needs_ref_logprobs and group.ref_logprobs is None:
         return (
-            "no ref_logprobs, which the loss needs (for its KL term): let the environment send them, or set "
-            "loss.kl_coefficient 0"
+            "no ref_logprobs, which the loss needs (for its KL term): let the environment send them, name "
+            "a model with loss.reference, or set loss.kl_coefficient 0"
         )
     return None
 

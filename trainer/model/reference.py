@@ -1,0 +1,117 @@
+"""A frozen reference model: where the log-probs come from that a KL penalty compares the policy with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import ModelSettings
+from trainer.errors import ConfigurationError
+from trainer.model.lm_head import LogitTransform
+from trainer.model.lm_head.select import choose_head
+from trainer.model.load import load_beside
+from trainer.model.select_packing import choose_packing
+from trainer.model.token_logprobs import TokenLogProbs, token_logprobs
+from trainer.packing import MicroBatch, Packing
+from trainer.samples.validation import ModelLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceModel:
+    """Scores micro-batches without gradient."""
+
+    model: nn.Module
+    """On its device; the policy itself where its base weights are the reference."""
+    head: LogitTransform | None
+    is_policy: bool
+    """Its adapters are switched off while it scores."""
+
+    def score(self, batch: MicroBatch, *, use_temperature: bool) -> Tensor:
+        """Return the reference's log-probs of a micro-batch's trained tokens, [N] float32."""
+        with _without_adapters(self.model) if self.is_policy else contextlib.nullcontext():
+            return score(self.model, batch, use_temperature=use_temperature, head=self.head).logprobs
+
+
+def load_reference(
+    setting: str,
+    settings: ModelSettings,
+    *,
+    policy: nn.Module,
+    head: LogitTransform | None,
+    packing: Packing,
+    limits: ModelLimits,
+) -> ReferenceModel | None:
+    """Load the model that `loss.reference` names; None if groups bring the reference's log-probs.
+
+    Args:
+        setting: `batch`, `base`, or a path or hub id.
+        settings: Section `model`.
+        policy: The model being trained, unwrapped, on its device.
+        head: The policy's.
+        packing: How micro-batches are packed.
+        limits: The policy's.
+
+    Raises:
+        ConfigurationError: It cannot be loaded, has a smaller vocabulary, or cannot take that packing.
+    """
+    if setting == "batch":
+        return None
+    if setting == "base" and settings.lora is not None:
+        return ReferenceModel(model=policy, head=head, is_policy=True)
+    path = settings.path if setting == "base" else setting
+    model = load_beside("loss.reference", path, settings).to(next(policy.parameters()).device)
+    known = model.get_input_embeddings().num_embeddings
+    if known < limits.vocabulary_size:
+        raise ConfigurationError(
+            f"loss.reference {path!r} knows {known} tokens, the policy {limits.vocabulary_size}: "
+            "a reference has the policy's tokenizer"
+        )
+    try:
+        choose_packing(model, packing, settings.attention, longest_sequence=limits.max_sequence_length)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"loss.reference {path!r} cannot compute the policy's micro-batches: {error}"
+        ) from error
+    head = choose_head(model, settings.head)
+    model.requires_grad_(False)  # only now: to choose the packing took gradients
+    return ReferenceModel(model=model, head=head, is_policy=False)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, batch: MicroBatch, *, use_temperature: bool, head: LogitTransform | None
+) -> TokenLogProbs:
+    """Score a micro-batch's trained tokens as inference does: no gradient, no dropout.
+
+    Args:
+        model: Not wrapped for data parallelism, whose forward pass would wait for the other processes.
+        batch: On the model's device.
+        use_temperature: See `token_logprobs`.
+        head: See `token_logprobs`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return token_logprobs(model, batch, use_temperature=use_temperature, head=head)
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """Switch PEFT's adapters off for a while, and leave who is trained as it was, which PEFT does not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
