@@ -36,9 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from atropos_client import AtroposClient
-from local_stack.commands import api_command
+from local_stack.commands import api_command, free_addresses
 from local_stack.models import prepare_demo_model
-from local_stack.services import free_addresses
 from schemas import BatchReply, EnvironmentRegistration, ScoredGroup
 from trainer.config import DataSettings, LossSettings, load_config
 from trainer.packing import pack

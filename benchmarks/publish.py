@@ -31,10 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._machine import describe, machine
-from local_stack.commands import Address, vllm_command, vllm_environment
+from local_stack.commands import Address, free_addresses, vllm_command, vllm_environment
 from local_stack.models import prepare_demo_model
 from local_stack.processes import ChildProcess
-from local_stack.services import free_addresses
 from trainer.config import load_config
 from trainer.publish import Publisher
 from trainer.run.build import build_publisher

@@ -1,12 +1,14 @@
 """The command of every service, as a list of arguments: one place, used by launcher, tests and containers.
 
-Pure functions without side effects. A test holds that `docker-compose.yml` runs exactly these, with its own
+A test holds that `docker-compose.yml` runs exactly these, with its own
 host names and paths.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,15 @@ class Address:
     def url(self) -> str:
         """Base URL, without a trailing slash."""
         return f"http://{self.host}:{self.port}"
+
+
+def free_addresses(count: int) -> list[Address]:
+    """Return `count` different loopback addresses that nothing listens on at this moment."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [Address(port=each.getsockname()[1]) for each in sockets]
 
 
 def api_command(listen: Address, *, python: str = sys.executable) -> list[str]:
@@ -122,11 +133,6 @@ def vllm_environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
-
-
-def generation_check_command(inference: Address, *, python: str = sys.executable) -> list[str]:
-    """Return the command that succeeds once the inference server has answered one `/generate`."""
-    return [python, "-m", "local_stack.health", "--generate", inference.url]
 
 
 def serve_command(

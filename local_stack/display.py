@@ -1,115 +1,90 @@
-"""The live view of a run: a panel on a terminal, one line per event anywhere else."""
+"""Shows a run while it goes on: one line for each event, and on a terminal a bar of progress below them."""
 
 from __future__ import annotations
 
 import math
 import time
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from local_stack.curve import curve
-from local_stack.records import PublishRow, StepRow
-from local_stack.state import RunState
+from local_stack.records import PublishRow, RunRecords, StepRow
 
-_CURVE_WIDTH = 40
 _REDRAW_SECONDS = 0.5
-_SERVICE_STYLES = {
-    "starting": ("○", "yellow"),
-    "ready": ("●", "green"),
-    "stopping": ("○", "yellow"),
-    "stopped": ("·", "dim"),
-}
 
 
-class Display(Protocol):
-    """Shows a run; entered while it goes on."""
+class Display:
+    """Prints each new phase, evaluation, step and publish once; entered while the run goes on.
 
-    def __enter__(self) -> Self: ...
+    Args:
+        console: Where to print; the bar is drawn on a terminal only.
+        steps: Optimizer steps that were asked for.
+    """
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def update(self, state: RunState, *, final: bool = False) -> None:
-        """Show `state`; called about ten times a second, and once more with `final` at the end."""
-
-
-def make_display(console: Console) -> Display:
-    """Return the panel if `console` is a terminal, else the lines."""
-    return PanelDisplay(console) if console.is_terminal else LineDisplay(console)
-
-
-class PanelDisplay:
-    """A panel that is redrawn in place."""
-
-    def __init__(self, console: Console) -> None:
-        self._drawn_at = -math.inf
-        # Drawn only from update(): a refresh thread would draw between a signal and its handling.
-        self._live = Live(console=console, auto_refresh=False, transient=False)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def update(self, state: RunState, *, final: bool = False) -> None:
-        """Redraw the panel, at most every half second: the processor is wanted for other things."""
-        now = time.monotonic()
-        if final or now - self._drawn_at >= _REDRAW_SECONDS:
-            self._drawn_at = now
-            self._live.update(draw_panel(state), refresh=True)
-
-
-class LineDisplay:
-    """One line for each new phase, finished evaluation, step and publish; for logs and pipes."""
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, steps: int) -> None:
+        self.started_at = time.monotonic()
+        self.phase = ""
+        """What is being done, in a few words."""
         self._console = console
-        self._phase = ""
+        self._steps = steps
         self._steps_shown = 0
         self._publishes_shown = 0
         self._evaluation_shown = False
+        self._drawn_at = -math.inf
+        # Drawn only from update(): a refresh thread would draw between a signal and its handling.
+        self._progress = Progress(
+            TextColumn("{task.description}", style="bold", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            speed_estimate_period=600,  # seconds: one step takes half a minute
+            disable=not console.is_terminal,
+        )
+        self._bar = self._progress.add_task("", total=steps)
 
     def __enter__(self) -> Self:
+        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        self._progress.stop()
 
-    def update(self, state: RunState, *, final: bool = False) -> None:
-        """Print what is new."""
-        if state.phase != self._phase:
-            self._phase = state.phase
-            self._say(state, state.phase)
-        if state.heldout_before is not None and not self._evaluation_shown:
+    def enter(self, phase: str) -> None:
+        """Say what is done from now on, if it is something else."""
+        if phase != self.phase:
+            self.phase = phase
+            self._say(phase)
+
+    def update(self, records: RunRecords) -> None:
+        """Show what is new; called about ten times a second."""
+        if records.heldout_before is not None and not self._evaluation_shown:
             self._evaluation_shown = True
-            self._say(state, f"held-out score before training: {state.heldout_before:.1%}")
-        for row in state.rows[self._steps_shown :]:
-            self._say(state, describe_step(row, state.steps))
-        self._steps_shown = len(state.rows)
-        for publish in state.publishes[self._publishes_shown :]:
-            self._say(state, describe_publish(publish))
-        self._publishes_shown = len(state.publishes)
+            self._say(f"held-out score before training: {records.heldout_before:.1%}")
+        for step in records.steps[self._steps_shown :]:
+            self._say(describe_step(step, self._steps))
+        for publish in records.publishes[self._publishes_shown :]:
+            self._say(describe_publish(publish))
+        self._steps_shown, self._publishes_shown = len(records.steps), len(records.publishes)
+        now = time.monotonic()
+        if now - self._drawn_at >= _REDRAW_SECONDS:  # the processor is wanted for other things
+            self._drawn_at = now
+            done = records.steps[-1].step if records.steps else 0
+            self._progress.update(self._bar, description=self.phase, completed=done, refresh=True)
 
-    def _say(self, state: RunState, text: str) -> None:
-        self._console.print(f"[{state.seconds:5.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+    def _say(self, text: str) -> None:
+        seconds = time.monotonic() - self.started_at
+        self._console.print(f"[{seconds:5.0f} s] {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def describe_step(row: StepRow, steps: int) -> str:
-    """Put one step into one line, e.g. `step 3/30  reward 0.412  loss +0.0123  210 tokens/s  ...`."""
+    """Put one step into one line, e.g. `step 3/30  reward 0.412  loss +0.0123  210 tokens/s`."""
     parts = [f"step {row.step}/{steps}"]
     if row.reward_mean is not None:
         parts.append(f"reward {row.reward_mean:.3f}")
@@ -127,86 +102,3 @@ def describe_publish(row: PublishRow) -> str:
         f"version {row.version} published in {row.publish_seconds:.1f} s"
         f"  paused {row.publish_pause_seconds:.1f} s  {proof}"
     )
-
-
-def draw_panel(state: RunState) -> RenderableType:
-    """Draw the whole panel."""
-    heading = Table.grid(expand=True)
-    heading.add_column(ratio=1)
-    heading.add_column(justify="right")
-    heading.add_row(_services(state), Text(f"seed {state.seed}", style="dim"))
-    body = Table.grid(padding=(0, 2))
-    body.add_column(style="dim", min_width=9)
-    body.add_column()
-    for label, value in _values(state):
-        body.add_row(label, value)
-    return Panel(
-        Group(heading, Text(), _progress(state), Text(), body),
-        title=f"[bold]atropos-trainer[/] · {state.model}",
-        subtitle=f"[dim]{state.run_dir}[/]",
-        title_align="left",
-        subtitle_align="right",
-        border_style="cyan",
-        padding=(1, 2),
-        width=88,
-    )
-
-
-def _services(state: RunState) -> Text:
-    line = Text()
-    for name, status in state.services.items():
-        symbol, style = _SERVICE_STYLES[status]
-        line.append(f"{symbol} ", style=style).append(f"{name}   ")
-    return line
-
-
-def _progress(state: RunState) -> RenderableType:
-    clock = _clock(state.seconds)
-    if state.seconds_left is not None and state.steps_done < state.steps:
-        clock += f", about {_clock(state.seconds_left)} left"
-    row = Table.grid(padding=(0, 2))
-    row.add_row(
-        Text(state.phase, style="bold"),
-        ProgressBar(total=max(1, state.steps), completed=state.steps_done, width=24),
-        f"{state.steps_done}/{state.steps}",
-        Text(clock, style="dim"),
-    )
-    return row
-
-
-def _values(state: RunState) -> list[tuple[str, RenderableType]]:
-    values: list[tuple[str, RenderableType]] = []
-    if state.heldout_before is not None:
-        values.append(("held-out", f"{state.heldout_before:.1%} before training"))
-    rewards = [row.reward_mean for row in state.rows if row.reward_mean is not None]
-    if rewards:
-        line = Text(f"{rewards[-1]:.3f}  ", style="bold").append(
-            curve(rewards, width=_CURVE_WIDTH), style="green"
-        )
-        values.append(("reward", line))
-    if state.rows:
-        last = state.rows[-1]
-        if last.loss is not None:
-            values.append(("loss", f"{last.loss:+.4f}"))
-        if last.tokens_per_second is not None:
-            values.append(("training", f"{last.tokens_per_second:,.0f} tokens/s"))
-    if state.publishes_made:
-        values.append(("published", _publishing(state)))
-    return values
-
-
-def _publishing(state: RunState) -> Text:
-    last = state.publishes[-1]
-    text = Text(
-        f"version {last.version} in {last.publish_seconds:.1f} s, paused {last.publish_pause_seconds:.1f} s"
-    )
-    proven = state.publishes_verified == state.publishes_made
-    return text.append(
-        f"  {'✓' if proven else '✗'} {state.publishes_verified} of {state.publishes_made} proven served",
-        style="green" if proven else "bold red",
-    )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from typing import Literal
 
 from rich.console import Console
 
+from atropos_client.private_files import replace_private
 from local_stack.commands import (
     Address,
     api_command,
     evaluate_command,
-    generation_check_command,
+    free_addresses,
     inference_command,
     prepare_model_command,
     serve_command,
@@ -39,48 +41,36 @@ from local_stack.commands import (
     vllm_command,
     vllm_environment,
 )
-from local_stack.display import Display, make_display
+from local_stack.display import Display
 from local_stack.errors import LocalStackError, RunDirectoryError, StoppedByUserError
+from local_stack.health import answers
 from local_stack.picture import draw_picture
-from local_stack.processes import ChildProcess, wait_until
-from local_stack.records import MetricsReader, newest_checkpoint, read_accuracy
-from local_stack.report import Report, draw_report, make_report
-from local_stack.services import Services, answers, free_addresses
+from local_stack.processes import ChildProcess, Services, wait_until
+from local_stack.records import RunRecords, before_training, newest_checkpoint, read_accuracy
+from local_stack.report import Report, describe_machine, draw_report
 from local_stack.signals import StopRequests
-from local_stack.state import RunState
 from local_stack.vllm import DEFAULT_PYTHON, require_vllm, starting_part
 from trainer.config import TrainerConfig, load_config
 
-Watch = Callable[[], None]
-"""Called ten times a second, whatever is waited for: reads progress, shows it, raises what ends the run."""
-
 BUILT_IN_MODELS = ("demo", "tiny")
 
-API = "Atropos API"
-INFERENCE = "inference server"
-ENVIRONMENT = "environment"
-TRAINER = "trainer"
+_API = "Atropos API"
+_INFERENCE = "inference server"
+_ENVIRONMENT = "environment"
+_TRAINER = "trainer"
 _EVALUATION = "evaluation"
-_FIRST_TOKENS = "first tokens"
 _MODEL = "model preparation"
+_SAVERS = {_TRAINER: 120.0, _ENVIRONMENT: 5.0, _EVALUATION: 5.0, _MODEL: 5.0}
+"""Seconds to end after being asked. The trainer finishes its step and writes a checkpoint."""
+_SERVERS = {_INFERENCE: 10.0, _API: 10.0}
+"""The same for those that the others may need for that."""
 
 _MODEL_TIMEOUT = 600.0
 """Reading the packaged model and writing it as a checkpoint takes half a minute; a slow disk more."""
 _READY_TIMEOUT = 600.0
 """Importing torch in four processes at once and loading a small model takes 20 s on two cores; vLLM's own
 start adds a minute."""
-_FIRST_TOKENS_TIMEOUT = 240.0
 _EVALUATION_TIMEOUT = 900.0
-_PATIENCE = {
-    TRAINER: 120.0,
-    ENVIRONMENT: 5.0,
-    INFERENCE: 10.0,
-    API: 10.0,
-    _EVALUATION: 5.0,
-    _MODEL: 5.0,
-    _FIRST_TOKENS: 0.0,
-}
-"""Seconds to end after being asked. The trainer finishes its step and writes a checkpoint."""
 _WAITING = "waiting for the first step"
 _EXIT_STOPPED = 130
 """What a shell reports for a program that Ctrl-C ended."""
@@ -118,95 +108,55 @@ def check_settings(options: LocalOptions) -> TrainerConfig:
 
 def run_local(options: LocalOptions, console: Console) -> int:
     """Run the whole loop; returns the exit status of the command (0 done, 1 failed, 130 stopped)."""
-    run = _LocalRun(options)
     with StopRequests() as stop:
         try:
-            run.check_engine()
-            run.check_directory()
-            with make_display(console) as display:
-                report = run.run(display, stop)
+            if options.engine == "vllm":
+                require_vllm(options.vllm_python)
+            if (options.run_dir / "report.json").exists():
+                raise RunDirectoryError(
+                    f"{options.run_dir} holds a finished run already; choose another --run-dir"
+                )
+            options.run_dir.mkdir(parents=True, exist_ok=True)
+            with Display(console, steps=options.steps) as display:
+                report = _LocalRun(options, display, stop).run()
         except StoppedByUserError:
             console.print("[bold]Stopped.[/] No process is left.", highlight=False)
-            console.print(run.how_to_go_on(), markup=False, highlight=False, soft_wrap=True)
-            return _EXIT_STOPPED
+            status = _EXIT_STOPPED
         except LocalStackError as error:
             console.print("[bold red]The run failed:[/]", end=" ")
             console.print(f"{error}", markup=False, highlight=False, soft_wrap=True)
-            console.print(run.how_to_go_on(), markup=False, highlight=False, soft_wrap=True)
-            return 1
-    console.print(draw_report(report, picture=run.picture_path))
-    return 0
+            status = 1
+        else:
+            console.print(draw_report(report, picture=options.run_dir / "report.png"))
+            return 0
+    console.print(_how_to_go_on(options), markup=False, highlight=False, soft_wrap=True)
+    return status
 
 
 class _LocalRun:
-    def __init__(self, options: LocalOptions) -> None:
+    """One run, from its services to its report; raises `LocalStackError` if it cannot be finished."""
+
+    def __init__(self, options: LocalOptions, display: Display, stop: StopRequests) -> None:
         self._options = options
+        self._display = display
+        self._stop = stop
         self._directory = options.run_dir.absolute()
-        self._metrics = MetricsReader(self._directory / "metrics.jsonl")
-        self._before = self._directory / "evaluations" / "before"
-        self._after = self._directory / "evaluations" / "after"
-        self._state = RunState(
-            model=options.model, steps=options.steps, seed=options.seed, run_dir=options.run_dir
-        )
-        self.picture_path = options.run_dir / "report.png"
+        self._records = RunRecords(self._directory)
+        self._records.read_new()  # of a run that is taken up again
+        self._services = Services(self._directory / "logs", environment=self._environment())
 
-    def check_directory(self) -> None:
-        """Make the run directory, or take up an unfinished run's; refuse one whose run is complete."""
-        if (self._directory / "report.json").exists():
-            raise RunDirectoryError(
-                f"{self._options.run_dir} holds a finished run already; choose another --run-dir"
-            )
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._read_progress()
-
-    def check_engine(self) -> None:
-        """Refuse an inference engine that is not installed."""
-        if self._options.engine == "vllm":
-            require_vllm(self._options.vllm_python)
-
-    def how_to_go_on(self) -> str:
-        """Say where the newest checkpoint is and how to go on from it."""
-        checkpoint = newest_checkpoint(self._options.run_dir)
-        if checkpoint is None:
-            return f"There is no checkpoint yet. Logs: {self._options.run_dir / 'logs'}"
-        again = [
-            "atropos-train",
-            "local",
-            "--model",
-            self._options.model,
-            "--steps",
-            str(self._options.steps),
-        ]
-        again += ["--seed", str(self._options.seed), "--run-dir", str(self._options.run_dir)]
-        if self._options.engine != "embedded":
-            again += ["--engine", self._options.engine, "--vllm-python", str(self._options.vllm_python)]
-        return (
-            f"The newest checkpoint is {checkpoint}\n"
-            f"  as a model: {checkpoint / 'model'}\n"
-            f"  go on from it: {shlex.join(again)}\n"
-            f"  logs: {self._options.run_dir / 'logs'}"
-        )
-
-    def run(self, display: Display, stop: StopRequests) -> Report:
-        """Do everything; raises `LocalStackError` if it cannot be finished."""
-        services = Services(self._directory / "logs", environment=self._environment())
-
-        def watch() -> None:
-            self._read_progress()
-            display.update(self._state)
-            stop.raise_if_requested()
-            services.require_all_healthy()
-
+    def run(self) -> Report:
+        """Do everything."""
         try:
-            model = self._prepare_model(services, watch)
-            inference = self._start_services(services, model, watch)
-            self._train(services, watch)
-            score = self._evaluate(services, inference, model, watch)
+            model = self._prepare_model()
+            inference = self._start_services(model)
+            self._train()
+            score = self._evaluate(inference, model)
         finally:
-            self._stop_services(services, display, stop)
-        report = make_report(self._state, model=model, heldout_after=score)
+            self._stop_services()
+        report = self._report(model, score)
         draw_picture(report, self._directory / "report.png")
-        report.write(self._directory / "report.json")
+        replace_private(self._directory / "report.json", report.model_dump_json(indent=2).encode() + b"\n")
         return report
 
     def _environment(self) -> dict[str, str]:
@@ -220,153 +170,152 @@ class _LocalRun:
             variables["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
         return variables
 
-    def _read_progress(self) -> None:
-        state = self._state
-        if self._metrics.read_new() and state.phase == _WAITING:
-            state.phase = "training"
-            state.services |= {ENVIRONMENT: "ready", TRAINER: "ready"}
-            state.training_since = (time.monotonic(), self._metrics.rows[-1].step)
-        state.rows = self._metrics.rows
-        state.publishes = self._metrics.publishes
-        if state.heldout_before is None:
-            state.heldout_before = read_accuracy(self._before)
+    def _watch(self) -> None:
+        """Read progress, show it, raise what ends the run; called ten times a second while waiting."""
+        if self._records.read_new() and self._display.phase == _WAITING:
+            self._display.enter("training")
+        self._display.update(self._records)
+        self._stop.raise_if_requested()
+        self._services.require_all_healthy()
 
-    def _prepare_model(self, services: Services, watch: Watch) -> str:
+    def _wait(self, child: ChildProcess, is_ready: Callable[[], bool], timeout: float, what: str) -> None:
+        wait_until(child, is_ready, timeout=timeout, what=what, watch=self._watch)
+
+    def _wait_for_end(self, child: ChildProcess, timeout: float) -> None:
+        self._wait(child, lambda: child.returncode == 0, timeout, "finish")
+
+    def _prepare_model(self) -> str:
         """Return the directory or hub id of the model, made ready if it is a built-in one."""
         name = self._options.model
         if name not in BUILT_IN_MODELS:
             return str(Path(name).resolve()) if Path(name).is_dir() else name
-        self._state.phase = "preparing the model"
+        self._display.enter("preparing the model")
         link = self._directory / "base-model"
         cache = self._directory if name == "tiny" else None
         command = prepare_model_command(name, link=link, cache_dir=cache)
-        child = services.start(_MODEL, command, may_finish=True)
-        wait_until(child, _finished(child), timeout=_MODEL_TIMEOUT, what="finish", watch=watch)
+        self._wait_for_end(self._services.start(_MODEL, command, may_finish=True), _MODEL_TIMEOUT)
         return str(link.resolve())
 
-    def _start_services(self, services: Services, model: str, watch: Watch) -> Address:
+    def _start_services(self, model: str) -> Address:
         """Start everything, wait for the two servers, and return the inference server's address."""
-        self._state.phase = "starting"
+        self._display.enter("starting")
+        options = self._options
         api, inference = free_addresses(2)
-        api_child = services.start(API, api_command(api))
-        inference_child = self._start_inference(services, inference, model)
-        services.start(ENVIRONMENT, self._serve_command(api, inference, model))
-        services.start(
-            TRAINER, self._train_command(api, inference, model), stop_signal=SIGINT, may_finish=True
-        )
-        self._state.services = dict.fromkeys((API, INFERENCE, ENVIRONMENT, TRAINER), "starting")
-        for child, url in ((api_child, f"{api.url}/status"), (inference_child, f"{inference.url}/health")):
-            wait_until(
-                child,
-                partial(answers, url),
-                timeout=_READY_TIMEOUT,
-                what=f"answer at {url}",
-                watch=self._watch_start(child, watch),
-            )
-            if child is inference_child:
-                self._wait_for_first_tokens(services, inference, watch)
-            self._state.services[child.name] = "ready"
-        return inference
-
-    def _start_inference(self, services: Services, listen: Address, model: str) -> ChildProcess:
-        seed = self._options.seed
-        if self._options.engine == "embedded":
-            return services.start(INFERENCE, inference_command(listen, model=model, seed=seed))
-        settings = check_settings(self._options)
-        lora = settings.model.lora if settings.publish.transport == "lora" else None
-        command = vllm_command(
-            listen,
-            model=model,
-            seed=seed,
-            # Not resolved: through its symbolic link an interpreter would not find its environment.
-            python=str(self._options.vllm_python.absolute()),
-            lora_rank=lora.rank if lora is not None else None,
-        )
-        return services.start(INFERENCE, command, environment=vllm_environment(), has_children=True)
-
-    def _watch_start(self, child: ChildProcess, watch: Watch) -> Watch:
-        """Like `watch`, and where vLLM is what is waited for, show how far it is."""
-        if child.name != INFERENCE or self._options.engine != "vllm":
-            return watch
-
-        def watch_vllm() -> None:
-            self._state.phase = f"starting · vLLM is {starting_part(child.log_path)}"
-            watch()
-
-        return watch_vllm
-
-    def _wait_for_first_tokens(self, services: Services, inference: Address, watch: Watch) -> None:
-        """Let a healthy server generate something: its first reply can take long, and no run should wait."""
-        self._state.phase = "starting · first tokens"
-        child = services.start(_FIRST_TOKENS, generation_check_command(inference), may_finish=True)
-        wait_until(child, _finished(child), timeout=_FIRST_TOKENS_TIMEOUT, what="arrive", watch=watch)
-
-    def _serve_command(self, api: Address, inference: Address, model: str) -> list[str]:
+        api_child = self._services.start(_API, api_command(api))
+        inference_child = self._start_inference(inference, model)
         # A run that goes on from a checkpoint has been measured, and its weights are no longer untrained.
-        measured = read_accuracy(self._before) is not None or newest_checkpoint(self._directory) is not None
-        return serve_command(
-            api=api,
-            inference=inference,
-            model=model,
-            seed=self._options.seed,
-            evaluations=None if measured else self._before,
+        measured = self._records.heldout_before is not None or newest_checkpoint(self._directory)
+        evaluations = None if measured else before_training(self._directory)
+        serve = serve_command(
+            api=api, inference=inference, model=model, seed=options.seed, evaluations=evaluations
         )
-
-    def _train_command(self, api: Address, inference: Address, model: str) -> list[str]:
-        command = train_command(
-            config=self._options.config,
+        self._services.start(_ENVIRONMENT, serve)
+        train = train_command(
+            config=options.config,
             api=api,
             inference=inference,
             model=model,
-            steps=self._options.steps,
-            seed=self._options.seed,
+            steps=options.steps,
+            seed=options.seed,
             output_dir=self._directory,
         )
-        return [*command, *self._options.settings]
+        self._trainer = self._services.start(
+            _TRAINER, [*train, *options.settings], stop_signal=SIGINT, may_finish=True
+        )
+        for child, url in ((api_child, f"{api.url}/status"), (inference_child, f"{inference.url}/health")):
+            self._wait(child, partial(self._has_started, child, url), _READY_TIMEOUT, f"answer at {url}")
+        return inference
 
-    def _train(self, services: Services, watch: Watch) -> None:
+    def _start_inference(self, listen: Address, model: str) -> ChildProcess:
+        seed = self._options.seed
+        if self._options.engine == "embedded":
+            return self._services.start(_INFERENCE, inference_command(listen, model=model, seed=seed))
+        settings = check_settings(self._options)
+        lora = settings.model.lora if settings.publish.transport == "lora" else None
+        # Not resolved: through its symbolic link an interpreter would not find its environment.
+        python = str(self._options.vllm_python.absolute())
+        rank = lora.rank if lora is not None else None
+        command = vllm_command(listen, model=model, seed=seed, python=python, lora_rank=rank)
+        return self._services.start(_INFERENCE, command, vllm_environment(), has_children=True)
+
+    def _has_started(self, child: ChildProcess, url: str) -> bool:
+        """Whether a server answers; while vLLM does not, show how far it is."""
+        if answers(url):
+            return True
+        if child.name == _INFERENCE and self._options.engine == "vllm":
+            self._display.enter(f"starting · vLLM is {starting_part(child.log_path)}")
+        return False
+
+    def _train(self) -> None:
         """Wait until the trainer has done its steps, then end the environment."""
-        self._state.phase = _WAITING
-        trainer = services[TRAINER]
-        wait_until(trainer, _finished(trainer), timeout=math.inf, what="finish", watch=watch)
-        watch()  # its last rows
+        self._display.enter(_WAITING)
+        self._wait_for_end(self._trainer, math.inf)
+        self._watch()  # its last rows
         if not (self._directory / "final").is_dir():
-            raise LocalStackError(f"the trainer ended without a final model.\n{trainer.log_tail()}")
-        self._state.services[TRAINER] = "stopped"
-        services.stop([ENVIRONMENT], patience=_PATIENCE, hurry=lambda: False)
-        self._state.services[ENVIRONMENT] = "stopped"
+            raise LocalStackError(f"the trainer ended without a final model.\n{self._trainer.log_tail()}")
+        self._services.stop({_ENVIRONMENT: _SAVERS[_ENVIRONMENT]})
 
-    def _evaluate(self, services: Services, inference: Address, model: str, watch: Watch) -> float:
+    def _evaluate(self, inference: Address, model: str) -> float:
         """Measure the held-out score of what the inference server serves now."""
-        self._state.phase = "measuring the trained model"
-        shutil.rmtree(self._after, ignore_errors=True)  # of an earlier attempt
-        command = evaluate_command(inference=inference, model=model, evaluations=self._after)
-        child = services.start(_EVALUATION, command, may_finish=True)
-        wait_until(child, _finished(child), timeout=_EVALUATION_TIMEOUT, what="finish", watch=watch)
-        score = read_accuracy(self._after)
+        self._display.enter("measuring the trained model")
+        directory = self._directory / "evaluations" / "after"
+        shutil.rmtree(directory, ignore_errors=True)  # of an earlier attempt
+        command = evaluate_command(inference=inference, model=model, evaluations=directory)
+        child = self._services.start(_EVALUATION, command, may_finish=True)
+        self._wait_for_end(child, _EVALUATION_TIMEOUT)
+        score = read_accuracy(directory)
         if score is None:
             raise LocalStackError(f"the evaluation ended without a result.\n{child.log_tail()}")
-        self._state.heldout_after = score
-        self._state.phase = "done"
+        self._display.enter("done")
         return score
 
-    def _stop_services(self, services: Services, display: Display, stop: StopRequests) -> None:
+    def _stop_services(self) -> None:
         """End everything: first who still has something to save, then those it may need for that."""
         try:
-            if self._state.phase != "done":
-                self._state.phase = "saving a checkpoint"
-            for names in ((TRAINER, ENVIRONMENT, _EVALUATION, _MODEL, _FIRST_TOKENS), (INFERENCE, API)):
-                self._state.services |= dict.fromkeys(set(names) & set(self._state.services), "stopping")
-                display.update(self._state, final=True)
-                services.stop(names, patience=_PATIENCE, hurry=lambda: stop.hurry)
-                self._state.services |= dict.fromkeys(set(names) & set(self._state.services), "stopped")
-            self._read_progress()
-            if self._state.phase != "done":
-                self._state.phase = "stopped"
-            display.update(self._state, final=True)
+            is_done = self._display.phase == "done"
+            if not is_done:
+                self._display.enter("saving a checkpoint")
+            for patience in (_SAVERS, _SERVERS):
+                self._services.stop(patience, hurry=lambda: self._stop.hurry)
+            self._records.read_new()
+            self._display.update(self._records)
+            if not is_done:
+                self._display.enter("stopped")
         finally:
-            services.kill_all()
+            self._services.kill_all()
+
+    def _report(self, model: str, score: float) -> Report:
+        steps, publishes = self._records.steps, self._records.publishes
+        pauses = [row.publish_pause_seconds for row in publishes]
+        return Report(
+            heldout_before=self._records.heldout_before,
+            heldout_after=score,
+            publishes_made=len(publishes),
+            publishes_verified=sum(row.publish_verified for row in publishes),
+            publish_pause_seconds=statistics.median(pauses) if pauses else None,
+            seconds=round(time.monotonic() - self._display.started_at, 1),
+            seed=self._options.seed,
+            model=model,
+            steps=steps[-1].step if steps else 0,
+            rewards=[row.reward_mean for row in steps if row.reward_mean is not None],
+            final_model=self._options.run_dir / "final",
+            machine=describe_machine(),
+        )
 
 
-def _finished(child: ChildProcess) -> Callable[[], bool]:
-    return lambda: child.returncode == 0
+def _how_to_go_on(options: LocalOptions) -> str:
+    """Say where the newest checkpoint is and how to go on from it."""
+    logs = options.run_dir / "logs"
+    checkpoint = newest_checkpoint(options.run_dir)
+    if checkpoint is None:
+        return f"There is no checkpoint yet. Logs: {logs}"
+    again = ["atropos-train", "local", "--model", options.model, "--steps", str(options.steps)]
+    again += ["--seed", str(options.seed), "--run-dir", str(options.run_dir)]
+    if options.engine != "embedded":
+        again += ["--engine", options.engine, "--vllm-python", str(options.vllm_python)]
+    return (
+        f"The newest checkpoint is {checkpoint}\n"
+        f"  as a model: {checkpoint / 'model'}\n"
+        f"  go on from it: {shlex.join(again)}\n"
+        f"  logs: {logs}"
+    )

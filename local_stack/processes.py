@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -89,13 +90,8 @@ class ChildProcess:
     def returncode(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
         if self._returncode is None and psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
-            self._collect()
+            self._kill_group()
         return self._returncode
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it still runs."""
-        return self.returncode is None
 
     def require_healthy(self) -> None:
         """Raise `ProcessDiedError`, with the end of the log, if the process has ended as it should not."""
@@ -105,22 +101,20 @@ class ChildProcess:
 
     def ask_to_stop(self) -> None:
         """Send the stop signal to the process (not to its children: it knows best how to end them)."""
-        if self.is_running:
+        if self.returncode is None:
             self._process.send_signal(self._stop_signal)
 
     def kill(self) -> None:
         """End the process and its whole group at once."""
-        if self.is_running:
-            self._signal_group(signal.SIGKILL)
-            self._process.wait()
-            self._returncode = self._process.returncode
+        if self.returncode is None:
+            self._kill_group()
 
     def stop(self, patience: float) -> int:
         """Ask the process to end, wait at most `patience` seconds, then kill it; returns its exit status."""
         self.ask_to_stop()
-        return self.wait_or_kill(patience)
+        return self.wait(patience)
 
-    def wait_or_kill(self, patience: float, *, hurry: Callable[[], bool] = lambda: False) -> int:
+    def wait(self, patience: float, *, hurry: Callable[[], bool] = lambda: False) -> int:
         """Wait until the process has ended, then return its exit status.
 
         Args:
@@ -149,17 +143,64 @@ class ChildProcess:
             return f"Its log {self.log_path} is empty."
         return "\n".join([f"The end of its log ({self.log_path}):", *(f"  {line}" for line in tail)])
 
-    def _collect(self) -> None:
-        self._signal_group(signal.SIGKILL)
-        self._returncode = self._process.wait()
-
-    def _signal_group(self, number: signal.Signals) -> None:
+    def _kill_group(self) -> None:
         try:
-            os.killpg(self.pid, number)
+            os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         except PermissionError:  # what macOS answers for a group in which only zombies are left
             logger.debug("the process group of %s holds nothing that can be signalled", self.name)
+        self._returncode = self._process.wait()
+
+
+class Services:
+    """The child processes of one run: started by name, watched together.
+
+    Args:
+        log_dir: Each service logs into `<name>.log` here.
+        environment: Variables set for every service.
+    """
+
+    def __init__(self, log_dir: Path, *, environment: Mapping[str, str]) -> None:
+        self._log_dir = log_dir
+        self._environment = environment
+        self._children: dict[str, ChildProcess] = {}
+
+    def start(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
+    ) -> ChildProcess:
+        """Start a service, watched from now on; further `options` are those of `ChildProcess`."""
+        variables = {**self._environment, **(environment or {})}
+        log_path = self._log_dir / f"{name.replace(' ', '-').lower()}.log"
+        child = ChildProcess(name, command, log_path=log_path, environment=variables, **options)
+        self._children[name] = child
+        return child
+
+    def require_all_healthy(self) -> None:
+        """Raise `ProcessDiedError` for the first service, in the order of starting, that is not."""
+        for child in self._children.values():
+            child.require_healthy()
+
+    def stop(self, patience: Mapping[str, float], *, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Ask services to end, all at once, and wait for each of them.
+
+        Args:
+            patience: Seconds that each may take before it is killed, by name; ended ones are passed over.
+            hurry: Once true, everything is killed without waiting on.
+        """
+        asked = [self._children[name] for name in patience if name in self._children]
+        started = time.monotonic()
+        for child in asked:
+            child.ask_to_stop()
+        for child in asked:
+            child.wait(max(0.0, started + patience[child.name] - time.monotonic()), hurry=hurry)
+            del self._children[child.name]
+
+    def kill_all(self) -> None:
+        """End everything at once."""
+        for child in self._children.values():
+            child.kill()
+        self._children.clear()
 
 
 def wait_until(

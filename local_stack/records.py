@@ -53,50 +53,56 @@ class PublishRow(BaseModel):
     """Whether the servers were proven to serve these weights."""
 
 
-class MetricsReader:
-    """Follows a growing `metrics.jsonl`; a line counts once it is complete.
+class RunRecords:
+    """Follows what a run writes into its directory: steps, publishes, the held-out score before training.
 
-    A trainer that goes on from a checkpoint replaces the file by one without the later steps; reading then
-    starts over.
+    A line of `metrics.jsonl` counts once it is complete. A trainer that goes on from a checkpoint replaces
+    the file by one without the later steps; reading then starts over.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, run_dir: Path) -> None:
+        self.heldout_before: float | None = None
+        """Held-out accuracy of the untrained model; None until it was measured."""
+        self._run_dir = run_dir
         self._file_id: int | None = None
         self._offset = 0
-        self._rows: dict[int, StepRow] = {}
+        self._steps: dict[int, StepRow] = {}
         self._publishes: dict[int, PublishRow] = {}
 
     @property
-    def rows(self) -> list[StepRow]:
+    def steps(self) -> list[StepRow]:
         """All steps so far, in order."""
-        return [self._rows[step] for step in sorted(self._rows)]
+        return [self._steps[step] for step in sorted(self._steps)]
 
     @property
     def publishes(self) -> list[PublishRow]:
         """The last publish of each version made by training, in order of versions."""
         return [self._publishes[version] for version in sorted(self._publishes)]
 
-    def read_new(self) -> list[StepRow]:
-        """Read what was appended since the last call and return the new steps."""
+    def read_new(self) -> bool:
+        """Read what was written since the last call; returns whether there are new steps."""
+        if self.heldout_before is None:
+            self.heldout_before = read_accuracy(before_training(self._run_dir))
+        rows = [_parse(line) for line in self._new_lines()]
+        self._steps.update({row.step: row for row in rows if isinstance(row, StepRow)})
+        self._publishes.update(
+            {row.version: row for row in rows if isinstance(row, PublishRow) and row.version}
+        )
+        return any(isinstance(row, StepRow) for row in rows)
+
+    def _new_lines(self) -> list[bytes]:
         try:
-            with self._path.open("rb") as file:
+            with (self._run_dir / "metrics.jsonl").open("rb") as file:
                 file_id = os.fstat(file.fileno()).st_ino
                 if file_id != self._file_id:
-                    self._file_id, self._offset, self._rows, self._publishes = file_id, 0, {}, {}
+                    self._file_id, self._offset, self._steps, self._publishes = file_id, 0, {}, {}
                 file.seek(self._offset)
                 appended = file.read()
         except FileNotFoundError:
             return []
         complete = appended[: appended.rfind(b"\n") + 1]
         self._offset += len(complete)
-        rows = [row for line in complete.splitlines() if (row := _parse(line)) is not None]
-        steps = [row for row in rows if isinstance(row, StepRow)]
-        self._rows.update({row.step: row for row in steps})
-        for row in rows:
-            if isinstance(row, PublishRow) and row.version > 0:
-                self._publishes[row.version] = row
-        return steps
+        return complete.splitlines()
 
 
 def _parse(line: bytes) -> StepRow | PublishRow | None:
@@ -109,6 +115,11 @@ def _parse(line: bytes) -> StepRow | PublishRow | None:
     except (ValueError, AttributeError, ValidationError) as error:
         logger.warning("a line of metrics.jsonl cannot be read (%s): %r", error, line[:200])
         return None
+
+
+def before_training(run_dir: Path) -> Path:
+    """Return where the held-out score of the untrained model is written."""
+    return run_dir / "evaluations" / "before"
 
 
 def read_accuracy(directory: Path) -> float | None:

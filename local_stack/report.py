@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from atropos_client.private_files import replace_private
-from local_stack.curve import curve
-from local_stack.state import RunState
-
+_BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 60
 
 
@@ -50,28 +49,6 @@ class Report(BaseModel):
     machine: dict[str, Any]
     """Where this was measured."""
 
-    def write(self, path: Path) -> None:
-        """Write the report as JSON, complete or not at all."""
-        replace_private(path, self.model_dump_json(indent=2).encode() + b"\n")
-
-
-def make_report(state: RunState, *, model: str, heldout_after: float) -> Report:
-    """Sum up a finished run."""
-    return Report(
-        heldout_before=state.heldout_before,
-        heldout_after=heldout_after,
-        publishes_made=state.publishes_made,
-        publishes_verified=state.publishes_verified,
-        publish_pause_seconds=state.publish_pause_seconds,
-        seconds=round(state.seconds, 1),
-        seed=state.seed,
-        model=model,
-        steps=state.steps_done,
-        rewards=[row.reward_mean for row in state.rows if row.reward_mean is not None],
-        final_model=state.run_dir / "final",
-        machine=describe_machine(),
-    )
-
 
 def describe_machine() -> dict[str, Any]:
     """Return what a measured time depends on."""
@@ -84,45 +61,36 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    """Return the processor's own name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or "unknown"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
-
-
 def draw_report(report: Report, *, picture: Path) -> RenderableType:
     """Draw the report for a terminal."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("held-out score", _scores(report))
+    before = "unknown" if report.heldout_before is None else f"{report.heldout_before:.1%}"
+    after = Text(f"{report.heldout_after:.1%}", style="bold green")
+    table.add_row("held-out score", Text(f"{before} → ").append(after))
     if report.rewards:
-        line = Text(f"{report.rewards[0]:.2f} ").append(
-            curve(report.rewards, width=_CURVE_WIDTH), style="green"
-        )
-        table.add_row("reward by step", line.append(f" {report.rewards[-1]:.2f}", style="default"))
+        line = Text(f"{report.rewards[0]:.2f} ").append(curve(report.rewards, width=_CURVE_WIDTH), "green")
+        table.add_row("reward by step", line.append(f" {report.rewards[-1]:.2f}"))
     table.add_row("published", _publishes(report))
     minutes, seconds = divmod(round(report.seconds), 60)
     table.add_row("time", f"{minutes} min {seconds} s for {report.steps} steps, evaluations included")
     table.add_row("trained model", str(report.final_model))
     table.add_row("picture", str(picture))
-    return Panel(
-        Group(table),
-        title="[bold]Done[/]",
-        title_align="left",
-        border_style="green",
-        padding=(1, 2),
-        width=100,
-    )
+    title = "[bold]Done[/]"
+    return Panel(table, title=title, title_align="left", border_style="green", padding=(1, 2), width=100)
 
 
-def _scores(report: Report) -> Text:
-    before = "unknown" if report.heldout_before is None else f"{report.heldout_before:.1%}"
-    return Text(f"{before} → ").append(f"{report.heldout_after:.1%}", style="bold green")
+def curve(values: Sequence[float], *, width: int) -> str:
+    """Draw `values`, 0 .. 1, as at most `width` bars in one line of text; more values are averaged.
+
+    >>> curve([0.0, 0.5, 1.0], width=10)
+    '▁▅█'
+    """
+    count = min(len(values), width)
+    edges = [round(index * len(values) / count) for index in range(count + 1)] if count else []
+    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
+    return "".join(_BARS[min(len(_BARS) - 1, max(0, int(mean * len(_BARS))))] for mean in means)
 
 
 def _publishes(report: Report) -> Text:
@@ -131,3 +99,13 @@ def _publishes(report: Report) -> Text:
     if report.publish_pause_seconds is not None:
         text += f", generation paused {report.publish_pause_seconds:.2f} s each"
     return Text(text, style="default" if proven else "bold red")
+
+
+def _cpu_name() -> str:
+    """Return the processor's own name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or "unknown"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")

@@ -10,43 +10,78 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from local_stack.curve import curve
-from local_stack.display import LineDisplay, PanelDisplay, draw_panel, make_display
+from local_stack.display import Display
 from local_stack.picture import draw_picture, running_mean
-from local_stack.records import PublishRow, StepRow
-from local_stack.report import Report, draw_report, make_report
-from local_stack.state import RunState
+from local_stack.records import RunRecords
+from local_stack.report import Report, curve, describe_machine, draw_report
 
 
-def step(number: int, **values: object) -> StepRow:
-    measured = {
-        "policy_version": number,
-        "reward_mean": number / 10,
-        "loss": -0.0125,
-        "tokens_per_second": 212.4,
-    }
-    return StepRow.model_validate({"step": number, **measured, **values})
+def write(run_dir: Path, kind: str, number: int, **values: object) -> None:
+    """Append a row as the trainer writes it."""
+    row = {"kind": kind, "step": number, "version": number, "policy_version": number}
+    row |= {"reward_mean": number / 10, "loss": -0.0125, "tokens_per_second": 212.4}
+    row |= {"publish_seconds": 1.84, "publish_pause_seconds": 0.52, "publish_verified": True, **values}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
-def publish(version: int, **values: object) -> PublishRow:
-    measured = {"publish_seconds": 1.84, "publish_pause_seconds": 0.52, "publish_verified": True}
-    return PublishRow.model_validate({"version": version, **measured, **values})
+def make_console(*, is_terminal: bool = False) -> tuple[Console, io.StringIO]:
+    output = io.StringIO()
+    return Console(file=output, width=200, force_terminal=is_terminal, color_system=None), output
 
 
-def state(rows: int = 0, **values: object) -> RunState:
-    made = RunState(model="demo", steps=30, seed=3, run_dir=Path("runs/x"))
-    made.rows = [step(number) for number in range(1, rows + 1)]
-    made.publishes = [publish(number) for number in range(1, rows + 1)]
-    for name, value in values.items():
-        setattr(made, name, value)
-    return made
+def show_a_run(run_dir: Path, console: Console) -> None:
+    """Two steps with their publishes; `update` is called more often than there is something new."""
+    records = RunRecords(run_dir)
+
+    def update() -> None:
+        for _ in range(2):
+            records.read_new()
+            display.update(records)
+
+    with Display(console, steps=30) as display:
+        display.enter("starting")
+        display.enter("starting")
+        update()
+        evaluation = run_dir / "evaluations" / "before"
+        evaluation.mkdir(parents=True)
+        (evaluation / "metrics.json").write_text(json.dumps({"results": {"all": {"accuracy": 0.125}}}))
+        display.enter("training")
+        write(run_dir, "step", 1)
+        update()
+        write(run_dir, "publish", 1)
+        write(run_dir, "step", 2, reward_mean=None)
+        update()
+        write(run_dir, "publish", 2, publish_verified=False)
+        display._drawn_at = 0.0  # half a second has gone by
+        update()
 
 
-def shown(what: object, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    console.print(what)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def test_a_pipe_gets_every_event_once_and_nothing_else(tmp_path: Path) -> None:
+    console, output = make_console()
+    show_a_run(tmp_path, console)
+    lines = [line.partition("] ")[2] for line in output.getvalue().splitlines()]
+    assert lines == [
+        "starting",
+        "training",
+        "held-out score before training: 12.5%",
+        "step 1/30  reward 0.100  loss -0.0125  212 tokens/s",
+        "step 2/30  loss -0.0125  212 tokens/s",
+        "version 1 published in 1.8 s  paused 0.5 s  verified",
+        "version 2 published in 1.8 s  paused 0.5 s  NOT VERIFIED",
+    ]
+
+
+def test_a_terminal_gets_the_same_lines_above_a_bar_that_goes_away(tmp_path: Path) -> None:
+    console, output = make_console(is_terminal=True)
+    show_a_run(tmp_path, console)
+    text = output.getvalue()
+    assert text.count("step 1/30  reward 0.100  loss -0.0125  212 tokens/s") == 1
+    assert "NOT VERIFIED" in text
+    bars = [line for line in text.splitlines() if "━" in line]
+    assert "training" in bars[-1]
+    assert "2/30" in bars[-1]
+    assert text.rstrip().endswith("\x1b[2K")  # erased
 
 
 @pytest.mark.parametrize(
@@ -65,139 +100,49 @@ def test_a_curve_is_one_bar_a_value_and_never_wider_than_asked(
     assert curve(values, width=width) == text
 
 
-def test_the_panel_of_a_run_that_starts_says_what_is_being_done() -> None:
-    text = shown(
-        draw_panel(state(phase="starting", services={"Atropos API": "starting", "trainer": "starting"}))
-    )
-    for part in ("demo", "seed 3", "runs/x", "starting", "○ Atropos API", "○ trainer", "0/30"):
-        assert part in text
-
-
-def test_the_panel_of_a_run_in_training_shows_every_number_asked_for() -> None:
-    text = shown(draw_panel(state(3, phase="training", heldout_before=0.146, services={"trainer": "ready"})))
-    for part in (
-        "● trainer",
-        "3/30",
-        "14.6% before training",
-        "0.300",
-        "▁▂▃",
-        "-0.0125",
-        "212 tokens/s",
-        "version 3 in 1.8 s, paused 0.5 s",
-        "✓ 3 of 3 proven served",
-    ):
-        assert part in text
-
-
-def test_the_panel_does_not_hide_a_publish_that_was_not_proven() -> None:
-    run = state(2)
-    run.publishes.append(publish(3, publish_verified=False))
-    assert "✗ 2 of 3 proven served" in shown(draw_panel(run))
-
-
-def test_a_step_whose_publish_has_not_ended_is_not_counted_as_published() -> None:
-    run = state(1)
-    run.rows.append(step(2))
-    assert (run.publishes_made, run.publishes_verified) == (1, 1)
-    assert "version 1 in 1.8 s" in shown(draw_panel(run))
-
-
-def test_the_pause_of_the_report_is_the_median() -> None:
-    run = state()
-    assert run.publish_pause_seconds is None
-    run.publishes = [publish(number, publish_pause_seconds=number) for number in (1, 2, 9)]
-    assert run.publish_pause_seconds == 2
-
-
-def test_a_terminal_gets_the_panel_and_a_pipe_gets_lines() -> None:
-    assert isinstance(make_display(Console(file=io.StringIO(), force_terminal=True)), PanelDisplay)
-    assert isinstance(make_display(Console(file=io.StringIO(), force_terminal=False)), LineDisplay)
-
-
-def test_lines_say_everything_once() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    run = state(phase="starting")
-    with make_display(console) as display:
-        display.update(run)
-        display.update(run)
-        run.heldout_before = 0.125
-        run.phase = "training"
-        run.rows = [step(1)]
-        display.update(run)
-        run.rows = [step(1), step(2)]
-        run.publishes = [publish(1)]
-        display.update(run)
-        run.publishes = [publish(1), publish(2, publish_verified=False)]
-        display.update(run)
-    assert isinstance(console.file, io.StringIO)
-    lines = [line.partition("] ")[2] for line in console.file.getvalue().splitlines()]
-    assert lines == [
-        "starting",
-        "training",
-        "held-out score before training: 12.5%",
-        "step 1/30  reward 0.100  loss -0.0125  212 tokens/s",
-        "step 2/30  reward 0.200  loss -0.0125  212 tokens/s",
-        "version 1 published in 1.8 s  paused 0.5 s  verified",
-        "version 2 published in 1.8 s  paused 0.5 s  NOT VERIFIED",
-    ]
-
-
-def test_the_time_left_is_estimated_from_the_steps_of_this_session() -> None:
-    run = state(2)
-    assert run.seconds_left is None
-    run.training_since = (run.started_at - 100.0, 2)
-    assert run.seconds_left is None
-    run.rows = [step(number) for number in range(1, 13)]
-    assert run.seconds_left == pytest.approx(10.0 * 18, rel=0.1)
-
-
 def report(**values: object) -> Report:
-    made = make_report(state(5, heldout_before=0.125), model="/models/demo", heldout_after=0.75)
-    return made.model_copy(update=values)
-
-
-def test_the_report_sums_the_run_up_and_survives_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    report().write(path)
-    written = json.loads(path.read_text())
-    expected = {
+    measured: dict[str, object] = {
         "heldout_before": 0.125,
         "heldout_after": 0.75,
         "publishes_made": 5,
         "publishes_verified": 5,
         "publish_pause_seconds": 0.52,
+        "seconds": 402.3,
         "seed": 3,
-        "steps": 5,
         "model": "/models/demo",
-        "final_model": "runs/x/final",
+        "steps": 5,
         "rewards": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "final_model": "runs/x/final",
+        "machine": describe_machine(),
     }
-    assert {key: written[key] for key in expected} == expected
-    assert written["seconds"] >= 0
-    assert written["machine"]["cpu_cores"] >= 1
-    assert list(tmp_path.iterdir()) == [path]
+    return Report.model_validate(measured | values)
+
+
+def shown(what: Report) -> str:
+    console, output = make_console()
+    console.print(draw_report(what, picture=Path("runs/x/report.png")))
+    return output.getvalue()
 
 
 def test_the_terminal_report_says_what_was_reached_and_where_it_lies() -> None:
-    text = shown(draw_report(report(seconds=402.3), picture=Path("runs/x/report.png")))
+    text = shown(report())
     for part in (
         "12.5% → 75.0%",
-        "▁▂▃▄▅",
+        "0.10 ▁▂▃▄▅ 0.50",
         "5 versions, 5 proven to be served, generation paused 0.52 s each",
         "6 min 42 s for 5 steps",
         "runs/x/final",
         "runs/x/report.png",
     ):
         assert part in text
+    assert report().machine["cpu_cores"] >= 1
 
 
 def test_the_terminal_report_of_a_resumed_run_may_lack_the_first_score() -> None:
-    assert "unknown → 75.0%" in shown(draw_report(report(heldout_before=None), picture=Path("p.png")))
+    assert "unknown → 75.0%" in shown(report(heldout_before=None))
 
 
-@pytest.mark.parametrize(
-    "changed", [{}, {"heldout_before": None}, {"rewards": [0.5], "steps": 1}, {"rewards": []}]
-)
+@pytest.mark.parametrize("changed", [{}, {"heldout_before": None, "rewards": [], "steps": 0}])
 def test_the_picture_is_drawn_for_short_and_incomplete_runs_too(
     tmp_path: Path, changed: dict[str, object]
 ) -> None:

@@ -47,6 +47,10 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
+def wait_for_end(child: ChildProcess) -> None:
+    wait_for(lambda: child.returncode is not None, "the child ended")
+
+
 def is_gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -61,7 +65,7 @@ def read_pid(path: Path) -> int:
 
 def test_a_child_that_ended_is_named_with_its_status_and_the_end_of_its_log(start: Start) -> None:
     child = start("import sys; [print('line', i) for i in range(40)]; sys.exit('the model is too large')")
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     with pytest.raises(ProcessDiedError) as caught:
         child.require_healthy()
     message = str(caught.value)
@@ -74,13 +78,13 @@ def test_a_child_that_ended_is_named_with_its_status_and_the_end_of_its_log(star
 
 def test_a_child_that_wrote_nothing_says_so(start: Start) -> None:
     child = start("pass")
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     assert child.log_tail() == f"Its log {child.log_path} is empty."
 
 
 def test_a_program_that_does_not_exist_is_reported_by_its_log(tmp_path: Path) -> None:
     child = ChildProcess("absent", ["/does/not/exist"], log_path=tmp_path / "log")
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     with pytest.raises(ProcessDiedError, match="No such file or directory"):
         child.require_healthy()
 
@@ -89,7 +93,7 @@ def test_a_child_gets_the_variables_given_and_the_launcher_own_ones(start: Start
     child = start(
         "import os; print(os.environ['COLOUR'], 'PATH' in os.environ)", environment={"COLOUR": "red"}
     )
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     assert child.log_path.read_text() == "red True\n"
 
 
@@ -135,12 +139,12 @@ def test_a_child_that_ignores_the_stop_signal_is_killed_after_the_stated_time(
 def test_impatience_cuts_the_waiting_short(start: Start, tmp_path: Path) -> None:
     child = start(deaf_script(tmp_path))
     wait_for((tmp_path / "ready").exists, "the child runs")
-    assert child.wait_or_kill(patience=3600, hurry=lambda: True) == -signal.SIGKILL
+    assert child.wait(patience=3600, hurry=lambda: True) == -signal.SIGKILL
 
 
 def test_stopping_a_child_that_has_ended_keeps_its_status(start: Start) -> None:
     child = start("import sys; sys.exit(3)")
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     assert child.stop(patience=1) == 3
     child.kill()
     assert child.returncode == 3
@@ -211,7 +215,7 @@ def os_session(process: psutil.Process) -> int | None:
 @pytest.mark.skipif(sys.platform != "linux", reason="there is a watchdog on Linux only")
 def test_a_watched_child_is_stopped_and_tells_its_status_like_any_other(start: Start, tmp_path: Path) -> None:
     child = start(family_script(tmp_path / "pid", then="sys.exit(3)"), has_children=True)
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     assert child.returncode == 3
     wait_for(lambda: is_gone(read_pid(tmp_path / "pid")), "the grandchild is gone")
     child = start("import time; time.sleep(60)", has_children=True)
@@ -220,13 +224,13 @@ def test_a_watched_child_is_stopped_and_tells_its_status_like_any_other(start: S
 
 def test_a_child_that_may_finish_is_healthy_after_it_did(start: Start) -> None:
     child = start("pass", may_finish=True)
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     child.require_healthy()
 
 
 def test_a_child_that_may_finish_is_not_healthy_after_it_failed(start: Start) -> None:
     child = start("raise SystemExit(4)", may_finish=True)
-    wait_for(lambda: not child.is_running, "the child ended")
+    wait_for_end(child)
     with pytest.raises(ProcessDiedError, match="ended with exit status 4"):
         child.require_healthy()
 
@@ -260,7 +264,7 @@ def test_what_watches_can_end_the_waiting(start: Start) -> None:
     child = start("import time; time.sleep(60)")
     with pytest.raises(KeyboardInterrupt):
         wait_until(child, lambda: False, timeout=3600, what="answer", watch=watch)
-    assert child.is_running
+    assert child.returncode is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from local_stack.records import MetricsReader, newest_checkpoint, read_accuracy
+from local_stack.records import RunRecords, newest_checkpoint, read_accuracy
 
 
 def line(step: int, kind: str = "step", **values: object) -> str:
@@ -16,21 +16,22 @@ def line(step: int, kind: str = "step", **values: object) -> str:
 
 
 def test_a_run_that_has_not_begun_has_no_steps(tmp_path: Path) -> None:
-    reader = MetricsReader(tmp_path / "metrics.jsonl")
-    assert reader.read_new() == []
-    assert reader.rows == []
+    records = RunRecords(tmp_path)
+    assert not records.read_new()
+    assert records.steps == []
 
 
-def test_only_new_steps_are_returned_and_all_are_kept(tmp_path: Path) -> None:
+def test_new_steps_are_noticed_and_all_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    reader = MetricsReader(path)
+    records = RunRecords(tmp_path)
     path.write_text(line(1, reward_mean=0.25) + line(1, kind="skipped", reason="no signal"))
-    assert [row.step for row in reader.read_new()] == [1]
-    assert reader.read_new() == []
+    assert records.read_new()
+    assert [row.step for row in records.steps] == [1]
+    assert not records.read_new()
     with path.open("a") as file:
         file.write(line(2, reward_mean=0.5))
-    assert [row.step for row in reader.read_new()] == [2]
-    assert [row.reward_mean for row in reader.rows] == [0.25, 0.5]
+    assert records.read_new()
+    assert [row.reward_mean for row in records.steps] == [0.25, 0.5]
 
 
 def publish_line(version: int, **values: object) -> str:
@@ -40,38 +41,40 @@ def publish_line(version: int, **values: object) -> str:
 
 def test_publishes_are_kept_by_version_the_last_one_of_each(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    reader = MetricsReader(path)
+    records = RunRecords(tmp_path)
     path.write_text(publish_line(0) + line(1) + line(2) + publish_line(1) + line(3) + publish_line(2))
-    assert [row.step for row in reader.read_new()] == [1, 2, 3]
-    assert [row.version for row in reader.publishes] == [1, 2]
+    assert records.read_new()
+    assert [row.step for row in records.steps] == [1, 2, 3]
+    assert [row.version for row in records.publishes] == [1, 2]
     with path.open("a") as file:
         file.write(publish_line(2, publish_pause_seconds=0.25))
-    assert reader.read_new() == []
-    assert [row.publish_pause_seconds for row in reader.publishes] == [0.5, 0.25]
+    assert not records.read_new()
+    assert [row.publish_pause_seconds for row in records.publishes] == [0.5, 0.25]
 
 
 def test_a_line_counts_once_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    reader = MetricsReader(path)
+    records = RunRecords(tmp_path)
     whole = line(1, loss=-0.5)
     path.write_text(whole[:12])
-    assert reader.read_new() == []
+    assert not records.read_new()
     with path.open("a") as file:
         file.write(whole[12:])
-    assert [row.loss for row in reader.read_new()] == [-0.5]
+    assert records.read_new()
+    assert [row.loss for row in records.steps] == [-0.5]
 
 
 def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    reader = MetricsReader(path)
+    records = RunRecords(tmp_path)
     path.write_text(line(1) + line(2) + publish_line(2) + line(3))
-    reader.read_new()
+    records.read_new()
     shorter = tmp_path / "metrics.partial"
     shorter.write_text(line(1))
     shorter.replace(path)
-    assert [row.step for row in reader.read_new()] == [1]
-    assert [row.step for row in reader.rows] == [1]
-    assert reader.publishes == []
+    assert records.read_new()
+    assert [row.step for row in records.steps] == [1]
+    assert records.publishes == []
 
 
 @pytest.mark.parametrize("bad", ["not json\n", "[1]\n", '{"kind": "step", "step": "one"}\n'])
@@ -80,10 +83,10 @@ def test_a_line_that_cannot_be_read_is_logged_and_passed_over(
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(line(1) + bad + line(2))
-    reader = MetricsReader(path)
+    records = RunRecords(tmp_path)
     with caplog.at_level(logging.WARNING):
-        reader.read_new()
-    assert [row.step for row in reader.rows] == [1, 2]
+        records.read_new()
+    assert [row.step for row in records.steps] == [1, 2]
     assert "cannot be read" in caplog.text
 
 

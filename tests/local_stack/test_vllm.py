@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ from rich.console import Console
 from local_stack.commands import SERVED_MODEL_NAME, VLLM_PLUGINS, Address, vllm_command, vllm_environment
 from local_stack.errors import EngineMissingError
 from local_stack.launcher import LocalOptions, run_local
-from local_stack.services import generates
 from local_stack.vllm import require_vllm, starting_part
-from tests.conftest import RunningInferenceServer
 
 DEMO_CONFIG = Path(__file__).parents[2] / "local_stack" / "demo.yaml"
 
@@ -109,11 +106,3 @@ def test_what_vllm_does_while_it_starts_is_read_from_its_log(tmp_path: Path) -> 
         "making its cache",
         "opening its port",
     ]
-
-
-def test_a_server_generates_or_does_not(
-    start_inference_server: Callable[..., RunningInferenceServer], tiny_model_directory: Path, free_port: int
-) -> None:
-    assert not generates(f"http://127.0.0.1:{free_port}")
-    server = start_inference_server(tiny_model_directory)
-    assert generates(server.url)
