@@ -29,7 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model=options.model,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
-        max_cached_tokens=options.max_cached_tokens,
         seed=options.seed,
     )
     try:
@@ -62,13 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8001, help="port to listen on")
     add("--max-model-len", type=int, help="longest sequence in tokens; None: the model's, up to 4096")
-    add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="most sequences in a batch")
-    add(
-        "--max-cached-tokens",
-        type=int,
-        default=defaults.max_cached_tokens,
-        help="most key/value columns in memory over all sequences",
-    )
+    add("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="most sequences that run at once")
     add("--seed", type=int, default=defaults.seed, help="of the sampling")
     add("--threads", type=int, help="computing threads; None: one per core")
     return parser

@@ -1,13 +1,15 @@
 """Which sequences run: queue, rows of the model, and one step of generation.
 
-Before every step, waiting sequences that fit join the running ones. Runs inside the engine's thread; knows
-nothing of threads or HTTP.
+Sequences that were started together are a cohort, with rows of the model of its own. Before a step, waiting
+sequences become a cohort if half of the rows are free: so a new request need not wait for a long one, and a
+full batch is not split into many small ones. Runs in the thread of the engine; knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from random import Random
 
 import torch
@@ -18,10 +20,14 @@ from local_stack.inference.records import EngineSettings, Request, Sequence
 from local_stack.inference.sampling import sample
 from local_stack.inference.text import TextCodec
 
-_PREFILL_TOKENS = 4096
-"""About how many padded prompt tokens are computed at once: bounds the memory and the wait of the others."""
-_ENDED_SHARE = 8
-"""Rows are taken out when one in so many has ended: taking out copies the cache, leaving in computes it."""
+
+@dataclass
+class _Cohort:
+    """Sequences that were started together; ended ones are taken out before the next step."""
+
+    sequences: list[Sequence]
+    rows: Rows | None = None
+    """None: keys and values have to be computed, at the start or anew."""
 
 
 class Batch:
@@ -37,15 +43,15 @@ class Batch:
         self._model = model
         self._codec = codec
         self._settings = settings
-        self._rows: Rows | None = None
-        self._in_rows: list[Sequence] = []  # ended ones, too, until they are taken out
+        self._cohorts: list[_Cohort] = []
         self._waiting: deque[Sequence] = deque()
         self._requests_seen = 0
 
     @property
     def running(self) -> list[Sequence]:
         """Sequences in the batch that have not ended."""
-        return [sequence for sequence in self._in_rows if sequence.finish_reason is None]
+        started = [sequence for cohort in self._cohorts for sequence in cohort.sequences]
+        return [sequence for sequence in started if sequence.finish_reason is None]
 
     @property
     def waiting(self) -> int:
@@ -67,14 +73,13 @@ class Batch:
         Returns:
             The requests that ended.
         """
-        running = self.running
-        if running:
-            logits = self._decode(running)
-            self._append(running, logits)
-        ended = running
         if admit:
-            ended = ended + self._admit()
-        return [request for request in dict.fromkeys(s.request for s in ended) if request.finished]
+            self._admit()
+        running = self.running
+        for cohort in self._cohorts:
+            self._advance(cohort)
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.sequences]
+        return [request for request in dict.fromkeys(s.request for s in running) if request.finished]
 
     def abort(self, request: Request | None = None) -> list[Request]:
         """End one request, or all, running and waiting, with what they have; return the ended requests."""
@@ -83,91 +88,58 @@ class Batch:
             sequence.finish_reason = "abort"
             sequence.text = self._codec.text(sequence)
         self._waiting = deque(s for s in self._waiting if s.finish_reason is None)
-        self._take_out_ended()
         return list(dict.fromkeys(sequence.request for sequence in ended))
 
-    def preempt(self) -> None:
-        """Put all running sequences back into the queue without their keys, which are computed anew."""
-        self._waiting.extendleft(reversed(self.running))
-        self._in_rows, self._rows = [], None
+    def forget_keys(self) -> None:
+        """Have the keys and values of running sequences computed anew."""
+        for cohort in self._cohorts:
+            cohort.rows = None
 
     def drop_all(self) -> list[Request]:
         """Forget everything after a failure; return the requests that were lost by it."""
-        lost = list(dict.fromkeys(s.request for s in (*self._in_rows, *self._waiting)))
-        self._in_rows, self._rows = [], None
+        started = [sequence for cohort in self._cohorts for sequence in cohort.sequences]
+        lost = list(dict.fromkeys(sequence.request for sequence in (*started, *self._waiting)))
+        self._cohorts.clear()
         self._waiting.clear()
         return lost
 
-    def _decode(self, running: list[Sequence]) -> torch.Tensor:
-        """Give every row its last token; return the next logits of the running ones."""
-        if (len(self._in_rows) - len(running)) * _ENDED_SHARE >= len(self._in_rows):
-            self._take_out_ended()
-        assert self._rows is not None  # noqa: S101 - something runs
-        logits = self._model.decode(self._rows, [sequence.output_ids[-1] for sequence in self._in_rows])
-        return logits[[sequence.finish_reason is None for sequence in self._in_rows]]
+    def _admit(self) -> None:
+        free = self._settings.max_num_seqs - len(self.running)
+        if self._waiting and 2 * free >= self._settings.max_num_seqs:
+            count = min(free, len(self._waiting))
+            self._cohorts.append(_Cohort([self._waiting.popleft() for _ in range(count)]))
 
-    def _take_out_ended(self) -> None:
-        kept = [row for row, sequence in enumerate(self._in_rows) if sequence.finish_reason is None]
-        if len(kept) == len(self._in_rows):
+    def _advance(self, cohort: _Cohort) -> None:
+        """Give each sequence of a cohort its next token."""
+        kept = [row for row, sequence in enumerate(cohort.sequences) if sequence.finish_reason is None]
+        if cohort.rows is not None and 0 < len(kept) < len(cohort.sequences):
+            cohort.rows.select(kept)
+        cohort.sequences = sequences = [cohort.sequences[row] for row in kept]
+        if not sequences:
             return
-        self._in_rows = [self._in_rows[row] for row in kept]
-        if self._rows is not None and kept:
-            self._rows.select(kept)
+        if cohort.rows is None:
+            logits = self._start(cohort)
         else:
-            self._rows = None
-
-    def _admit(self) -> list[Sequence]:
-        """Compute the prompts of waiting sequences that fit, and their first tokens."""
-        admitted: list[Sequence] = []
-        prompts: dict[tuple[int, ...], int] = {}  # samples of one request share one
-        running = self.running
-        longest = max((sequence.request.longest for sequence in running), default=0)
-        longest_prompt = 0
-        while self._waiting:
-            candidate = self._waiting[0]
-            rows = len(running) + len(admitted) + 1
-            longest = max(longest, candidate.request.longest)
-            too_much = rows * longest > self._settings.max_cached_tokens
-            if rows > self._settings.max_num_seqs or (too_much and rows > 1):
-                break
-            prompt = tuple(candidate.token_ids())
-            longest_prompt = max(longest_prompt, len(prompt))
-            if admitted and (len(prompts | {prompt: 0})) * longest_prompt > _PREFILL_TOKENS:
-                break
-            prompts.setdefault(prompt, len(prompts))
-            admitted.append(self._waiting.popleft())
-        if admitted:
-            self._start(admitted, prompts)
-        return admitted
-
-    def _start(self, sequences: list[Sequence], prompts: dict[tuple[int, ...], int]) -> None:
-        self._take_out_ended()
-        self._in_rows.extend(sequences)
-        for request in dict.fromkeys(sequence.request for sequence in sequences):
-            if request.parameters.prompt_logprobs is not None and request.prompt_scores is None:
-                request.prompt_scores = self._model.score(
-                    request.prompt_ids, request.parameters.prompt_logprobs
-                )
-        rows, logits = self._model.prefill([list(prompt) for prompt in prompts])
-        owners = [prompts[tuple(sequence.token_ids())] for sequence in sequences]
-        rows.select(owners)
-        if self._rows is None:
-            self._rows = rows
-        else:
-            self._rows.append(rows)
-        self._append(sequences, logits[owners])
-
-    def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
-        """Sample the next token of each sequence from its row of `logits` [N, V]."""
-        sampled = sample(
-            logits,
-            [sequence.request.parameters for sequence in sequences],
-            [sequence.random.random() for sequence in sequences],
-        )
-        if not all(map(math.isfinite, sampled.logprobs)):
+            logits = self._model.decode(cohort.rows, [sequence.output_ids[-1] for sequence in sequences])
+        parameters = [sequence.request.parameters for sequence in sequences]
+        sampled = sample(logits, parameters, [sequence.random.random() for sequence in sequences])
+        if not all(math.isfinite(each.logprob) for each in sampled):
             raise EngineFailure("the model's output is not finite: the weights being served are damaged")
-        for number, sequence in enumerate(sequences):
-            sequence.output_ids.append(sampled.token_ids[number])
-            sequence.logprobs.append(sampled.logprobs[number])
-            sequence.top_logprobs.append(sampled.top[number])
+        for sequence, each in zip(sequences, sampled, strict=True):
+            sequence.output_ids.append(each.token_id)
+            sequence.logprobs.append(each.logprob)
+            sequence.top_logprobs.append(each.top)
             self._codec.finish(sequence)
+
+    def _start(self, cohort: _Cohort) -> torch.Tensor:
+        """Compute a cohort's rows, each different text once; return the next logits [R, V]."""
+        for request in dict.fromkeys(sequence.request for sequence in cohort.sequences):
+            top = request.parameters.prompt_logprobs
+            if top is not None and request.prompt_scores is None:
+                request.prompt_scores = self._model.score(request.prompt_ids, top)
+        texts = [tuple(sequence.token_ids()) for sequence in cohort.sequences]
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        cohort.rows, logits = self._model.prefill([list(text) for text in numbers])
+        owners = [numbers[text] for text in texts]
+        cohort.rows.select(owners)
+        return logits[owners]

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -31,12 +30,6 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
-class _Flow(Enum):
-    RUNNING = "running"
-    DRAINING = "draining"  # running sequences go on, waiting ones stay in the queue
-    FROZEN = "frozen"
-
-
 class Engine:
     """Generates for many requests at once; used from one event loop, in which `run` goes on.
 
@@ -46,8 +39,7 @@ class Engine:
 
     def __init__(self, settings: EngineSettings) -> None:
         require_readable(settings.model)
-        self.model = settings.model
-        """What the server was started with: a directory or a hub id."""
+        self.settings = settings
         model = Model(settings)
         self.vocabulary_size = model.vocabulary_size
         """Token ids are below this."""
@@ -58,16 +50,13 @@ class Engine:
         """The label set last."""
         self.alive = True
         """Whether requests are taken."""
+        self.paused = False
+        """Whether new requests have to wait for `resume`."""
+        self._frozen = False  # the running ones, too
         self._module = model.module
         self._batch = Batch(model, self.codec, settings)
-        self._flow = _Flow.RUNNING
         self._changes = asyncio.Condition()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference-engine")
-
-    @property
-    def paused(self) -> bool:
-        """Whether new requests have to wait for `resume`."""
-        return self._flow is not _Flow.RUNNING
 
     @property
     def running(self) -> int:
@@ -119,23 +108,21 @@ class Engine:
         async with self._changes:
             if mode == "abort":
                 self._deliver(self._batch.abort())
-            self._flow = _Flow.DRAINING if mode == "wait" else _Flow.FROZEN
+            self.paused, self._frozen = True, mode != "wait"
             self._changes.notify_all()
-            await self._changes.wait_for(lambda: self._flow is not _Flow.DRAINING or not self.running)
-            if self._flow is _Flow.DRAINING:
-                self._flow = _Flow.FROZEN
+            await self._changes.wait_for(lambda: self._frozen or not self.paused or not self.running)
+            self._frozen = self.paused
 
     async def resume(self) -> None:
         """Go on generating."""
         async with self._changes:
-            self._flow = _Flow.RUNNING
+            self.paused = self._frozen = False
             self._changes.notify_all()
 
     async def forget_keys(self) -> None:
         """Compute the keys and values of running sequences anew, with the weights of now."""
         async with self._changes:
-            self._batch.preempt()
-            self._changes.notify_all()
+            self._batch.forget_keys()
 
     async def reload_weights(self, directory: Path) -> None:
         """Load a checkpoint, whole or not at all.
@@ -152,13 +139,12 @@ class Engine:
 
     @property
     def _has_work(self) -> bool:
-        waiting = self._flow is _Flow.RUNNING and self._batch.waiting
-        return bool(waiting or (self._flow is not _Flow.FROZEN and self.running))
+        waiting = not self.paused and self._batch.waiting
+        return bool(waiting or (not self._frozen and self.running))
 
     async def _step(self) -> None:
-        step = partial(self._batch.step, admit=self._flow is _Flow.RUNNING)
         try:
-            self._deliver(await self._compute(step))
+            self._deliver(await self._compute(partial(self._batch.step, admit=not self.paused)))
         except Exception as error:  # noqa: BLE001 - one bad step must not end the server: its requests fail
             _log.error("a generation step failed", exc_info=error)
             failure = error

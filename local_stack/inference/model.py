@@ -11,19 +11,17 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from local_stack.inference.errors import UnsupportedModel
 from local_stack.inference.records import EngineSettings, PromptScores
+from schemas.inference import LOWEST_LOGPROB
 
 _DEFAULT_MAX_MODEL_LEN = 4096
 _SELF_CHECK_TOLERANCE = 0.01
 """Log-probs of a padded row against those of the row alone, in float32: rounding, with a wide margin."""
 _SCORED_TOKENS_PER_FORWARD = 128
 """Every position needs logits: 128 x 150,000 float32 are 77 MB."""
-_SHORTEST_SHARED_BEGINNING = 8
-"""Below this, a forward of its own costs more than it saves."""
 
 
 @dataclass
@@ -35,26 +33,9 @@ class Rows:
     """[R, L] 1 where a column belongs to the row's sequence, 0 where it is padding."""
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order (repeated rows are copied), and the columns that they use."""
-        mask = self.mask[rows]
-        used = mask.any(dim=0).nonzero()[:, 0]
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[rows].index_select(2, used)
-            layer.values = layer.values[rows].index_select(2, used)
-        self.mask = mask[:, used]
-
-    def append(self, other: Rows) -> None:
-        """Put the rows of `other` below these."""
-        columns = max(self.mask.shape[1], other.mask.shape[1])
-        parts = [(part, columns - part.mask.shape[1]) for part in (self, other)]
-        for number, layer in enumerate(self.cache.layers):
-            for name in ("keys", "values"):
-                blocks = [
-                    pad(getattr(part.cache.layers[number], name), (0, 0, missing, 0))
-                    for part, missing in parts
-                ]
-                setattr(layer, name, torch.cat(blocks))
-        self.mask = torch.cat([pad(part.mask, (missing, 0)) for part, missing in parts])
+        """Keep these rows, in this order; repeated rows are copied."""
+        self.cache.batch_select_indices(torch.tensor(rows))
+        self.mask = self.mask[rows]
 
 
 class Model:
@@ -80,19 +61,19 @@ class Model:
     @torch.inference_mode()
     def prefill(self, prompts: ListLike[list[int]]) -> tuple[Rows, torch.Tensor]:
         """Compute whole prompts, what they all begin with once; return their rows and next logits [R, V]."""
+        rows = Rows(DynamicCache(), torch.ones(1, 0, dtype=torch.int64))
         columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
         shared = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, columns))
-        rows = Rows(DynamicCache(), torch.ones(1, 0, dtype=torch.int64))
-        if len(prompts) > 1 and shared >= _SHORTEST_SHARED_BEGINNING:
+        if len(prompts) > 1 and shared:
             self._forward(rows, torch.tensor([prompts[0][:shared]]))
-            rows.cache.batch_repeat_interleave(len(prompts))
+            rows.select([0] * len(prompts))
         else:
             shared = 0
         rows.mask = rows.mask.expand(len(prompts), -1)
-        longest = max(map(len, prompts)) - shared
-        missing = [longest - len(prompt) + shared for prompt in prompts]
+        longest = max(map(len, prompts))
+        missing = [longest - len(prompt) for prompt in prompts]
         tokens = [[0] * gap + prompt[shared:] for gap, prompt in zip(missing, prompts, strict=True)]
-        mask = torch.arange(longest)[None, :] >= torch.tensor(missing)[:, None]
+        mask = torch.arange(longest - shared)[None, :] >= torch.tensor(missing)[:, None]
         return rows, self._forward(rows, torch.tensor(tokens), mask.to(torch.int64))[:, -1]
 
     @torch.inference_mode()
@@ -108,22 +89,24 @@ class Model:
         for start in range(0, len(prompt) - 1, _SCORED_TOKENS_PER_FORWARD):
             tokens = prompt[start : start + _SCORED_TOKENS_PER_FORWARD]
             logits = self._forward(rows, torch.tensor([tokens]), keep=len(tokens))[0]
-            following = prompt[start + 1 : start + 1 + len(tokens)]
-            scores.extend(_scores(logits[: len(following)], following, top))
+            logprobs = logits.log_softmax(dim=-1).clamp(min=LOWEST_LOGPROB)
+            for row, token in zip(logprobs, prompt[start + 1 : start + 1 + len(tokens)], strict=False):
+                values, ids = row.topk(top)
+                rivals = zip(ids.tolist(), values.tolist(), strict=True)
+                scores.append({token: row[token].item(), **dict(rivals)})
         return scores
 
     def _forward(
         self, rows: Rows, tokens: torch.Tensor, mask: torch.Tensor | None = None, *, keep: int = 1
     ) -> torch.Tensor:
         """Add `tokens` [R, T] to the rows; return the last `keep` columns' logits [R, keep, V]."""
-        mask = torch.ones_like(tokens) if mask is None else mask
-        before = rows.mask.sum(dim=1, keepdim=True)
-        rows.mask = torch.cat([rows.mask, mask], dim=1)
+        rows.mask = torch.cat([rows.mask, torch.ones_like(tokens) if mask is None else mask], dim=1)
+        # Padding has no position; a row that has ended at the limit still gets tokens.
+        positions = (rows.mask.cumsum(dim=1) - 1).clamp(0, self.max_model_len - 1)
         output = self.module(
             input_ids=tokens,
             attention_mask=rows.mask,
-            # Padding has no position; a row that has ended at the limit still gets tokens.
-            position_ids=(before + mask.cumsum(dim=1) - 1).clamp(0, self.max_model_len - 1),
+            position_ids=positions[:, -tokens.shape[1] :],
             past_key_values=rows.cache,
             use_cache=True,
             logits_to_keep=keep,
@@ -134,33 +117,20 @@ class Model:
     @torch.inference_mode()
     def check_padding(self) -> None:
         """Compare padded and cached rows with the model alone; refuse a model for which they differ."""
-        prompts = [[1, 2, 3, 4, 5], [1, 2]]
+        name = type(self.module).__name__
         try:
-            rows, _ = self.prefill(prompts)
+            rows, _ = self.prefill([[1, 2, 3, 4, 5], [1, 2]])
             batched = self.decode(rows, [3, 4])
-            alone = [
-                self.module(input_ids=torch.tensor([[*p, t]])) for p, t in zip(prompts, [3, 4], strict=True)
-            ]
+            texts = ([1, 2, 3, 4, 5, 3], [1, 2, 4])
+            alone = torch.stack([self.module(input_ids=torch.tensor([text])).logits[0, -1] for text in texts])
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise UnsupportedModel(
-                f"{type(self.module).__name__} cannot be run in batches: {error}"
-            ) from error
-        plain = torch.stack([output.logits[0, -1] for output in alone])
-        difference = (batched.log_softmax(-1) - plain.log_softmax(-1)).abs().max().item()
+            raise UnsupportedModel(f"{name} cannot be run in batches: {error}") from error
+        difference = (batched.log_softmax(-1) - alone.log_softmax(-1)).abs().max().item()
         if not difference <= _SELF_CHECK_TOLERANCE:
             raise UnsupportedModel(
-                f"{type(self.module).__name__} gives other log-probs in a padded batch than alone "
-                f"(by {difference:.3g}); use a Llama-like model here, or vLLM"
+                f"{name} gives other log-probs in a padded batch than alone (by {difference:.3g}); "
+                "use a Llama-like model here, or vLLM"
             )
-
-
-def _scores(logits: torch.Tensor, token_ids: list[int], top: int) -> PromptScores:
-    """Log-prob of each token under its row of logits, and of the likeliest ones. [P, V], [P]."""
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
-    values, ids = (part.tolist() for part in logprobs.topk(top, dim=-1))
-    rivals = [zip(*row, strict=True) for row in zip(ids, values, strict=True)]
-    return [{t: own, **dict(others)} for t, own, others in zip(token_ids, chosen, rivals, strict=True)]
 
 
 def _max_model_len(config: Any, asked: int | None) -> int:

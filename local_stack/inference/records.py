@@ -23,9 +23,7 @@ class EngineSettings:
     max_model_len: int | None = None
     """Longest sequence in tokens, prompt and completion together; None: the model's own, at most 4096."""
     max_num_seqs: int = 64
-    """Most sequences in one batch; the rest waits."""
-    max_cached_tokens: int = 65_536
-    """Most key/value columns held at once, over all sequences: bounds the memory (46 kB each for 135M)."""
+    """Most sequences that run at once; the rest waits."""
     seed: int = 0
     """Of the sampling of requests without a seed of their own, together with their order of arrival."""
 
@@ -101,11 +99,6 @@ class Request:
     """The label when the engine took the request."""
     weight_version: str = ""
     """The label when it ended."""
-
-    @property
-    def longest(self) -> int:
-        """Most tokens that a sequence of this request can grow to."""
-        return len(self.prompt_ids) + self.parameters.max_tokens
 
     @property
     def finished(self) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from itertools import accumulate
 
-from local_stack.inference.records import PromptScores, Request, Sequence
+from local_stack.inference.records import Request, Sequence, TopLogProbs
 from local_stack.inference.text import TextCodec
 from schemas.inference import (
-    LOWEST_LOGPROB,
     ChatCompletionChoice,
     ChatCompletionReply,
     ChatReplyMessage,
@@ -19,6 +17,7 @@ from schemas.inference import (
     CompletionRequest,
     GenerateReply,
     GenerateRequest,
+    PromptLogProbs,
     TokenLogProb,
     Usage,
 )
@@ -32,18 +31,26 @@ def completion_reply(
     def name(token_id: int) -> str:
         return f"token_id:{token_id}" if body.return_tokens_as_token_ids else codec.decode([token_id])
 
+    def logprobs(sequence: Sequence) -> CompletionLogProbs:
+        tokens = [name(token_id) for token_id in sequence.output_ids]
+        return CompletionLogProbs(
+            text_offset=list(accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)],
+            token_logprobs=list(sequence.logprobs),
+            tokens=tokens,
+            top_logprobs=[{name(token): value for token, value in pairs} for pairs in _candidates(sequence)],
+        )
+
     choices: list[CompletionChoice] = []
     for request in requests:
-        scores = _finite_scores(request.prompt_scores)
         choices.extend(
             CompletionChoice(
                 index=number,
                 text=sequence.text,
-                logprobs=None if body.logprobs is None else _logprobs(sequence, name),
+                logprobs=None if body.logprobs is None else logprobs(sequence),
                 finish_reason=sequence.finish_reason,
                 stop_reason=sequence.stop_reason,
                 token_ids=sequence.output_ids if body.return_token_ids else None,
-                prompt_logprobs=scores and [entry and _as_objects(entry) for entry in scores],
+                prompt_logprobs=_prompt_logprobs(request),
                 prompt_token_ids=request.prompt_ids if body.return_token_ids else None,
             )
             for number, sequence in enumerate(request.sequences, start=len(choices))
@@ -76,44 +83,25 @@ def generate_reply(body: GenerateRequest, request: Request) -> GenerateReply:
         prompt_token_ids=request.prompt_ids,
         token_ids=[sequence.output_ids for sequence in request.sequences],
         logprobs=logprobs,
-        prompt_logprobs=_finite_scores(request.prompt_scores),
+        prompt_logprobs=request.prompt_scores,
         weight_version=request.weight_version,
         weight_version_start=request.weight_version_start,
     )
 
 
-def _candidates(sequence: Sequence) -> list[list[tuple[int, float]]]:
+def _candidates(sequence: Sequence) -> list[TopLogProbs]:
     """Per position: the sampled token, then its likeliest rivals."""
     positions = zip(sequence.output_ids, sequence.logprobs, sequence.top_logprobs, strict=True)
-    return [
-        [(token_id, _finite(logprob)), *((rival, _finite(value)) for rival, value in top)]
-        for token_id, logprob, top in positions
-    ]
+    return [[(token_id, logprob), *top] for token_id, logprob, top in positions]
 
 
-def _logprobs(sequence: Sequence, name: Callable[[int], str]) -> CompletionLogProbs:
-    candidates = _candidates(sequence)
-    tokens = [name(pairs[0][0]) for pairs in candidates]
-    return CompletionLogProbs(
-        text_offset=list(accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)],
-        token_logprobs=[pairs[0][1] for pairs in candidates],
-        tokens=tokens,
-        top_logprobs=[{name(token_id): value for token_id, value in pairs} for pairs in candidates],
-    )
-
-
-def _finite_scores(scores: PromptScores | None) -> PromptScores | None:
-    if scores is None:
+def _prompt_logprobs(request: Request) -> PromptLogProbs | None:
+    if request.prompt_scores is None:
         return None
-    return [entry and {token_id: _finite(value) for token_id, value in entry.items()} for entry in scores]
-
-
-def _as_objects(entry: dict[int, float]) -> dict[int, TokenLogProb]:
-    return {token_id: TokenLogProb(logprob=value) for token_id, value in entry.items()}
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB)
+    return [
+        None if entry is None else {token: TokenLogProb(logprob=value) for token, value in entry.items()}
+        for entry in request.prompt_scores
+    ]
 
 
 def _usage(requests: ListLike[Request]) -> Usage:

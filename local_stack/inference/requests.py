@@ -22,42 +22,31 @@ from schemas.inference import (
     GenerateRequest,
 )
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED = frozenset(
+    {
+        *("add_special_tokens", "allowed_token_ids", "bad_words", "best_of", "echo", "frequency_penalty"),
+        *("include_stop_str_in_output", "logit_bias", "logprob_token_ids", "min_tokens", "presence_penalty"),
+        *("prompt_embeds", "repetition_detection", "repetition_penalty", "response_format", "stream"),
+        *("structured_outputs", "suffix", "thinking_token_budget", "tool_choice", "truncate_prompt_tokens"),
+        "use_beam_search",
+    }
+)
+"""Fields that vLLM knows and this server does not."""
+_UNSUPPORTED_IN_CHAT = _UNSUPPORTED | {
+    *("chat_template", "continue_final_message", "tools"),
+    # Who needs tokens or log-probs uses `/v1/completions` or `/generate`.
+    *("logprobs", "prompt_logprobs", "return_token_ids", "top_logprobs"),
+}
+_ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (None, True),
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
     "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "include_stop_str_in_output": (None, False),
-    "logit_bias": (None, {}),
-    "logprob_token_ids": (None,),
-    "min_tokens": (None, 0),
-    "presence_penalty": (None, 0),
-    "prompt_embeds": (None,),
-    "repetition_detection": (None,),
+    "prompt_logprobs": (None,),
     "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
-    "stream": (None, False),
-    "structured_outputs": (None,),
-    "suffix": (None, ""),
     "thinking_token_budget": (None, -1),
     "tool_choice": (None, "none", "auto"),
-    "truncate_prompt_tokens": (None,),
-    "use_beam_search": (None, False),
 }
-"""Fields that vLLM knows and this server does not, with the values that ask for nothing."""
-_UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
-    **_UNSUPPORTED,
-    "chat_template": (None,),
-    "continue_final_message": (None, False),
-    "logprobs": (None, False),
-    "prompt_logprobs": (None,),
-    "return_token_ids": (None, False),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-}
-"""Who needs tokens or log-probs uses `/v1/completions` or `/generate`."""
+"""Their values that may be given all the same; of other fields those are None, false, 0 and empty ones."""
 
 
 def completion_requests(engine: Engine, body: CompletionRequest) -> list[Request]:
@@ -113,10 +102,11 @@ def _request(
     engine: Engine,
     fields: Mapping[str, Any],
     prompt: str | list[int],
-    unsupported: Mapping[str, tuple[Any, ...]],
+    unsupported: frozenset[str],
 ) -> Request:
-    for name, neutral in unsupported.items():
-        if name in fields and fields[name] not in neutral:
+    for name in sorted(unsupported & fields.keys()):
+        value, harmless = fields[name], _ASKS_FOR_NOTHING.get(name)
+        if value not in harmless if harmless else value:
             raise RequestRefused(
                 f"`{name}` is not supported by the embedded server; leave it out, or use vLLM", parameter=name
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi import Request as Http
@@ -39,7 +39,7 @@ from schemas.inference import (
 def make_routes(engine: Engine, model_name: str) -> APIRouter:
     """Make the routes over an engine that serves `model_name`."""
     router = APIRouter()
-    card = ModelCard(id=model_name, root=str(engine.model), max_model_len=engine.max_model_len)
+    card = ModelCard(id=model_name, root=engine.settings.model, max_model_len=engine.max_model_len)
 
     def check_model(asked: str | None) -> None:
         if asked not in (None, model_name):
@@ -101,7 +101,18 @@ def make_routes(engine: Engine, model_name: str) -> APIRouter:
 
     @router.post("/collective_rpc")
     async def collective_rpc(body: CollectiveRpcRequest) -> CollectiveRpcReply:
-        await engine.reload_weights(_reload_directory(body, engine.model))
+        """Load weights: the one method of vLLM's workers that is known here."""
+        if body.method != "reload_weights":
+            raise RequestRefused(
+                f"method {body.method!r} is not supported; the embedded server knows `reload_weights`",
+                parameter="method",
+            )
+        path = body.kwargs.get("weights_path", engine.settings.model)
+        if body.args or set(body.kwargs) - {"weights_path"} or not isinstance(path, str):
+            raise RequestRefused(
+                "reload_weights takes the keyword argument `weights_path` only, a string", parameter="kwargs"
+            )
+        await engine.reload_weights(Path(path))
         return CollectiveRpcReply(results=[None])
 
     @router.post("/reset_prefix_cache")
@@ -132,34 +143,12 @@ def _json(reply: BaseModel) -> Response:
 async def _generate(engine: Engine, requests: list[Request], http: Http) -> None:
     """Generate; if the client goes away meanwhile, stop."""
     work = asyncio.create_task(engine.generate(requests))
-    departure = asyncio.create_task(_departed(http))
+    # The request has been read in full before: the next message is that the client has gone.
+    departure = asyncio.ensure_future(http.receive())
+    departure.add_done_callback(lambda _: work.cancel())
     try:
-        waited_for: set[asyncio.Task[Any]] = {work, departure}
-        await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise EngineFailure("the client has closed the connection")
         await work
+    except asyncio.CancelledError as error:
+        raise EngineFailure("the client has closed the connection") from error
     finally:
         departure.cancel()
-        work.cancel()
-
-
-async def _departed(http: Http) -> None:
-    """Return when the client has closed the connection (its request has been read in full before)."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _reload_directory(body: CollectiveRpcRequest, start: str) -> Path:
-    """Return the directory to load from; refuse every call but `reload_weights`."""
-    if body.method != "reload_weights":
-        raise RequestRefused(
-            f"method {body.method!r} is not supported; the embedded server knows `reload_weights`",
-            parameter="method",
-        )
-    path = body.kwargs.get("weights_path", start)
-    if body.args or set(body.kwargs) - {"weights_path"} or not isinstance(path, str):
-        raise RequestRefused(
-            "reload_weights takes the keyword argument `weights_path` only, a string", parameter="kwargs"
-        )
-    return Path(path)

@@ -58,7 +58,7 @@ def test_sixteen_clients_with_prompts_of_all_lengths_each_get_their_own_logprobs
 def test_small_limits_only_make_requests_wait(
     tiny_model_directory: Path, start_inference_server: StartServer, reference: Reference
 ) -> None:
-    server = start_inference_server(tiny_model_directory, max_num_seqs=3, max_cached_tokens=100)
+    server = start_inference_server(tiny_model_directory, max_num_seqs=3)
     prompts = [make_prompt(30, seed=1), make_prompt(70, seed=2), make_prompt(10, seed=3)]
     choices = server.complete(prompts, n=3, max_tokens=9, ignore_eos=True)
     assert [choice["index"] for choice in choices] == list(range(9))

@@ -20,7 +20,7 @@ def draw(logits: torch.Tensor, parameters: SamplingParameters, count: int, seed:
     """Sample `count` tokens from one row of logits. [count]."""
     numbers = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
     outcome = sample(logits.expand(count, -1), [parameters] * count, numbers)
-    return torch.tensor(outcome.token_ids)
+    return torch.tensor([each.token_id for each in outcome])
 
 
 @given(
@@ -36,13 +36,11 @@ def test_the_token_is_the_one_whose_share_of_the_cumulative_distribution_the_num
     parameters = SamplingParameters(temperature=temperature)
     outcome = sample(logits, [parameters], [number])
     cumulative = (logits[0].double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    (token,) = outcome.token_ids
+    ((token, logprob, _),) = outcome
     # Float32 probabilities against float64 ones: the boundary may lie a little beside.
     assert (cumulative[token - 1].item() if token else 0.0) <= number + 1e-5
     assert cumulative[token].item() >= number - 1e-5
-    assert outcome.logprobs[0] == pytest.approx(
-        logits[0].double().log_softmax(dim=-1)[token].item(), abs=1e-4
-    )
+    assert logprob == pytest.approx(logits[0].double().log_softmax(dim=-1)[token].item(), abs=1e-4)
 
 
 def test_frequencies_match_the_distribution() -> None:
@@ -61,7 +59,7 @@ def test_impossible_tokens_are_never_drawn_even_at_the_ends_of_the_unit_interval
     logits[:, 255] = logits[:, 300] = 0.0
     numbers = [0.0, 0.5, math.nextafter(1.0, 0.0)]
     outcome = sample(logits, [SamplingParameters()] * 3, numbers)
-    assert outcome.token_ids == [255, 300, 300]
+    assert [each.token_id for each in outcome] == [255, 300, 300]
 
 
 @pytest.mark.parametrize(
@@ -93,10 +91,11 @@ def test_rows_with_different_parameters_do_not_disturb_one_another() -> None:
     ]
     numbers = [0.1, 0.2, 0.3, 0.4]
     together = sample(logits, parameters, numbers)
-    alone = [sample(logits[[row]], [parameters[row]], [numbers[row]]) for row in range(4)]
-    assert together.token_ids == [outcome.token_ids[0] for outcome in alone]
-    assert together.token_ids[1:3] == logits[1:3].argmax(dim=-1).tolist()
-    assert [len(top) for top in together.top] == [0, 0, 0, 2]
+    alone = [sample(logits[[row]], [parameters[row]], [numbers[row]])[0] for row in range(4)]
+    tokens = [each.token_id for each in together]
+    assert tokens == [each.token_id for each in alone]
+    assert tokens[1:3] == logits[1:3].argmax(dim=-1).tolist()
+    assert [len(each.top) for each in together] == [0, 0, 0, 2]
 
 
 def test_a_seed_reproduces_its_samples_whatever_runs_beside(inference_server: RunningInferenceServer) -> None:
