@@ -25,11 +25,11 @@ from trainer.errors import ConfigurationError
 from trainer.monitoring import (
     HealthServer,
     PageReply,
-    PhaseDeadlines,
     Progress,
     RunPhase,
     Watchdog,
     health_report,
+    phase_deadlines,
 )
 from trainer.publish.engines.connection import Deadline
 from trainer.run.broadcast import BatchBroadcast
@@ -40,6 +40,11 @@ PATIENCE = 60.0
 
 def settings(*words: str) -> TrainerConfig:
     return load_config(None, ["--model.path", "m", *words], environment={})
+
+
+def watch(progress: Progress, *words: str) -> Watchdog:
+    config = settings(*words)
+    return Watchdog(progress, phase_deadlines(config), config)
 
 
 def test_an_outer_phase_does_not_count_the_time_of_an_inner_one() -> None:
@@ -67,18 +72,18 @@ def test_an_exception_leaves_a_phase_too() -> None:
 
 def test_deadlines_lie_beyond_those_of_the_waits_inside() -> None:
     config = settings("--atropos.batch_timeout", "100000", "--publish.load_timeout", "50000")
-    deadlines = PhaseDeadlines(config)
-    assert deadlines.of(RunPhase.WAITING) > 100000
-    assert deadlines.of(RunPhase.PUBLISHING) > 100000
-    assert PhaseDeadlines(config, is_main_process=False).of(RunPhase.WAITING) > 200000
-    assert deadlines.shortest == deadlines.of(RunPhase.PREPARING) == 1800
+    deadlines = phase_deadlines(config)
+    assert deadlines[RunPhase.WAITING] > 100000
+    assert deadlines[RunPhase.PUBLISHING] > 100000
+    assert phase_deadlines(config, is_main_process=False)[RunPhase.WAITING] > 200000
+    assert min(deadlines.values()) == deadlines[RunPhase.PREPARING] == 1800
     for phase in RunPhase:
-        changed = PhaseDeadlines(settings(f"--watchdog.{phase}_timeout", "3"))
-        assert changed.of(phase) == changed.shortest == 3
+        changed = phase_deadlines(settings(f"--watchdog.{phase}_timeout", "3"))
+        assert changed[phase] == min(changed.values()) == 3
 
 
 def test_the_report_says_starting_ok_overdue_and_stopping() -> None:
-    progress, deadlines = Progress(), PhaseDeadlines(settings("--watchdog.preparing_timeout", "0.01"))
+    progress, deadlines = Progress(), phase_deadlines(settings("--watchdog.preparing_timeout", "0.01"))
     assert health_report(progress, deadlines)["status"] == "starting"
     progress.begin(RunPhase.TRAINING, "the computation")
     assert health_report(progress, deadlines)["status"] == "ok"
@@ -100,14 +105,8 @@ def test_a_phase_that_ends_in_its_grace_lets_the_run_go_on(
         asked.set()
         return "they said nothing"
 
-    watchdog = Watchdog(
-        progress,
-        PhaseDeadlines(settings("--watchdog.waiting_timeout", "0.1")),
-        grace=PATIENCE,
-        frozen=600,
-        remind_every=600,
-        stacks=tmp_path / "out" / "stacks.txt",
-    )
+    words = ("--watchdog.waiting_timeout", "0.1", "--watchdog.grace", str(PATIENCE))
+    watchdog = watch(progress, *words, "--train.output_dir", str(tmp_path / "out"))
     with watchdog, caplog.at_level("INFO"):
         with progress.phase(RunPhase.WAITING, "the API", details):
             assert asked.wait(PATIENCE)
@@ -120,10 +119,8 @@ def test_a_phase_that_ends_in_its_grace_lets_the_run_go_on(
 
 def test_a_long_phase_says_whom_it_waits_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     progress = Progress()
-    deadlines = PhaseDeadlines(settings())
-    watchdog = Watchdog(
-        progress, deadlines, grace=1, frozen=600, remind_every=0.2, stacks=tmp_path / "stacks.txt"
-    )
+    words = ("--atropos.heartbeat_every", "0.2", "--train.output_dir", str(tmp_path))
+    watchdog = watch(progress, *words)
     with caplog.at_level("INFO"), watchdog, progress.phase(RunPhase.PUBLISHING, "the inference server S"):
         until(lambda: caplog.text.count("waiting for the inference server S") >= 2)
     assert "still publishing after" in caplog.text

@@ -7,15 +7,7 @@ trains.
 
 from trainer.monitoring.health import health_report
 from trainer.monitoring.monitor import RunMonitor
-from trainer.monitoring.phases import (
-    PartyNames,
-    PhaseDeadlines,
-    PhaseStatus,
-    Progress,
-    RunCounts,
-    RunPhase,
-    atropos_api,
-)
+from trainer.monitoring.phases import Progress, RunCounts, RunPhase, phase_deadlines
 from trainer.monitoring.server import HealthServer, PageReply
 from trainer.monitoring.watchdog import STACKS_FILE, STUCK, Watchdog
 
@@ -24,14 +16,11 @@ __all__ = [
     "STUCK",
     "HealthServer",
     "PageReply",
-    "PartyNames",
-    "PhaseDeadlines",
-    "PhaseStatus",
     "Progress",
     "RunCounts",
     "RunMonitor",
     "RunPhase",
     "Watchdog",
-    "atropos_api",
     "health_report",
+    "phase_deadlines",
 ]

@@ -14,11 +14,10 @@ from typing import Final, Self
 from atropos_client.private_files import make_run_directory, replace_private
 from trainer.config import TrainerConfig
 from trainer.launch import launched_rank
-from trainer.monitoring.health import HealthReport, health_report, is_healthy
-from trainer.monitoring.phases import PhaseDeadlines, Progress
-from trainer.monitoring.prometheus import metrics_page
+from trainer.monitoring.health import HealthReport, health_report, is_healthy, metrics_page
+from trainer.monitoring.phases import Progress, phase_deadlines
 from trainer.monitoring.server import HealthServer, PageReply
-from trainer.monitoring.watchdog import STACKS_FILE, Watchdog
+from trainer.monitoring.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class RunMonitor:
     def __init__(self, config: TrainerConfig) -> None:
         self._config = config
         self._is_main_process = launched_rank() == 0
-        self._deadlines = PhaseDeadlines(config, is_main_process=self._is_main_process)
+        self._deadlines = phase_deadlines(config, is_main_process=self._is_main_process)
         self._server: HealthServer | None = None
         self.progress = Progress()
         """For the trainer to write to."""
@@ -56,17 +55,8 @@ class RunMonitor:
         with ExitStack() as stack:
             if self._is_main_process:
                 self._report_by(stack)
-            settings = self._config.watchdog
-            if settings.enabled:
-                watchdog = Watchdog(
-                    self.progress,
-                    self._deadlines,
-                    grace=settings.grace,
-                    frozen=settings.frozen_timeout,
-                    remind_every=self._config.atropos.heartbeat_every,
-                    stacks=self._config.train.output_dir / STACKS_FILE,
-                )
-                stack.enter_context(watchdog)
+            if self._config.watchdog.enabled:
+                stack.enter_context(Watchdog(self.progress, self._deadlines, self._config))
             self._stack = stack.pop_all()
         return self
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from atropos_client.clock import running_time
-from trainer.config import TrainerConfig, plain_url
+from trainer.config import TrainerConfig
 
 _HOUR = 3600.0
-
-
 _AFTER_BATCH_TIMEOUT = 600.0
 """The wait for a batch ends by itself, with a message that says more; the watchdog comes long after."""
 
@@ -55,6 +53,10 @@ class PhaseStatus:
     def seconds(self) -> float:
         """Seconds that it has lasted, without the time in which the process stood still."""
         return running_time() - self.since
+
+    def is_overdue(self, deadlines: Mapping[RunPhase, float]) -> bool:
+        """Whether it has lasted longer than it may."""
+        return self.seconds() > deadlines[self.phase]
 
     def describe(self) -> str:
         """Name the party that is waited for, with what it last said."""
@@ -143,74 +145,28 @@ class Progress:
         )
 
 
-class PartyNames:
-    """Names the parties of a run, in words that follow "waiting for".
-
-    Args:
-        config: The run's configuration.
-        source: Who process 0 gets batches from.
-        is_main_process: Whether this process is the one that fetches and publishes.
-    """
-
-    def __init__(self, config: TrainerConfig, *, source: str, is_main_process: bool) -> None:
-        servers = [plain_url(url) for url in config.publish.servers]
-        noun = "inference server" if len(servers) == 1 else "inference servers"
-        self.batches = source if is_main_process else "process 0"
-        """The sender of batches."""
-        self.servers = f"the {noun} {', '.join(servers)}"
-        """The servers that are published to."""
-        self.computation = "the computation"
-        """The training computation."""
-        self.disk = f"the disk of {config.train.output_dir}"
-        """The disk for checkpoints."""
-        self.ending = "the fetching process, the publisher and trackers to end"
-        """Everybody who is still at work when training is over."""
-
-
-def atropos_api(url: str) -> str:
-    """The Atropos API at this address."""
-    return f"the Atropos API at {plain_url(url)}"
-
-
-class PhaseDeadlines:
-    """Seconds by phase, from section `watchdog`.
+def phase_deadlines(config: TrainerConfig, *, is_main_process: bool = True) -> dict[RunPhase, float]:
+    """Seconds that each phase may last, from section `watchdog`.
 
     Args:
         config: The configuration.
         is_main_process: Whether this process is the one that fetches and publishes. The others wait for it.
     """
-
-    def __init__(self, config: TrainerConfig, *, is_main_process: bool = True) -> None:
-        settings, atropos, publish = config.watchdog, config.atropos, config.publish
-        starting = (
-            settings.starting_timeout or _HOUR + atropos.ready_timeout + config.journal.shutdown_timeout
-        )
-        waiting = settings.waiting_timeout or atropos.batch_timeout + _AFTER_BATCH_TIMEOUT
-        requests = publish.load_timeout + publish.verify_timeout + 6 * publish.pause_timeout
-        publishing = settings.publishing_timeout or (
-            _HOUR + 2 * (publish.ready_timeout + publish.retry_seconds + requests)
-        )
-        if not is_main_process:  # what process 0 does without the others, they spend waiting for its batch
-            waiting += publishing + starting + settings.checkpointing_timeout
-        self._seconds = {
-            RunPhase.STARTING: starting,
-            RunPhase.WAITING: waiting,
-            RunPhase.PREPARING: settings.preparing_timeout,
-            RunPhase.TRAINING: settings.training_timeout,
-            RunPhase.PUBLISHING: publishing,
-            RunPhase.CHECKPOINTING: settings.checkpointing_timeout,
-            RunPhase.STOPPING: settings.stopping_timeout,
-        }
-
-    @property
-    def shortest(self) -> float:
-        """The shortest of all."""
-        return min(self._seconds.values())
-
-    def of(self, phase: RunPhase) -> float:
-        """Seconds that the phase may last."""
-        return self._seconds[phase]
-
-    def is_past(self, status: PhaseStatus) -> bool:
-        """Whether it has lasted longer than it may."""
-        return status.seconds() > self.of(status.phase)
+    settings, atropos, publish = config.watchdog, config.atropos, config.publish
+    starting = settings.starting_timeout or _HOUR + atropos.ready_timeout + config.journal.shutdown_timeout
+    waiting = settings.waiting_timeout or atropos.batch_timeout + _AFTER_BATCH_TIMEOUT
+    requests = publish.load_timeout + publish.verify_timeout + 6 * publish.pause_timeout
+    publishing = settings.publishing_timeout or (
+        _HOUR + 2 * (publish.ready_timeout + publish.retry_seconds + requests)
+    )
+    if not is_main_process:  # what process 0 does without the others, they spend waiting for its batch
+        waiting += publishing + starting + settings.checkpointing_timeout
+    return {
+        RunPhase.STARTING: starting,
+        RunPhase.WAITING: waiting,
+        RunPhase.PREPARING: settings.preparing_timeout,
+        RunPhase.TRAINING: settings.training_timeout,
+        RunPhase.PUBLISHING: publishing,
+        RunPhase.CHECKPOINTING: settings.checkpointing_timeout,
+        RunPhase.STOPPING: settings.stopping_timeout,
+    }

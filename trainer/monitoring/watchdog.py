@@ -14,14 +14,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import BinaryIO, Final, NoReturn
+from typing import BinaryIO, Final
 
 from atropos_client.private_files import make_run_directory, open_private
-from trainer.monitoring.phases import PhaseDeadlines, PhaseStatus, Progress, RunPhase
+from trainer.config import TrainerConfig
+from trainer.monitoring.phases import PhaseStatus, Progress, RunPhase
 
 logger = logging.getLogger(__name__)
 
@@ -42,34 +42,26 @@ _PATIENCE_SECONDS: Final = 5.0
 class Watchdog:
     """A thread that looks at the present phase once a second; a context manager.
 
+    Every `atropos.heartbeat_every` seconds it says who is waited for; not in the wait for a batch, which says it
+    by itself.
+
     Args:
         progress: What it looks at.
-        deadlines: How long each phase may last.
-        grace: Seconds between the stacks and the end.
-        frozen: Seconds without any Python after which the process is ended from C code.
-        remind_every: Seconds between two log lines that say who is waited for; not in the wait for a batch,
-            which has its own.
-        stacks: The file for the stacks.
+        deadlines: Seconds that each phase may last.
+        config: Of the run; section `watchdog`, and where the stacks go.
     """
 
     def __init__(
-        self,
-        progress: Progress,
-        deadlines: PhaseDeadlines,
-        *,
-        grace: float,
-        frozen: float,
-        remind_every: float,
-        stacks: Path,
+        self, progress: Progress, deadlines: Mapping[RunPhase, float], config: TrainerConfig
     ) -> None:
         self._progress = progress
         self._deadlines = deadlines
-        self._grace = grace
-        self._frozen = frozen
-        self._remind_every = remind_every
+        self._grace = config.watchdog.grace
+        self._frozen = config.watchdog.frozen_timeout
+        self._remind_every = config.atropos.heartbeat_every
         self._reminded = (-1, 0)  # in which entry, and how often
-        self._stacks = stacks
-        self._tick = min(_TICK_SECONDS, deadlines.shortest / 4)
+        self._stacks = config.train.output_dir / STACKS_FILE
+        self._tick = min(_TICK_SECONDS, min(deadlines.values()) / 4)
         self._taken = _file_in_memory()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -91,7 +83,7 @@ class Watchdog:
             if time.monotonic() - armed_at > self._frozen / 4:
                 armed_at = self._arm()
             status = self._progress.status
-            if self._deadlines.is_past(status):
+            if status.is_overdue(self._deadlines):
                 self._arm(self._grace + 5 * _PATIENCE_SECONDS)
                 try:
                     self._cry(status)
@@ -126,7 +118,7 @@ class Watchdog:
         party = within(_PATIENCE_SECONDS, status.describe) or f"{status.party} (which could not be asked)"
         message = (
             f"stuck in phase {status.phase} for {status.seconds():.0f} s, longer than "
-            f"watchdog.{status.phase}_timeout ({self._deadlines.of(status.phase):g} s), waiting for {party}"
+            f"watchdog.{status.phase}_timeout ({self._deadlines[status.phase]:g} s), waiting for {party}"
         )
         within(_PATIENCE_SECONDS, lambda: logger.critical("The run is %s. All threads:", message))
         within(_PATIENCE_SECONDS, lambda: _write_all(2, stacks.encode()))
@@ -154,18 +146,10 @@ class Watchdog:
             if self._progress.status.serial != status.serial:
                 logger.warning("RunPhase %s has ended after all; the run goes on", status.phase)
                 return
-        end_now(f"ending with exit code {STUCK}; start again to go on from the newest checkpoint")
-
-
-def end_now(last_words: str) -> NoReturn:
-    """End the process as stuck, whatever its threads do, and whoever does not read its log."""
-
-    def say() -> None:
-        logger.critical("%s", last_words)
-        logging.shutdown()
-
-    within(_PATIENCE_SECONDS, say)
-    os._exit(STUCK)
+        last_words = f"ending with exit code {STUCK}; start again to go on from the newest checkpoint"
+        within(_PATIENCE_SECONDS, lambda: logger.critical("%s", last_words))
+        within(_PATIENCE_SECONDS, logging.shutdown)
+        os._exit(STUCK)
 
 
 def take_stacks(file: BinaryIO) -> str:

@@ -38,7 +38,6 @@ class CheckpointWriter:
         tracker: What a checkpoint counts.
         ledger: Lets go of the bodies that no checkpoint needs any more. None: there is none.
         progress: Where the phase is noted.
-        disk: Who is waited for meanwhile, for logs.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class CheckpointWriter:
         *,
         ledger: BatchLedger | None,
         progress: Progress,
-        disk: str,
     ) -> None:
         self._config = config
         self._prepared = prepared
@@ -57,7 +55,7 @@ class CheckpointWriter:
         self._tracker = tracker
         self._ledger = ledger
         self._progress = progress
-        self._disk = disk
+        self._disk = f"the disk of {config.train.output_dir}"
         self._directory = checkpoint_directory(config)
         self._step = prepared.state.step if prepared.state else -1
         self._settled_batch = tracker.settled_batch

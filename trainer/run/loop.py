@@ -17,7 +17,7 @@ from atropos_client import AtroposClientError
 from trainer.config import TrainerConfig
 from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
 from trainer.model.weighted_sft_call import Alignment, compute_advantage_weighted_sft_loss
-from trainer.monitoring import PartyNames, Progress, RunPhase
+from trainer.monitoring import Progress, RunPhase
 from trainer.publish import Publisher
 from trainer.run.batch_tracker import BatchTracker
 from trainer.run.broadcast import BatchBroadcast, Stopped
@@ -29,7 +29,7 @@ from trainer.run.train_state import PreparedRun
 from trainer.sources.incoming import BatchLedger, BatchSource, EndOfBatches, IncomingBatch, PreparedStep
 
 _ASKED_ELSEWHERE = "another process was asked to stop"
-
+_ENDING = "the fetching process, the publisher and trackers to end"
 
 NO_MORE_BATCHES = "there are no more batches"
 """Why a run on recordings stops early."""
@@ -89,22 +89,21 @@ class Trainer:
         self.starting = False
         """Whether the run still waits for servers and the API: its checkpoint stands, no step has begun."""
         is_main_process = self._accelerator.is_main_process
-        self._parties = PartyNames(config, source=source.party, is_main_process=is_main_process)
+        self._sender = source.party if is_main_process else "process 0"
         self._steps = steps
         self._rows = RowWriter(config, prepared, on_row=on_row)
         self._tracker = BatchTracker(
             config, prepared, source=source, ledger=ledger, rows=self._rows, progress=self._progress
         )
         self._checkpoints = CheckpointWriter(
-            config, prepared, self._tracker, ledger=ledger, progress=self._progress, disk=self._parties.disk
+            config, prepared, self._tracker, ledger=ledger, progress=self._progress
         )
         self._publishes = PublishSchedule(
             publisher if is_main_process else None,
-            every=config.publish.every,
+            config,
             rows=self._rows,
             stop_requested=lambda: self.stop_requested,
             progress=self._progress,
-            servers=self._parties.servers,
         )
 
     @property
@@ -186,7 +185,7 @@ class Trainer:
             self.starting = True
             self._publishes.start(self.step)
             stopped_early = self._train()
-            self._progress.begin(RunPhase.STOPPING, self._parties.ending)
+            self._progress.begin(RunPhase.STOPPING, _ENDING)
             if not self._checkpoints.has_current_step:  # before anything that waits for others
                 self.write_checkpoint()
             self._publishes.finish(self.step)
@@ -194,7 +193,7 @@ class Trainer:
             self._checkpoints.save_last_whole_step(weights_whole=self._steps.weights_whole)
             raise
         finally:
-            self._progress.begin(RunPhase.STOPPING, self._parties.ending)
+            self._progress.begin(RunPhase.STOPPING, _ENDING)
             self._tracker.keep_unused(self._source.stop())
             self._publishes.close()
         final = self._checkpoints.write_final_model() if stopped_early is None else None
@@ -220,15 +219,15 @@ class Trainer:
             meanwhile=self._tend,
         )
         if self._accelerator.is_main_process:
-            self._progress.begin(RunPhase.STARTING, self._parties.batches)
+            self._progress.begin(RunPhase.STARTING, self._sender)
             self._source.start()
         self.starting = False
-        self._progress.begin(RunPhase.TRAINING, self._parties.computation)
+        self._progress.begin(RunPhase.TRAINING, "the computation")
         describe = self._source.describe_wait if self._accelerator.is_main_process else None
         while self.step < self._config.train.steps:
             started = time.monotonic()
             try:
-                with self._progress.phase(RunPhase.WAITING, self._parties.batches, describe):
+                with self._progress.phase(RunPhase.WAITING, self._sender, describe):
                     incoming = broadcast.next()
             except Stopped:
                 return self._stop_reason or _ASKED_ELSEWHERE
@@ -239,7 +238,7 @@ class Trainer:
             waited = time.monotonic() - started
             try:
                 with self._progress.phase(
-                    RunPhase.TRAINING, f"{self._parties.computation} of batch {self._tracker.batch}"
+                    RunPhase.TRAINING, f"the computation of batch {self._tracker.batch}"
                 ):
                     self._train_on(incoming, waited=waited)
             except StepAborted:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from trainer.config import TrainerConfig, plain_url
 from trainer.monitoring import Progress, RunPhase
 from trainer.publish import Publisher
 from trainer.run.metrics import Row, RowWriter
@@ -17,29 +18,28 @@ class PublishSchedule:
 
     Args:
         publisher: How weights reach the inference servers; None: nothing is published.
-        every: Steps between two publishes.
+        config: The run's configuration.
         rows: Where the row of a publish goes when it is known how it went.
         stop_requested: Whether the run is to end.
         progress: Where the phase is noted.
-        servers: Who is waited for meanwhile, for logs.
     """
 
     def __init__(
         self,
         publisher: Publisher | None,
+        config: TrainerConfig,
         *,
-        every: int,
         rows: RowWriter,
         stop_requested: Callable[[], bool],
         progress: Progress,
-        servers: str,
     ) -> None:
         self._publisher = publisher
-        self._every = every
+        self._every = config.publish.every
         self._rows = rows
         self._stop_requested = stop_requested
         self._progress = progress
-        self._servers = servers
+        urls = [plain_url(url) for url in config.publish.servers]
+        self._servers = f"the inference server{'s' if len(urls) != 1 else ''} {', '.join(urls)}"
         self._newest = -1  # the step whose publish was last begun
 
     def start(self, step: int) -> None:

@@ -16,8 +16,7 @@ from atropos_client import AtroposClient, Timeouts
 from atropos_client.fetcher import STOP_PATIENCE, Fetcher, FetcherSettings
 from atropos_client.journal import Journal, JournalLimits
 from schemas import BatchReply, Registration
-from trainer.config import TrainerConfig
-from trainer.monitoring import atropos_api
+from trainer.config import TrainerConfig, plain_url
 from trainer.sources.incoming import IncomingBatch, PreparedStep
 
 # Environments that take their last step from us leave when so many batches were formed, and count among them
@@ -49,7 +48,7 @@ class AtroposSource:
         served_version: Callable[[], int],
         prepare: Callable[[BatchReply], PreparedStep] | None = None,
     ) -> None:
-        self.party = atropos_api(config.atropos.url)
+        self.party = f"the Atropos API at {plain_url(config.atropos.url)}"
         self._config = config
         self._journal = journal
         self._after = after
