@@ -42,8 +42,7 @@ _PATIENCE_SECONDS: Final = 5.0
 class Watchdog:
     """A thread that looks at the present phase once a second; a context manager.
 
-    Every `atropos.heartbeat_every` seconds it says who is waited for; not in the wait for a batch, which says it
-    by itself.
+    Every `atropos.heartbeat_every` seconds it says who is waited for; the wait for a batch does that itself.
 
     Args:
         progress: What it looks at.

@@ -22,8 +22,8 @@ from trainer.publish import Publisher
 from trainer.run.batch_tracker import BatchTracker
 from trainer.run.broadcast import BatchBroadcast, Stopped
 from trainer.run.checkpointing import CheckpointWriter
-from trainer.run.metrics import Row, RowWriter, StepTimes, batch_metrics, step_metrics, time_metrics
-from trainer.run.optimizer_step import ComputedStep, StepAborted, StepRunner
+from trainer.run.metrics import Row, RowWriter, batch_metrics, step_metrics
+from trainer.run.optimizer_step import StepAborted, StepResult, StepRunner
 from trainer.run.publish_schedule import PublishSchedule
 from trainer.run.train_state import PreparedRun
 from trainer.sources.incoming import BatchLedger, BatchSource, EndOfBatches, IncomingBatch, PreparedStep
@@ -272,57 +272,53 @@ class Trainer:
         if batch.empty_reason is not None:
             self._tracker.skip(incoming, batch, batch.empty_reason, counter="batches_without_signal")
             return
-        computed = self._steps.run(
-            prepared,
+        result = self._steps.train_on(
+            prepared.micro_batches,
             step=self.step,
             served_version=incoming.served_version,
             accepts=self._tracker.accepts,
             should_abort=self._grace_is_over,
         )
-        result = computed.result
         if result.refused:
-            self._tracker.refuse(incoming, result.mismatch, computed.staleness)
+            self._tracker.refuse(incoming, result.mismatch, result.staleness)
         if not result.applied:
             reason = f"loss {result.loss} or gradient norm {result.grad_norm} is not finite"
             self._tracker.skip(incoming, batch, reason, counter="batches_not_finite")
             return
         self._tracker.note_trained(batch)
-        self._conclude(
-            incoming, prepared, computed, waited=waited, training_seconds=time.monotonic() - started
-        )
+        self._conclude(incoming, prepared, result, waited=waited, trained=time.monotonic() - started)
 
     def _conclude(
         self,
         incoming: IncomingBatch,
         prepared: PreparedStep,
-        computed: ComputedStep,
+        result: StepResult,
         *,
         waited: float,
-        training_seconds: float,
+        trained: float,
     ) -> None:
-        """After a step: publish, write its row, and save what is due."""
+        """After a step: publish, write its row, and save what is due.
+
+        `waited` and `trained` are seconds: for the batch, and from then to its new weights.
+        """
         started = time.monotonic()
         self._publishes.publish(self.step)
-        times = StepTimes(
-            waiting=waited,
-            idle=computed.idle,
-            preparing=prepared.seconds,
-            prepared_ahead=incoming.prepared is not None,
-            training=training_seconds,
-            publishing=time.monotonic() - started,
-        )
         row: Row = {
             "kind": "step",
             "step": self.step,
             "policy_version": self.step,
             "batch": self._tracker.batch,
             "served_version": incoming.served_version,
-            "staleness": computed.staleness,
-            "learning_rate": computed.learning_rate,
             **batch_metrics(prepared.batch),
             "set_aside_share": self._tracker.set_aside_share,
-            **step_metrics(computed.result),
-            **time_metrics(times, prepared.batch, computed.result),
+            **step_metrics(result),
+            "waiting_seconds": waited,
+            "preparing_seconds": prepared.seconds,
+            "prepared_ahead": incoming.prepared is not None,
+            "training_seconds": trained,
+            "publishing_seconds": time.monotonic() - started,  # the rest goes on beside the next step
+            "tokens_per_second": prepared.batch.trained_tokens / trained,
+            "total_tokens_per_second": result.sequence_tokens / trained,
             **self._tracker.all_counters(),
         }
         self._rows.write(row, step=self.step)

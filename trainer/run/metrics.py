@@ -7,8 +7,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -25,68 +24,6 @@ from trainer.samples.prepare import PreparedBatch
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-
-class MetricsFile:
-    """A JSON Lines file, one row a line, each on the disk before the next step begins.
-
-    Args:
-        path: Created if missing.
-        resumed_step: Rows of later steps, which a resumed run computes again, are dropped.
-        resumed_batch: Likewise rows of later batches, such as those that were skipped.
-    """
-
-    def __init__(self, path: Path, *, resumed_step: int, resumed_batch: int) -> None:
-        self._path = path
-        path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
-        dropped = drop_rows(
-            path, lambda row: row.get("step", 0) > resumed_step or row.get("batch", 0) > resumed_batch
-        )
-        if dropped:
-            logger.warning(
-                "%s: dropped %s after step %d, to be computed again",
-                path,
-                count_of(dropped, "row"),
-                resumed_step,
-            )
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Append a row. Numbers that are not finite become null, which JSON can carry.
-
-        Raises:
-            MetricsError: It cannot be written.
-        """
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
-        try:
-            with open_private(self._path, "a") as file:
-                file.write(json.dumps(finite) + "\n")
-        except OSError as error:
-            why = error.strerror or error
-            raise MetricsError(
-                f"cannot write the metrics of step {row.get('step')} to {self._path}: {why}; when that is "
-                "mended, start again: the run goes on from its newest checkpoint"
-            ) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """Where the seconds of a step went, as the training thread saw them."""
-
-    waiting: float
-    """For the batch."""
-    idle: float | None
-    """From the end of the step before, its publish and its checkpoint, to the first computation of this one;
-    None: there is none before."""
-    preparing: float
-    """Preparing and packing, parsing not counted; beside the step before, if `prepared_ahead`."""
-    prepared_ahead: bool
-    training: float
-    """From when the batch was taken to its new weights."""
-    publishing: float
-    """Until training could go on; the rest goes on beside it."""
 
 
 def batch_metrics(batch: PreparedBatch) -> Row:
@@ -111,6 +48,9 @@ def step_metrics(result: StepResult) -> Row:
     """Loss, gradient, token counts and waste of a step."""
     saved = result.sequence_tokens - (result.computed_tokens - result.padding_tokens)
     return {
+        "staleness": result.staleness,
+        "learning_rate": result.learning_rate,
+        "idle_seconds": result.idle,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         **result.per_token,
@@ -125,22 +65,8 @@ def step_metrics(result: StepResult) -> Row:
     }
 
 
-def time_metrics(times: StepTimes, batch: PreparedBatch, result: StepResult) -> Row:
-    """Where the time of a step went, and how fast it was."""
-    return {
-        "waiting_seconds": times.waiting,
-        "idle_seconds": times.idle,
-        "preparing_seconds": times.preparing,
-        "prepared_ahead": times.prepared_ahead,
-        "training_seconds": times.training,
-        "publishing_seconds": times.publishing,
-        "tokens_per_second": batch.trained_tokens / times.training,
-        "total_tokens_per_second": result.sequence_tokens / times.training,
-    }
-
-
 class RowWriter:
-    """Writes the rows of a run, on process 0 only.
+    """Writes the rows of a run, on process 0 only: each is on the disk before the next step begins.
 
     Args:
         config: The run's configuration.
@@ -154,14 +80,12 @@ class RowWriter:
         self._config = config
         self._accelerator = prepared.accelerator
         self._on_row = on_row
-        self._resumed_step = prepared.state.step if prepared.state else None
+        state = prepared.state
+        self._resumed_step = state.step if state else None
+        self._path = config.train.output_dir / "metrics.jsonl"
         if self._accelerator.is_main_process:
-            state = prepared.state
-            self._file = MetricsFile(
-                config.train.output_dir / "metrics.jsonl",
-                resumed_step=state.step if state else 0,
-                resumed_batch=state.batches if state else 0,
-            )
+            self._path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
+            drop_later_rows(self._path, step=state.step if state else 0, batch=state.batches if state else 0)
 
     def start_trackers(self) -> None:
         """Open the configured experiment trackers with the settings of the run; a resumed run goes on there.
@@ -209,11 +133,40 @@ class RowWriter:
         """
         if not self._accelerator.is_main_process:
             return
-        self._file.write(row)
+        append_row(self._path, row)
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=step)
         if self._on_row is not None:
             self._on_row(row)
+
+
+def drop_later_rows(path: Path, *, step: int, batch: int) -> None:
+    """Drop the rows of later steps, or of later batches (such as those that were skipped)."""
+    dropped = drop_rows(path, lambda row: row.get("step", 0) > step or row.get("batch", 0) > batch)
+    if dropped:
+        logger.warning(
+            "%s: dropped %s after step %d, to be computed again", path, count_of(dropped, "row"), step
+        )
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append a row to a file. Numbers that are not finite become null, which JSON can carry.
+
+    Raises:
+        MetricsError: It cannot be written.
+    """
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+    try:
+        with open_private(path, "a") as file:
+            file.write(json.dumps(finite) + "\n")
+    except OSError as error:
+        raise MetricsError(
+            f"cannot write the metrics of step {row.get('step')} to {path}: {error.strerror or error}; when "
+            "that is mended, start again: the run goes on from its newest checkpoint"
+        ) from error
 
 
 def _tracker_run(output: Path, *, new: bool) -> str:

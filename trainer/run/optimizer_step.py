@@ -59,18 +59,12 @@ class StepResult:
     imbalance: float
     """Estimated cost of the slowest process over the mean of all; 1 is even."""
     micro_batches: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputedStep:
-    """A step that was computed; its result says whether it was applied."""
-
-    result: StepResult
+    learning_rate: float
     staleness: int | None
     """Versions between the one that was served when the batch arrived and ours; None if that is not known."""
-    learning_rate: float
     idle: float | None
-    """See `trainer.run.metrics.StepTimes`."""
+    """Seconds from the end of the step before, its publish and its checkpoint, to the first computation of
+    this one; None: there is none before."""
 
 
 class StepRunner:
@@ -112,23 +106,24 @@ class StepRunner:
         micro_batches = self.pack(batch) if batch.samples else []
         return PreparedStep(batch=batch, micro_batches=micro_batches, seconds=time.monotonic() - started)
 
-    def run(
+    def train_on(
         self,
-        prepared: PreparedStep,
+        micro_batches: list[MicroBatch],
         *,
-        step: int,
-        served_version: int,
-        accepts: Callable[[Mismatch | None, int | None], bool],
-        should_abort: Callable[[], bool],
-    ) -> ComputedStep:
-        """Run the optimizer step of a batch.
+        step: int = 0,
+        served_version: int = -1,
+        accepts: Callable[[Mismatch | None, int | None], bool] = lambda mismatch, staleness: True,
+        should_abort: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """Run the optimizer step of a batch: compute its gradients, and change the weights by them.
 
         Args:
-            prepared: The batch; it has at least one micro-batch.
+            micro_batches: What `pack` made of the batch, at least one.
             step: Steps done before this one.
             served_version: See `IncomingBatch`.
-            accepts: Asked with the mismatch and the staleness before the weights change.
-            should_abort: Asked before each micro-batch.
+            accepts: Asked with the mismatch and the staleness before the weights change, with equal numbers
+                on every process.
+            should_abort: Asked before each micro-batch; all processes have to answer the same.
 
         Raises:
             StepAborted: `should_abort` said so.
@@ -139,35 +134,6 @@ class StepRunner:
         seed_step(self._config.train.seed, step, self._accelerator.process_index)
         staleness = step - served_version if served_version >= 0 else None
         idle = time.monotonic() - self._idle_since if self._idle_since is not None else None
-        result = self.train_on(
-            prepared.micro_batches,
-            accepts=lambda mismatch: accepts(mismatch, staleness),
-            should_abort=should_abort,
-        )
-        self.begin_idling()
-        return ComputedStep(result=result, staleness=staleness, learning_rate=rate, idle=idle)
-
-    def begin_idling(self) -> None:
-        """Note that the time from now until the next step is computed is idle."""
-        self._idle_since = time.monotonic()
-
-    def train_on(
-        self,
-        micro_batches: list[MicroBatch],
-        *,
-        accepts: Callable[[Mismatch | None], bool] = lambda _: True,
-        should_abort: Callable[[], bool] = lambda: False,
-    ) -> StepResult:
-        """Compute a batch's gradients and change the weights by them.
-
-        Args:
-            micro_batches: What `pack` made of the batch, at least one.
-            accepts: Asked before the weights change, with equal numbers on every process.
-            should_abort: Asked before each micro-batch; all processes have to answer the same.
-
-        Raises:
-            StepAborted: `should_abort` said so.
-        """
         sums = self.accumulate(micro_batches, should_abort=should_abort)
         totals = self._over_processes(sums)
         mismatch = take_mismatch(totals)
@@ -175,7 +141,7 @@ class StepRunner:
         tokens = totals.pop("tokens")
         max_norm = self._config.optimizer.max_grad_norm
         grad_norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), max_norm))
-        refused = not accepts(mismatch)
+        refused = not accepts(mismatch, staleness)
         applied = math.isfinite(loss) and math.isfinite(grad_norm) and not refused
         if applied:
             self.weights_whole = False
@@ -183,6 +149,7 @@ class StepRunner:
             self.weights_whole = True
             self._entropy_bonus.observe(totals["entropy"] / tokens)
         self._optimizer.zero_grad(set_to_none=True)
+        self.begin_idling()
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
@@ -195,7 +162,14 @@ class StepRunner:
             padding_tokens=sum(micro_batch.padding_tokens for micro_batch in micro_batches),
             imbalance=self._imbalance(micro_batches),
             micro_batches=len(micro_batches),
+            learning_rate=rate,
+            staleness=staleness,
+            idle=idle,
         )
+
+    def begin_idling(self) -> None:
+        """Note that the time from now until the next step is computed is idle."""
+        self._idle_since = time.monotonic()
 
     def pack(self, batch: PreparedBatch) -> list[MicroBatch]:
         """Pack what one step over `batch` computes on all processes, in passes that fit the budget.
