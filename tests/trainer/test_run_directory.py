@@ -44,7 +44,8 @@ def test_a_second_start_of_any_kind_beside_a_live_run_changes_nothing(
     (partial / "state.json").write_text("{}")
     monkeypatch.setattr("trainer.run.processes._LOCK_PATIENCE_SECONDS", 0.0)
     words = ["--model.path", str(tiny_model_directory), "--train.output_dir", str(output)]
-    words += ["--train.device", "cpu", "--train.steps", "4", "--journal.shutdown_timeout", "0.1"]
+    words += ["--train.device", "cpu", "--train.mixed_precision", "no", "--train.steps", "4"]
+    words += ["--journal.shutdown_timeout", "0.1"]
     recording = tmp_path / "export.jsonl"
     recording.write_text(json.dumps({"reply": json.loads(make_bodies(1)[0])}) + "\n")
     lock = Journal.take_lock(output / "journal")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -22,32 +24,8 @@ _SAMPLE = "What is 17+4? Answer with one number.\nÄpfel — 猫 — def f(x): r
 _PUBLISH_ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version")
 
 
-class _Client:
-    """Requests to one server, whose replies are bounded in size and time.
-
-    Args:
-        url: Its base URL.
-        config: Credentials and patience.
-    """
-
-    def __init__(self, url: str, config: TrainerConfig) -> None:
-        publish = config.publish
-        self._seconds = config.atropos.connect_timeout
-        self._connection = ServerConnection(url, token=publish.token, headers=publish.headers)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-
-    def get(self, path: str) -> httpx.Response:
-        """Send a GET."""
-        return self._connection.exchange("GET", path, seconds=self._seconds)
-
-    def post(self, path: str, body: Any) -> httpx.Response:
-        """Send JSON."""
-        return self._connection.exchange("POST", path, seconds=self._seconds, json=body)
+Ask = Callable[..., httpx.Response]
+"""Sends a request, as `ServerConnection.exchange` does, within the time for a connection."""
 
 
 def check_inference_server(
@@ -57,8 +35,10 @@ def check_inference_server(
     name = f"inference {url}"
     results: list[CheckResult] = []
     try:
-        with _Client(url, config) as client:
-            results += _probes(name, client, config, tokenizer)
+        connection = ServerConnection(url, token=config.publish.token, headers=config.publish.headers)
+        with closing(connection):
+            ask = partial(connection.exchange, seconds=config.atropos.connect_timeout)
+            results += _probes(name, ask, config, tokenizer)
     except (httpx.HTTPStatusError, AtroposClientError) as error:
         found = _found(error)
         results.append(failed(name, found, "start it, or correct publish.servers"))
@@ -73,15 +53,15 @@ def _found(error: Exception) -> str:
 
 
 def _probes(
-    name: str, client: _Client, config: TrainerConfig, tokenizer: PreTrainedTokenizerBase | None
+    name: str, ask: Ask, config: TrainerConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[CheckResult]:
-    client.get("/health").raise_for_status()
-    served = client.get("/v1/models").raise_for_status().json()["data"][0]
+    ask("GET", "/health").raise_for_status()
+    served = ask("GET", "/v1/models").raise_for_status().json()["data"][0]
     yield passed(name, f"healthy, serves {printable(str(served.get('id')))}")
     yield from _check_length(name, served, config)
-    yield _check_routes(name, client)
-    yield from _check_environment_route(name, client)
-    yield from _check_tokenizer(name, client, served, tokenizer)
+    yield _check_routes(name, ask)
+    yield from _check_environment_route(name, ask)
+    yield from _check_tokenizer(name, ask, served, tokenizer)
 
 
 def _check_length(name: str, served: dict[str, Any], config: TrainerConfig) -> list[CheckResult]:
@@ -92,10 +72,10 @@ def _check_length(name: str, served: dict[str, Any], config: TrainerConfig) -> l
     return [warned(name, found, f"start it with --max-model-len {wanted}, or lower the setting")]
 
 
-def _check_routes(name: str, client: _Client) -> CheckResult:
+def _check_routes(name: str, ask: Ask) -> CheckResult:
     try:
         missing = [
-            route for route in _PUBLISH_ROUTES if client.get(route).status_code == httpx.codes.NOT_FOUND
+            route for route in _PUBLISH_ROUTES if ask("GET", route).status_code == httpx.codes.NOT_FOUND
         ]
     except AtroposClientError as error:
         return failed(name, _found(error), "look at the server's log")
@@ -108,9 +88,9 @@ def _check_routes(name: str, client: _Client) -> CheckResult:
     return passed(name, "has every route that publishing needs")
 
 
-def _check_environment_route(name: str, client: _Client) -> list[CheckResult]:
+def _check_environment_route(name: str, ask: Ask) -> list[CheckResult]:
     """Whether environments of server_type vllm can sample from it with log-probs."""
-    if client.get("/generate").status_code != httpx.codes.NOT_FOUND:
+    if ask("GET", "/generate").status_code != httpx.codes.NOT_FOUND:
         return [passed(name, "has the route /generate that Atropos environments call")]
     return [
         warned(
@@ -122,12 +102,12 @@ def _check_environment_route(name: str, client: _Client) -> list[CheckResult]:
 
 
 def _check_tokenizer(
-    name: str, client: _Client, served: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
+    name: str, ask: Ask, served: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[CheckResult]:
     """Compare token ids of a text, where the server has a route for that."""
     if tokenizer is None:
         return []
-    reply = client.post("/tokenize", {"model": served.get("id"), "prompt": _SAMPLE})
+    reply = ask("POST", "/tokenize", json={"model": served.get("id"), "prompt": _SAMPLE})
     if reply.status_code != httpx.codes.OK:
         return [warned(name, "has no route /tokenize", "make sure it serves the model that is trained")]
     if reply.json().get("tokens") == tokenizer.encode(_SAMPLE):

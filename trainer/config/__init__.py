@@ -5,7 +5,7 @@ from trainer.config._base import expand_home
 from trainer.config._fields import ConfigField, config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
 from trainer.config._publish import PublishSettings
-from trainer.config._resume import ON_RESUME, OnResume, matching_rows, refuse_changed_settings
+from trainer.config._resume import ON_RESUME, OnResume, refuse_changed_settings, row_of
 from trainer.config._training import (
     CheckpointSettings,
     LoggingSettings,
@@ -40,8 +40,8 @@ __all__ = [
     "expand_home",
     "fields_by_section",
     "load_config",
-    "matching_rows",
     "option_fields",
     "plain_url",
     "refuse_changed_settings",
+    "row_of",
 ]

@@ -12,6 +12,8 @@ from trainer.config import (
     option_fields,
 )
 
+_ON_RESUME = "What happens to a setting that differs from the checkpoint's; a name goes before a pattern:"
+
 
 def configuration_page() -> str:
     """The page, section by section."""
@@ -31,7 +33,7 @@ def configuration_page() -> str:
         for field in fields:
             kind = field.type_name.replace("|", " \\| ")
             lines.append(f"| `{field.name}` | {kind} | `{field.default}` | {field.help} |")
-    lines += ["", "## On resume", "", "What happens to a setting that differs from the checkpoint's:", ""]
+    lines += ["", "## On resume", "", _ON_RESUME, ""]
     for kind_of_change in OnResume:
         names = [f"`{row}`" for row, found in ON_RESUME.items() if found is kind_of_change]
         lines.append(f"- {kind_of_change.value}: {', '.join(names)}")

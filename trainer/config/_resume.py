@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from trainer.config._fields import config_fields
@@ -29,67 +30,42 @@ class OnResume(Enum):
 
 
 ON_RESUME: Final[Mapping[str, OnResume]] = {
-    "model.path": OnResume.NAMED,
-    "model.tokenizer_path": OnResume.NAMED,
+    "model.lora.*": OnResume.NEVER,
     "model.attention": OnResume.FREE,
     "model.head": OnResume.FREE,
-    "model.dropout": OnResume.NAMED,
     "model.gradient_checkpointing": OnResume.FREE,
     "model.trust_remote_code": OnResume.FREE,
-    "model.lora.*": OnResume.NEVER,
-    "atropos.url": OnResume.FREE,
-    "atropos.environment_checkpoint_dir": OnResume.FREE,
+    "model.*": OnResume.NAMED,
     "atropos.batch_size": OnResume.NAMED,
     "atropos.max_token_length": OnResume.NAMED,
-    "atropos.prefetch": OnResume.FREE,
-    "atropos.token": OnResume.FREE,
-    "atropos.headers": OnResume.FREE,
-    "atropos.ca_file": OnResume.FREE,
-    "atropos.connect_timeout": OnResume.FREE,
-    "atropos.read_timeout": OnResume.FREE,
-    "atropos.max_body_bytes": OnResume.FREE,
-    "atropos.ready_timeout": OnResume.FREE,
-    "atropos.heartbeat_every": OnResume.FREE,
-    "atropos.batch_timeout": OnResume.FREE,
+    "atropos.*": OnResume.FREE,
     "journal.*": OnResume.FREE,
-    "data.advantage_estimator": OnResume.NAMED,
-    "data.advantage_options": OnResume.NAMED,
-    "data.advantage_normalization": OnResume.NAMED,
-    "data.advantage_clip": OnResume.NAMED,
-    "data.advantage_limit": OnResume.NAMED,
     "data.packing": OnResume.FREE,
     "data.tokens_per_micro_batch": OnResume.FREE,
-    "data.max_sequence_length": OnResume.NAMED,
-    "data.sampling_temperature": OnResume.NAMED,
-    "data.sampling_temperature_of": OnResume.NAMED,
+    "data.*": OnResume.NAMED,
     "loss.*": OnResume.NAMED,
     "optimizer.*": OnResume.NAMED,
     "train.steps": OnResume.FREE,
-    "train.seed": OnResume.NAMED,
     "train.output_dir": OnResume.FREE,
     "train.resume": OnResume.FREE,
     "train.resume_changes": OnResume.FREE,
-    "train.mixed_precision": OnResume.NAMED,
     "train.device": OnResume.FREE,
-    "train.mismatch_alarm": OnResume.FREE,
-    "train.mismatch_action": OnResume.FREE,
+    "train.mismatch_*": OnResume.FREE,
     "train.max_consecutive_skips": OnResume.FREE,
-    "train.set_aside_alarm": OnResume.FREE,
-    "train.set_aside_limit": OnResume.FREE,
-    "train.set_aside_window": OnResume.FREE,
-    "train.set_aside_max_bytes": OnResume.FREE,
+    "train.set_aside_*": OnResume.FREE,
+    "train.*": OnResume.NAMED,
     "publish.*": OnResume.FREE,
     "checkpoint.*": OnResume.FREE,
     "logging.*": OnResume.FREE,
     "watchdog.*": OnResume.FREE,
     "health.*": OnResume.FREE,
 }
-"""Of every setting, or of a whole section; a test holds that each setting is in it once."""
+"""The first row that speaks of a setting decides; a test holds that each row does of one, and of each one."""
 
 
-def matching_rows(name: str) -> list[str]:
-    """The rows of the table that speak of a setting."""
-    return [row for row in ON_RESUME if row == name or (row.endswith("*") and name.startswith(row[:-1]))]
+def row_of(name: str) -> str:
+    """The row of the table that decides about a setting."""
+    return next(row for row in ON_RESUME if fnmatchcase(name, row))
 
 
 def refuse_changed_settings(stored: Mapping[str, Any], config: TrainerConfig, *, checkpoint: str) -> None:
@@ -112,7 +88,7 @@ def refuse_changed_settings(stored: Mapping[str, Any], config: TrainerConfig, *,
         before, now = _value(stored, name), _value(current, name)
         if before is _ABSENT or before == now:
             continue
-        kind = next((ON_RESUME[row] for row in matching_rows(name)), OnResume.NAMED)
+        kind = ON_RESUME[row_of(name)]
         text = f"{name}: {json.dumps(before)} in the checkpoint, {json.dumps(now)} now"
         if kind is OnResume.NEVER:
             refused.append(f"{text} (cannot be changed)")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from atropos_client.journal import Outcome
@@ -24,7 +25,7 @@ from trainer.run.metrics import Row, RowWriter
 from trainer.run.train_state import PreparedRun
 from trainer.samples.prepare import PreparedBatch
 from trainer.samples.quarantine import QuarantineStore
-from trainer.samples.quarantine_rate import QuarantineRate
+from trainer.samples.quarantine_rate import QuarantineRate, QuarantineWindow
 from trainer.sources.incoming import BatchLedger, BatchSource, IncomingBatch
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,16 @@ _IGNORED_FIELDS = (
     "distill_token_ids",
     "distill_logprobs",
 )  # of groups; nothing is computed with them
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettledCounts:
+    """What `CheckpointState` has of the batches of a run, under the same names."""
+
+    batches: int
+    position: str
+    counters: dict[str, int]
+    set_aside_window: QuarantineWindow
 
 
 class BatchTracker:
@@ -71,12 +82,9 @@ class BatchTracker:
         """Optimizer steps done, one for each batch trained on."""
         self.batch = state.batches if state else 0
         """Number of the newest batch received."""
-        self.settled_batch = self.batch
-        """Number of the newest batch whose outcome is known: what a checkpoint counts."""
-        self._position = self.settled_position = state.position if state else ""
+        self._position = state.position if state else ""
         self.counters = Counter(state.counters if state else {})
         """Counts of what was set aside, by reason; see also `all_counters`."""
-        self._before = (self.batch, Counter(self.counters))
         self.normalizer = prepared.normalizer.state_dict()
         """State of the advantage normalizer after the newest batch that was trained on or skipped: what a
         checkpoint has to hold, while the normalizer itself may be batches ahead."""
@@ -84,8 +92,8 @@ class BatchTracker:
         self._warned: set[str] = set()
         self._store = QuarantineStore(self._directory, max_bytes=config.train.set_aside_max_bytes)
         self._share = QuarantineRate(config.train, state.set_aside_window if state else None)
-        self.settled_window = self._share.state
-        """The window of the set-aside share up to the newest batch whose outcome is known."""
+        self.settled = self._counts()
+        """Up to the newest batch whose outcome is known: what a checkpoint has. Later ones come again."""
         if self._is_main_process:
             self._store.forget_after(self.batch)
         self.note_counts()
@@ -95,11 +103,13 @@ class BatchTracker:
         """Groups set aside, of all groups of the last batches."""
         return self._share.share
 
-    @property
-    def settled_counters(self) -> dict[str, int]:
-        """The counters without those of a batch whose outcome is not known yet: it will be counted again."""
-        settled = self.batch == self.settled_batch
-        return dict(self.counters if settled else self._before[1])
+    def _counts(self) -> SettledCounts:
+        return SettledCounts(
+            batches=self.batch,
+            position=self._position,
+            counters=dict(self.counters),
+            set_aside_window=self._share.state,
+        )
 
     def all_counters(self) -> dict[str, int]:
         """Everything set aside, by reason, and what was counted on the way in."""
@@ -110,23 +120,23 @@ class BatchTracker:
         """Tell whoever watches how far the run has come."""
         self._progress.counts = RunCounts(
             step=self.step,
-            batches=self.settled_batch,
+            batches=self.settled.batches,
             possibly_lost=self._source.counters().get("intake_possibly_lost", 0),
         )
 
     def receive(self, incoming: IncomingBatch) -> None:
         """Number a batch that has come."""
-        self._before = (self.batch, Counter(self.counters))
         self.batch = incoming.number or self.batch + 1  # a journal numbers its batches itself
         self._position = incoming.position
 
     def forget(self, incoming: IncomingBatch, *, reason: str) -> None:
         """Roll back to before the batch at hand, which is kept: in the journal, or set aside without one."""
-        self.batch, self.counters = self._before
-        self._share = QuarantineRate(self._settings, self.settled_window)
+        self.batch, self.counters = self.settled.batches, Counter(self.settled.counters)
+        self._share = QuarantineRate(self._settings, self.settled.set_aside_window)
         if self._ledger is not None:
             return
         self.counters["batches_unused"] += 1
+        self.settled = replace(self.settled, counters=dict(self.counters))
         if self._is_main_process:
             self._store.keep_batch(incoming.body, batch=self.batch + 1, reason=reason)
 
@@ -256,8 +266,7 @@ class BatchTracker:
 
     def _settle(self, outcome: Outcome, *, reason: str | None = None) -> None:
         """Settle the outcome of the batch: from now on a checkpoint counts it."""
-        self.settled_batch, self.settled_position = self.batch, self._position
-        self.settled_window = self._share.state
+        self.settled = self._counts()
         if self._ledger is not None:
             step = self.step if outcome == "trained" else None
             self._ledger.settle(self.batch, outcome, step=step, reason=reason)

@@ -95,7 +95,14 @@ def build_trainer(
             source = RecordedSource(())  # process 0 is asked
         elif source is None:
             if config.journal.enabled:
-                journal = closed_on_failure.enter_context(open_journal(config, prepared.joined))
+                # Under the lock that process 0 holds on the run's directory.
+                journal = Journal.open(
+                    journal_directory(config),
+                    limits=journal_limits(config),
+                    lock=prepared.joined.share().lock,
+                    accept_loss=config.journal.accept_loss,
+                )
+                closed_on_failure.enter_context(journal)
             counted = prepared.checkpoint.state.batches if prepared.checkpoint is not None else 0
             source = AtroposSource(
                 config,
@@ -123,20 +130,6 @@ def build_trainer(
     return trainer
 
 
-def open_journal(config: TrainerConfig, joined: JoinedRun) -> Journal:
-    """Open the run's journal for writing, under the lock that process 0 holds on the directory.
-
-    Raises:
-        JournalError: It cannot be read or written.
-    """
-    return Journal.open(
-        journal_directory(config),
-        limits=journal_limits(config),
-        lock=joined.share().lock,
-        accept_loss=config.journal.accept_loss,
-    )
-
-
 def build_publisher(
     config: TrainerConfig, prepared: PreparedRun, *, stop_requested: Callable[[], bool] = lambda: False
 ) -> Publisher | None:
@@ -154,6 +147,9 @@ def build_publisher(
     if settings.transport == "none":
         return None
     policy = prepared.policy
+    fitting = None  # what the servers' log-probs have to be at temperatures other than 1, for the loss
+    if config.loss.needs_inference_logprobs:
+        fitting = LogprobKind.SCALED if config.loss.uses_temperature else LogprobKind.RAW
     context = min(policy.limits.max_sequence_length, config.atropos.max_token_length)
     return Publisher(
         settings,
@@ -161,17 +157,9 @@ def build_publisher(
         servers=build_servers(settings),
         probes=make_probes(policy.tokenizer, settings.probes, context=context),
         score=lambda probes: score_probes(policy.model, probes, prepared.accelerator.device),
-        logprobs=logprob_policy(config),
+        logprobs=LogprobPolicy(required=settings.logprobs, fitting=fitting),
         stop_requested=stop_requested,
     )
-
-
-def logprob_policy(config: TrainerConfig) -> LogprobPolicy:
-    """Resolve what the servers' log-probs have to be at temperatures other than 1, and what fits the loss."""
-    fitting = None
-    if config.loss.needs_inference_logprobs:
-        fitting = LogprobKind.SCALED if config.loss.uses_temperature else LogprobKind.RAW
-    return LogprobPolicy(required=config.publish.logprobs, fitting=fitting)
 
 
 def build_servers(settings: PublishSettings) -> list[InferenceServer]:

@@ -58,7 +58,7 @@ class CheckpointWriter:
         self._disk = f"the disk of {config.train.output_dir}"
         self._directory = checkpoint_directory(config)
         self._step = prepared.state.step if prepared.state else -1
-        self._settled_batch = tracker.settled_batch
+        self._settled_batch = tracker.settled.batches
         # Of what is loaded: the environment on the disk may change, or go, while a run lasts.
         self._versions = library_versions()
 
@@ -88,7 +88,7 @@ class CheckpointWriter:
             weights_whole: Whether the weights are those after a whole step.
         """
         step = self._tracker.step
-        if (step, self._tracker.settled_batch) == (self._step, self._settled_batch):
+        if (step, self._tracker.settled.batches) == (self._step, self._settled_batch):
             return
         if not weights_whole:
             logger.warning("No checkpoint of step %d: the failure came while its weights were changed", step)
@@ -125,7 +125,7 @@ class CheckpointWriter:
             prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
             self._prune_ledger()
         self._step = self._tracker.step
-        self._settled_batch = self._tracker.settled_batch
+        self._settled_batch = self._tracker.settled.batches
 
     def _prune_ledger(self) -> None:
         """Let go of the bodies that no checkpoint needs any more."""
@@ -143,13 +143,10 @@ class CheckpointWriter:
         return CheckpointState(
             step=tracker.step,
             policy_version=tracker.step,
-            batches=tracker.settled_batch,
-            position=tracker.settled_position,
-            counters=tracker.settled_counters,
+            **vars(tracker.settled),
             normalizer=tracker.normalizer,
             entropy_bonus=self._prepared.entropy_bonus.state,
             stored_dtype=dtype_name(self._prepared.policy.base.dtype),
             parameter_names=trained_parameter_names(self._prepared.policy.model),
             base_weights=self._prepared.policy.base_weights,
-            set_aside_window=tracker.settled_window,
         )

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Final, Self
@@ -46,7 +46,7 @@ _LOCK_PATIENCE_SECONDS: Final = 10.0
 _LEAVE_SECONDS: Final = 600.0
 """For process 0 to end what it has under way, before the others leave and their launcher ends it."""
 
-_FAILED: Final = -1
+_FAILED: Final = -2
 
 _PLACE: Final = re.compile(r"^\[[^]]*\] ")
 """Where in torch's own source an error came up."""
@@ -141,15 +141,14 @@ def describe_processes(accelerator: Accelerator) -> str:
 def _take_directory(config: TrainerConfig, accelerator: Accelerator) -> WriterLock | None:
     if accelerator.num_processes == 1:
         return _lock_directory(config)
-    lock, mark = None, _FAILED
-    try:
-        if accelerator.is_main_process:
-            lock = _lock_directory(config)
-            mark = _mark(config)
-    finally:  # the others must hear of it whatever happened
-        mark = _from_process_0(accelerator, mark)
-    if mark == _FAILED:
-        raise AnotherProcessFailed("process 0 could not take the run's directory; its message says why")
+    lock: WriterLock | None = None
+
+    def take() -> int:
+        nonlocal lock
+        lock = _lock_directory(config)
+        return _mark(config)
+
+    mark = from_process_0(accelerator, take, failed="could not take the run's directory")
     others = int(mark != _mark(config))
     if int(accelerator.reduce(torch.tensor([others], device=accelerator.device)).item()):
         if lock is not None:
@@ -180,8 +179,22 @@ def _mark(config: TrainerConfig) -> int:
         return 0
 
 
-def _from_process_0(accelerator: Accelerator, number: int) -> int:
-    return int(broadcast(torch.tensor([number], dtype=torch.int64, device=accelerator.device)).item())
+def from_process_0(accelerator: Accelerator, find: Callable[[], int], *, failed: str) -> int:
+    """Let process 0 find a number, not negative but for -1, and return it on all processes.
+
+    Raises:
+        AnotherProcessFailed: On the others, if `find` raised; `failed` says in words that it did.
+    """
+    number = _FAILED
+    try:
+        if accelerator.is_main_process:
+            number = find()
+    finally:  # the others must hear of it whatever happened
+        told = torch.tensor([number], dtype=torch.int64, device=accelerator.device)
+        number = int(broadcast(told).item())
+    if number == _FAILED:
+        raise AnotherProcessFailed(f"process 0 {failed}; its message says why")
+    return number
 
 
 @contextlib.contextmanager

@@ -9,9 +9,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
 from atropos_client.journal import LOCK_NAME, Journal
 from trainer.checkpoints.format import Checkpoint, read_checkpoint, verify_checkpoint
@@ -23,17 +21,18 @@ from trainer.checkpoints.retention import (
     set_aside_damaged,
 )
 from trainer.config import TrainerConfig, refuse_changed_settings
-from trainer.errors import AnotherProcessFailed, CheckpointError, ConfigurationError, DamagedCheckpoint
+from trainer.errors import CheckpointError, ConfigurationError, DamagedCheckpoint
 from trainer.export.atomic_directory import remove_leftovers, restore_replaced
 from trainer.run.places import checkpoint_directory, journal_directory, require_places
+from trainer.run.processes import from_process_0
 
 logger = logging.getLogger(__name__)
 
 Accept = Callable[[TrainerConfig, Checkpoint | None], None]
 """Asked whether the batches go on from a checkpoint (None: from the beginning); raises if they do not."""
 
-# What process 0 tells the others instead of a checkpoint's step.
-_NONE, _FAILED = -1, -2
+_NONE = -1
+"""What process 0 tells the others instead of a checkpoint's step."""
 
 
 def accept_any(config: TrainerConfig, checkpoint: Checkpoint | None) -> None:
@@ -88,15 +87,14 @@ def find_checkpoint(config: TrainerConfig, accelerator: Accelerator, accept: Acc
     """
     if accelerator.num_processes == 1:
         return _find_checkpoint(config, accept)
-    checkpoint, step = None, _FAILED
-    try:
-        if accelerator.is_main_process:
-            checkpoint = _find_checkpoint(config, accept)
-            step = _NONE if checkpoint is None else checkpoint.state.step
-    finally:  # the others must hear of it whatever happened
-        step = int(broadcast(torch.tensor([step], device=accelerator.device)).item())
-    if step == _FAILED:
-        raise AnotherProcessFailed("process 0 cannot start or go on here; its message says why")
+    checkpoint: Checkpoint | None = None
+
+    def find() -> int:
+        nonlocal checkpoint
+        checkpoint = _find_checkpoint(config, accept)
+        return _NONE if checkpoint is None else checkpoint.state.step
+
+    step = from_process_0(accelerator, find, failed="cannot start or go on here")
     if checkpoint is None and step != _NONE:
         path = checkpoint_path(checkpoint_directory(config), step)
         try:
