@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from atropos_client.journal import Journal
 from local_stack.models import make_tiny_model
@@ -41,7 +42,8 @@ CASES = [
     ("local --steps 0", 2, "must be 1 or more"),
     ("local --steps many", 2, "argument --steps"),
     ("local --engine none", 2, "invalid choice: 'none'"),
-    ("local --train.step 3", 2, "did you mean train.steps"),
+    *((command + " --train.step 3", 2, "did you mean train.steps?")
+      for command in ("local", RUN, "check" + RUN[3:])),
     # The configuration file.
     *((f"run --config {{{name}}}", 2, "cannot read the configuration file {" + name + "}: " + why)
       for name, why in [("empty", "Is a directory"), ("missing", "No such"), ("dangling", "No such"),
@@ -74,8 +76,10 @@ CASES = [
     (RUN + " --data.max_sequence_length 1000000", 2, "beyond the model's context"),
     # Recordings, journals, checkpoints.
     *((f"replay --model.path {{model}} --train.output_dir {{out}} --replay.from {{{name}}}", 2,
-       "nothing can be replayed from {" + name + "}: ")
-      for name in ("missing", "empty", "dangling", "loop", "below", "device")),
+       "nothing can be replayed from {" + name + "}: " + why)
+      for name, why in [("missing", "it does not exist"), ("empty", "no journal is in it"), ("loop", ""),
+                        ("dangling", "it is a symbolic link to {missing}, which does not exist"),
+                        ("below", ""), ("device", "")]),
     (REPLAY + " --train.output_dir {out} --model.tokenizer_path {missing}", 2, "{missing}"),
     (REPLAY + " --train.output_dir {out} --replay.form x", 2, "there is no argument --replay.form; those of"),
     ("replay --model.path {model} --train.output_dir {out} --replay.from {flat}", 1, "Nothing was trained"),
@@ -150,13 +154,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The commands configure the logging of their process, which here is that of all tests."""
+    """The commands choose logging and precision of their process, which here is that of all tests."""
     monkeypatch.chdir(tmp_path)  # `local` makes runs/ where it is
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize(("words", "status", "message"), CASES)
@@ -176,6 +181,8 @@ def test_what_is_wrong_is_said_in_one_line(
     said = "".join(capsys.readouterr())
     assert ended == status, said
     assert message.format_map(names) in said
+    if "did you mean" in message:
+        assert not (tmp_path / "out").exists(), "before anything runs"
     assert "Traceback" not in said
     assert "unexpected" not in said or "unexpected argument" in said
     if not words.startswith("check") and "{flat}" not in words:  # whose last line is no error's

@@ -17,7 +17,7 @@ from schemas import EnvironmentRegistration, ScoredGroup
 from tests.conftest import RunningInferenceServer
 from tests.trainer.test_cli import atropos_train
 from trainer import load_config
-from trainer.check import check_api, check_writable
+from trainer.check import check_api
 from trainer.sources.live import make_registration
 
 
@@ -162,10 +162,3 @@ def test_a_server_of_another_precision_fails_the_self_test_with_the_reason(
     assert "unchanged weights were sent, and it does not serve them: over tolerance" in done.stdout
     assert "set publish.dtype or publish.tolerance accordingly" in done.stdout
     assert not server.client.get("/is_paused").json()["is_paused"]
-
-
-def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a directory")
-    result = check_writable("output", blocked / "run", bytes_needed=0)
-    assert (result.status, result.found) == ("failed", f"{blocked / 'run'}: Not a directory")

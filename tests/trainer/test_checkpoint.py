@@ -14,8 +14,6 @@ from tests.trainer.runs import rows, run
 from trainer.checkpoints.format import read_checkpoint
 from trainer.checkpoints.manifest import read_manifest
 from trainer.checkpoints.retention import list_checkpoints
-from trainer.config import load_config
-from trainer.errors import ConfigurationError
 
 
 def test_the_model_part_is_an_ordinary_directory(tiny_model_directory: Path, tmp_path: Path) -> None:
@@ -27,31 +25,11 @@ def test_the_model_part_is_an_ordinary_directory(tiny_model_directory: Path, tmp
     assert checkpoint.manifest.configuration["train"]["steps"] == 2
 
 
-def test_only_the_newest_are_kept(tiny_model_directory: Path, tmp_path: Path) -> None:
-    keep = ("--checkpoint.every", "1", "--checkpoint.keep", "2")
-    run(tiny_model_directory, tmp_path, make_bodies(4), *keep)
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
-        "step-000003",
-        "step-000004",
-    ]
-
-
 def test_every_further_one_is_kept_as_well(tiny_model_directory: Path, tmp_path: Path) -> None:
     keep = ("--checkpoint.every", "1", "--checkpoint.keep", "1", "--checkpoint.keep_every", "2")
     run(tiny_model_directory, tmp_path, make_bodies(5), *keep, steps=5)
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-000002", "step-000004", "step-000005"]
-
-
-def test_keeping_what_is_never_written_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="keep_every 75 is not a multiple of every"):
-        load_config(None, ["--model.path", "m", "--checkpoint.keep_every", "75"], environment={})
-
-
-def test_secrets_are_masked_in_the_manifest(tiny_model_directory: Path, tmp_path: Path) -> None:
-    run(tiny_model_directory, tmp_path, make_bodies(1), "--atropos.token", "hush-hush", steps=1)
-    for file in (tmp_path / "checkpoints/step-000001").rglob("*"):
-        assert file.is_dir() or b"hush-hush" not in file.read_bytes()
 
 
 def test_a_checkpoint_names_the_libraries_that_run_not_those_installed_meanwhile(

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.forked import run_module
 from trainer.config import config_fields, option_fields
 
@@ -36,30 +34,10 @@ def test_help_of_run_explains_every_setting_and_loads_no_torch() -> None:
         assert field.help in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
-def test_an_unknown_key_is_refused_with_a_hint_before_anything_runs(command: str, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    done = atropos_train(command, "--model.path", "m", "--train.output_dir", str(output), "--train.step", "3")
-    assert done.returncode == 2
-    assert "did you mean train.steps?" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not output.exists()
-
-
 def test_a_wrong_key_in_the_environment_is_refused() -> None:
     done = atropos_train("run", "--model.path", "m", ATROPOS_TRAINER_LOSS__NAEM="ppo_clip")
     assert done.returncode == 2
     assert "loss.naem" in done.stderr
-
-
-def test_a_model_that_is_not_there_is_named_without_a_traceback(tmp_path: Path) -> None:
-    done = atropos_train(
-        "run", "--model.path", str(tmp_path / "nothing"), "--train.output_dir", str(tmp_path / "run"),
-        HF_HUB_OFFLINE="1",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "nothing" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_an_api_that_is_not_there_is_named_and_a_checkpoint_stays(
@@ -76,9 +54,3 @@ def test_an_api_that_is_not_there_is_named_and_a_checkpoint_stays(
     assert f"127.0.0.1:{free_port}" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "run/checkpoints/step-000000/state.json").is_file()
-
-
-def test_unknown_commands_are_refused() -> None:
-    done = atropos_train("trian")
-    assert done.returncode == 2
-    assert "invalid choice: 'trian'" in done.stderr

@@ -145,15 +145,6 @@ def test_skip_has_a_batch_set_aside_unread(output: Path, capsys: pytest.CaptureF
         assert journal.verify().problems == ()
 
 
-def test_a_directory_without_a_journal_and_a_number_that_is_not_there_are_named(
-    tmp_path: Path, output: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["journal", "list", str(tmp_path)]) == 1
-    assert "there is no journal in" in capsys.readouterr().err
-    assert main(["journal", "show", str(output), "99"]) == 1
-    assert "has no batch 99" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_replay_trains_from_the_command_line(tiny_model_directory: Path, tmp_path: Path) -> None:
     with Journal.open(tmp_path / "run" / "journal") as journal:
@@ -166,14 +157,3 @@ def test_replay_trains_from_the_command_line(tiny_model_directory: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "Done after 2 optimizer steps" in done.stderr
     assert (tmp_path / "again" / "final" / "model.safetensors").is_file()
-
-
-def test_replay_says_what_it_cannot_replay(tiny_model_directory: Path, tmp_path: Path) -> None:
-    words = ["--model.path", str(tiny_model_directory), "--train.output_dir", str(tmp_path / "out")]
-    done = atropos_train("replay", "--replay.from", str(tmp_path / "nothing"), *words)
-    assert done.returncode == 2
-    assert "nothing can be replayed from" in done.stderr
-    assert "Traceback" not in done.stderr
-    done = atropos_train("replay", *words)
-    assert done.returncode == 2
-    assert "--replay.from" in done.stderr

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from atropos_client.errors import JournalLocked
 from atropos_client.journal import Journal
 from schemas import BatchReply
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
@@ -200,17 +199,3 @@ def test_what_a_resumed_run_does_again_is_written_down_once(
     assert [group["batch"] for group in groups] == [3]
     with Journal.read_only(output / "journal") as journal:
         assert [entry.outcome for entry in journal.ledger()] == ["trained", "skipped", "trained"]
-
-
-def test_a_run_in_a_directory_that_another_run_writes_to_is_refused_before_it_does_anything(
-    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("trainer.run.processes._LOCK_PATIENCE_SECONDS", 0.1)
-    brief = ("--journal.shutdown_timeout", "0.1")
-    with (
-        Journal.open(tmp_path / "journal"),
-        pytest.raises(JournalLocked, match="two runs cannot share a directory"),
-    ):
-        run_from(server, tiny_model_directory, tmp_path, [], *brief, steps=1, ahead=False)
-    assert server.seen == []
-    assert not (tmp_path / "checkpoints").exists()

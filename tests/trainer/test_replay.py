@@ -228,17 +228,6 @@ def test_lines_that_are_something_else_are_refused(
         source.get(1.0)
 
 
-def test_a_path_without_a_recording_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("nothing")
-    for path, why in [
-        (tmp_path, "no journal is in it"),
-        (tmp_path / "nothing", "it does not exist"),
-        (tmp_path / "link", "it is a symbolic link to nothing, which does not exist"),
-    ]:
-        with pytest.raises(ConfigurationError, match=why):
-            ReplaySource([path], batch_size=8)
-
-
 def test_a_replay_that_cannot_be_leaves_nothing_behind(
     tiny_model_directory: Path, journal: Path, tmp_path: Path
 ) -> None:

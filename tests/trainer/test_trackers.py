@@ -12,7 +12,10 @@ from tests.trainer.batches import make_bodies
 from tests.trainer.runs import rows, run
 from trainer.errors import ConfigurationError
 
-TRACKERS = ("--logging.trackers", "tensorboard,wandb", "--logging.project", "here")
+TRACKERS = (
+    *("--logging.trackers", "tensorboard,wandb", "--logging.project", "here"),
+    *("--publish.token", "hunter2", "--atropos.token", "hush-hush"),
+)
 
 
 @pytest.mark.slow
@@ -40,6 +43,9 @@ def test_a_run_that_went_back_to_a_checkpoint_has_one_curve_and_stays_the_same_r
     runs = [path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert set(runs) == {(output / "tracker_run").read_text()}
+
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"hunter2" in content or b"hush-hush" in content for content in written)
 
     # A new run in the same place is another one.
     shutil.rmtree(output / "checkpoints")

@@ -79,7 +79,10 @@ class CheckpointWriter:
             CheckpointError: It cannot be written.
         """
         with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
-            self._write()
+            if self._accelerator.is_main_process:
+                self._write()
+        self._step = self._tracker.step
+        self._settled_batch = self._tracker.settled.batches
 
     def save_last_whole_step(self, *, weights_whole: bool) -> None:
         """After a failure: a checkpoint of the last whole step, by process 0 whatever became of the others.
@@ -111,21 +114,18 @@ class CheckpointWriter:
         return path
 
     def _write(self) -> None:
-        if self._accelerator.is_main_process:
-            write_checkpoint(
-                checkpoint_path(self._directory, self._tracker.step),
-                model=self._prepared.policy.model,
-                base=self._prepared.policy.base,
-                optimizer=self._prepared.optimizer,
-                state=self._state(),
-                configuration=self._config.model_dump(mode="json"),
-                versions=self._versions,
-            )
-            settings = self._config.checkpoint
-            prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
-            self._prune_ledger()
-        self._step = self._tracker.step
-        self._settled_batch = self._tracker.settled.batches
+        write_checkpoint(
+            checkpoint_path(self._directory, self._tracker.step),
+            model=self._prepared.policy.model,
+            base=self._prepared.policy.base,
+            optimizer=self._prepared.optimizer,
+            state=self._state(),
+            configuration=self._config.model_dump(mode="json"),
+            versions=self._versions,
+        )
+        settings = self._config.checkpoint
+        prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
+        self._prune_ledger()
 
     def _prune_ledger(self) -> None:
         """Let go of the bodies that no checkpoint needs any more."""

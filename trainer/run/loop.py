@@ -135,16 +135,8 @@ class Trainer:
         if not self.stop_requested:
             return False
         if self._steps.weights_whole and not self._checkpoints.has_current_step:
-            self.write_checkpoint()
+            self._checkpoints.write()
         return True
-
-    def write_checkpoint(self) -> None:
-        """Write a checkpoint of the current step, on process 0, and delete the oldest.
-
-        Raises:
-            CheckpointError: It cannot be written.
-        """
-        self._checkpoints.write()
 
     def compute_advantage_weighted_sft_loss(
         self, input_ids: Tensor, advantages: Tensor, loss_mask: Tensor, *, alignment: Alignment = "prediction"
@@ -181,13 +173,13 @@ class Trainer:
         self._rows.start_trackers()
         try:
             if not self._checkpoints.has_current_step:
-                self.write_checkpoint()
+                self._checkpoints.write()
             self.starting = True
             self._publishes.start(self.step)
             stopped_early = self._train()
             self._progress.begin(RunPhase.STOPPING, _ENDING)
             if not self._checkpoints.has_current_step:  # before anything that waits for others
-                self.write_checkpoint()
+                self._checkpoints.write()
             self._publishes.finish(self.step)
         except BaseException:
             self._checkpoints.save_last_whole_step(weights_whole=self._steps.weights_whole)
@@ -325,7 +317,7 @@ class Trainer:
         self._publishes.write_rows(self.step)
         # After the row: a resumed run drops the rows that its checkpoint does not count, and misses none.
         if self.step % self._config.checkpoint.every == 0:
-            self.write_checkpoint()
+            self._checkpoints.write()
         self._steps.begin_idling()  # publish and checkpoint are no idleness
 
     def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
