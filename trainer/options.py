@@ -106,6 +106,20 @@ class GspoOptions(SequenceClipOptions):
     (GSPO-token), for advantages that differ within a sequence."""
 
 
+class StdOptions(Options):
+    """Options of estimators that divide by a standard deviation."""
+
+    std: Literal["n", "n-1"] = "n"
+    """What the standard deviation's sum of squares is divided by. n-1: as TRL and verl do."""
+
+
+class LengthShapingOptions(Options):
+    """Options of `length_shaping`."""
+
+    weight: float = Field(default=0.1, ge=0)
+    """What the longest sequence of a group loses, as a share of the group's mean score."""
+
+
 LOSS_OPTIONS: Final[dict[str, type[Options]]] = {
     "weighted_sft": KlOptions,
     "policy_gradient": PolicyGradientOptions,
@@ -114,9 +128,16 @@ LOSS_OPTIONS: Final[dict[str, type[Options]]] = {
     "cispo": CispoOptions,
 }
 ESTIMATOR_OPTIONS: Final[dict[str, type[Options]]] = {
-    "group_norm": Options,
+    "group_norm": StdOptions,
     "group_center": Options,
     "leave_one_out": Options,
     "raw": Options,
+    "opo": Options,
+    "reinforce_plus_plus_baseline": Options,
+    "pass_at_k": Options,
+    "gpg": Options,
+    "batch_std": StdOptions,
+    "maxrl": Options,
+    "length_shaping": LengthShapingOptions,
 }
 """Of ours, by name, for help texts; the function itself says the same."""

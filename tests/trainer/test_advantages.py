@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from schemas import ScoredGroup
 from trainer.errors import DataError
-from trainer.extensions import BUILT_IN_ESTIMATORS, AdvantageEstimator, GroupScores
+from trainer.extensions import (
+    BUILT_IN_ESTIMATORS,
+    AdvantageEstimator,
+    BoundEstimator,
+    GroupScores,
+    Options,
+    advantage_estimator,
+)
 from trainer.samples.advantages import (
     group_center,
     group_norm,
@@ -37,8 +44,15 @@ RELATIVE = [group_norm, group_center, leave_one_out]
 score_lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=16)
 
 
+def bound(estimator: Any) -> BoundEstimator:
+    """With its default options."""
+    found: BoundEstimator = estimator.bind(estimator.options())
+    return found
+
+
 def rows_of(group: ScoredGroup, estimator: Any) -> list[list[float]]:
-    return [row.tolist() for row in token_advantages([group], estimator=estimator).split(group.flat.lengths)]
+    advantages = token_advantages([group], estimator=bound(estimator))
+    return [row.tolist() for row in advantages.split(group.flat.lengths)]
 
 
 def make_group(**changes: Any) -> ScoredGroup:
@@ -152,11 +166,12 @@ def test_each_name_finds_its_estimator(name: str) -> None:
 def test_an_estimator_sees_the_scores_and_how_many_tokens_are_trained() -> None:
     seen: list[GroupScores] = []
 
-    def see(group: GroupScores) -> list[float]:
+    @advantage_estimator()
+    def see(group: GroupScores, options: Options) -> list[float]:
         seen.append(group)
         return [0.0, 0.0]
 
-    token_advantages([make_group()], estimator=see)
+    token_advantages([make_group()], estimator=bound(see))
     assert seen == [GroupScores(scores=[1.0, 0.0], trained_tokens=[2, 2])]
 
 
@@ -175,7 +190,7 @@ def test_overrides_zero_a_sequence_after_normalization() -> None:
         overrides=[{"set_advantage_to_zero": True}, {}, {"set_advantage_to_zero": False}, {}],
     )
     # Before normalization the zero would have been a score of 0 and changed its siblings' baseline.
-    assert sequence_advantages(group, estimator=group_center) == [0.0, 0.5, -0.5, -0.5]
+    assert sequence_advantages(group, estimator=bound(group_center)) == [0.0, 0.5, -0.5, -0.5]
 
 
 @pytest.mark.parametrize("estimator", [*RELATIVE, raw])
@@ -193,7 +208,7 @@ def test_overrides_zero_token_level_advantages_too() -> None:
 
 def test_signal_is_asked_of_the_advantages_not_of_the_scores() -> None:
     equal = make_group(scores=[1.0, 1.0])
-    assert not has_signal(token_advantages([equal], estimator=group_norm))
-    assert has_signal(token_advantages([equal], estimator=raw))
+    assert not has_signal(token_advantages([equal], estimator=bound(group_norm)))
+    assert has_signal(token_advantages([equal], estimator=bound(raw)))
     with_own = make_group(scores=[1.0, 1.0], advantages=[[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.5]])
-    assert has_signal(token_advantages([with_own], estimator=group_norm))
+    assert has_signal(token_advantages([with_own], estimator=bound(group_norm)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from schemas import ScoredGroup
+from trainer.extensions import Options
 from trainer.losses import LossInputs, policy_gradient, ppo_clip, weighted_sft
 from trainer.model.weighted_sft_call import compute_advantage_weighted_sft_loss
 from trainer.samples.advantages import group_center, token_advantages
@@ -38,7 +39,9 @@ def group(example: Any) -> ScoredGroup:
 def inputs(example: Any, group: ScoredGroup) -> LossInputs:
     return LossInputs(
         logprobs=torch.tensor(example["trainer_logprobs"]),
-        advantages=token_advantages([group], estimator=group_center).reshape(len(group.tokens), -1),
+        advantages=token_advantages([group], estimator=group_center.bind(Options())).reshape(
+            len(group.tokens), -1
+        ),
         loss_mask=torch.tensor(group.masks) != -100,
         inference_logprobs=torch.tensor(example["inference_logprobs"]),
     )

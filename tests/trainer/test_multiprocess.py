@@ -48,7 +48,10 @@ def run_in_processes(
     "options",
     [
         # Many small micro-batches, an odd number of them: one process gets one that weighs nothing.
-        ("--data.tokens_per_micro_batch", "40"),
+        (
+            *("--data.tokens_per_micro_batch", "40"),
+            *("--data.advantage_estimator", "reinforce_plus_plus_baseline"),
+        ),
         # One micro-batch for two processes.
         ("--loss.reduction", "sequence"),
         # What looks at the whole step before it begins.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from schemas import ScoredGroup
+from trainer.extensions import Options
 from trainer.samples.advantages import raw
 from trainer.samples.validation import implausible_reason
 
@@ -19,7 +20,7 @@ def reason(*, uses_temperature: bool = True, limit: float | None = 1e6, **change
     }
     return implausible_reason(
         ScoredGroup.model_validate(fields | changes),
-        estimator=raw,
+        estimator=raw.bind(Options()),
         uses_temperature=uses_temperature,
         advantage_limit=limit,
     )

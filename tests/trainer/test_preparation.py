@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from schemas import BatchReply
 from tests.schemas.groups import groups
 from trainer.config import DataSettings, LossSettings
+from trainer.extensions import GroupScores
 from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import PreparedBatch, prepare_batch
 from trainer.samples.validation import ModelLimits
@@ -198,3 +199,45 @@ def test_advantages_are_clipped_after_they_were_normalized() -> None:
     data = DataSettings(advantage_estimator="raw", advantage_clip=(-2.0, 5.0))
     prepared = prepare([group], data, LossSettings(name="weighted_sft"))
     assert prepared.advantages == [-2.0, 1.0, 5.0]
+
+
+@pytest.mark.parametrize("estimator", ["reinforce_plus_plus_baseline", "gpg", "batch_std"])
+def test_what_is_taken_over_the_batch_is_taken_over_the_groups_that_it_applies_to(estimator: str) -> None:
+    """Not over what is set aside, nor over token-level advantages; a zero is set afterwards."""
+    with_scores: list[dict[str, Any]] = [
+        {"tokens": [[1, 2, 3, 4], [1, 2]], "masks": [[-100, 2, 3, 4], [-100, 2]], "scores": [1.0, 0.0]},
+        {"tokens": [[5, 6], [5, 7]], "masks": [[5, 6], [-100, 7]], "scores": [0.0, 4.0]},
+    ]
+    with_scores[1]["overrides"] = [{"set_advantage_to_zero": True}, {}]
+    others = [
+        {"tokens": [[1, 300_000]] * 2, "masks": [[-100, 300_000]] * 2, "scores": [50.0, -9.0]},
+        {"tokens": [[1, 2]], "masks": [[-100, 2]], "scores": [70.0], "advantages": [[0.0, 0.25]]},
+        {"tokens": [[1, 2]] * 2, "masks": [[-100, 2]] * 2, "scores": [0.0, 1e30]},
+    ]
+    data = DataSettings(advantage_estimator=estimator)
+    expected = data.bound_estimator.of_batch(
+        [
+            GroupScores(scores=[1.0, 0.0], trained_tokens=[3, 1]),
+            GroupScores(scores=[0.0, 4.0], trained_tokens=[1, 1]),  # nothing predicts a first token
+        ]
+    )
+    prepared = prepare(with_scores + others, data, LossSettings(name="weighted_sft"))
+    assert len(prepared.set_aside) == 2
+    assert prepared.advantages == pytest.approx([*expected[0], 0.0, expected[1][1], 0.25], rel=1e-6)
+
+
+def test_a_group_that_the_estimator_cannot_take_is_set_aside_with_its_reason() -> None:
+    groups = [
+        {"tokens": [[1, 2]] * 2, "masks": [[-100, 2]] * 2, "scores": scores}
+        for scores in ([-1.0, 0.0], [0.0, 1.0])
+    ]
+    prepared = prepare(
+        groups, DataSettings(advantage_estimator="maxrl", advantage_limit=None), LossSettings()
+    )
+    assert [each.reason for each in prepared.set_aside] == [
+        (
+            "the mean of the group's scores is -0.5, and maxrl divides by it: let the environment score "
+            "failures 0 and successes 1, or set another data.advantage_estimator"
+        )
+    ]
+    assert prepared.advantages == [-1.0, 1.0]

@@ -12,6 +12,7 @@ import pytest
 from local_stack.models import make_tiny_model
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import rows, run
+from trainer.config import load_config, refuse_changed_settings
 from trainer.errors import ConfigurationError
 
 ADAPTERS = "--model.lora.rank", "4", "--model.lora.alpha", "8"
@@ -122,3 +123,18 @@ def test_a_base_that_was_moved_may_be_named_if_it_holds_the_same_weights(
     with pytest.raises(ConfigurationError, match="were trained on other base weights"):
         go_on(other, tmp_path / "run", *named)
     assert go_on(tmp_path / "moved", tmp_path / "run", *named).step == 2
+
+
+def test_options_of_an_estimator_are_compared_also_with_a_checkpoint_from_before_they_came() -> None:
+    before, now = (
+        load_config(None, ["--model.path", "m", "--data.advantage_options.std", std], environment={})
+        for std in ("n", "n-1")
+    )
+    stored = before.model_dump(mode="json")
+    refuse_changed_settings(stored, before, checkpoint="step-1")
+    with pytest.raises(ConfigurationError, match=r'advantage_options: {"std": "n"} in the checkpoint'):
+        refuse_changed_settings(stored, now, checkpoint="step-1")
+    stored["data"]["advantage_options"] = {}
+    refuse_changed_settings(stored, before, checkpoint="step-1")
+    with pytest.raises(ConfigurationError, match=r'advantage_options: {"std": "n"} in the checkpoint'):
+        refuse_changed_settings(stored, now, checkpoint="step-1")

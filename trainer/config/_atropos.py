@@ -16,6 +16,7 @@ from pydantic import (
     SecretStr,
     SerializerFunctionWrapHandler,
     ValidationInfo,
+    field_serializer,
     field_validator,
     model_serializer,
     model_validator,
@@ -142,9 +143,12 @@ class DataSettings(Section):
     advantage_estimator: str = "group_norm"
     """How scores become advantages where a group carries no token-level advantages. group_norm: (score -
     mean) / standard deviation (GRPO). group_center: score - mean (Dr. GRPO). leave_one_out: score - mean of
-    the others (RLOO). raw: the score. Or your own, as module:function; see docs/extending.md."""
+    the others (RLOO). raw: the score. opo: score - mean weighted by length. maxrl: (score - mean) / mean.
+    pass_at_k: the best sequence's lead. length_shaping: score - mean, less for long ones.
+    reinforce_plus_plus_baseline, gpg, batch_std: over the whole batch, too. Or your own, as module:function;
+    see docs/advantages.md."""
     advantage_options: dict[str, Any] = Field(default_factory=dict, validate_default=True)
-    """Options of an estimator of your own, by name."""
+    """Options of the estimator, by name."""
     advantage_normalization: Literal["none", "batch", "global"] = "none"
     """Divide by the standard deviation over the trained tokens of the step (batch) or of the run so far
     (global). Never shifts: a zero stays zero."""
@@ -183,6 +187,11 @@ class DataSettings(Section):
         estimator: AdvantageEstimator[Any] = AdvantageEstimator.find(name)
         options: dict[str, Any] = estimator.read_options(given).model_dump()
         return options
+
+    @field_serializer("advantage_options")
+    def _with_every_option(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Options that were not given too: a checkpoint is compared with them."""
+        return self.bound_estimator.options.model_dump() | given
 
     @cached_property
     def bound_estimator(self) -> BoundEstimator:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from trainer.config._fields import config_fields
 from trainer.config._tree import TrainerConfig
 from trainer.errors import ConfigurationError
+from trainer.extensions import Options
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ def refuse_changed_settings(stored: Mapping[str, Any], config: TrainerConfig, *,
     options = [f"loss.{name}" for name in config.loss.bound.options.model_dump()]
     for name in (*(field.name for field in config_fields()), *options):
         before, now = _value(stored, name), _value(current, name)
+        if name == "data.advantage_options" and isinstance(before, Mapping):
+            before = _known_options(config.data.bound_estimator.options, before)
         if before is _ABSENT or before == now:
             continue
         kind = ON_RESUME[row_of(name)]
@@ -104,6 +107,13 @@ def refuse_changed_settings(stored: Mapping[str, Any], config: TrainerConfig, *,
             + "\n  ".join(refused)
             + f"\nPut them back; or {named}start anew with another train.output_dir."
         )
+
+
+def _known_options(options: Options, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored values of the options that an estimator has now; of those that came since, the defaults."""
+    known = type(options).model_fields
+    defaults = {name: field.get_default() for name, field in known.items() if not field.is_required()}
+    return defaults | {name: value for name, value in stored.items() if name in known}
 
 
 def _value(tree: Mapping[str, Any], name: str) -> Any:

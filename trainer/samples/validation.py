@@ -8,6 +8,7 @@ step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +16,9 @@ from typing import Any, Final
 import torch
 
 from schemas import IGNORE_INDEX, BatchReply, ScoredGroup
-from trainer.samples.advantages import Estimator, sequence_advantages, tensor_of
+from trainer.errors import DataError
+from trainer.extensions import BoundEstimator
+from trainer.samples.advantages import sequence_advantages, tensor_of
 from trainer.samples.sample import named_temperature
 
 
@@ -100,7 +103,7 @@ HIGHEST_TEMPERATURE: Final = 100.0
 def implausible_reason(
     group: ScoredGroup,
     *,
-    estimator: Estimator,
+    estimator: BoundEstimator,
     uses_temperature: bool,
     advantage_limit: float | None,
 ) -> str | None:
@@ -110,12 +113,13 @@ def implausible_reason(
         group: A validated group.
         estimator: How scores become advantages where the group has none of its own.
         uses_temperature: Whether the loss divides logits by the sampling temperature.
-        advantage_limit: Largest magnitude of an advantage at a trained token. None: any.
+        advantage_limit: Largest magnitude of an advantage at a trained token, before anything is taken over
+            the batch. None: any number.
     """
     return (
         _override_reason(group)
         or (_temperature_reason(group) if uses_temperature else None)
-        or (None if advantage_limit is None else _advantage_reason(group, estimator, advantage_limit))
+        or _advantage_reason(group, estimator, math.inf if advantage_limit is None else advantage_limit)
     )
 
 
@@ -146,9 +150,13 @@ def _is_temperature(value: object) -> bool:
     return value == 0 or LOWEST_TEMPERATURE <= value <= HIGHEST_TEMPERATURE
 
 
-def _advantage_reason(group: ScoredGroup, estimator: Estimator, limit: float) -> str | None:
+def _advantage_reason(group: ScoredGroup, estimator: BoundEstimator, limit: float) -> str | None:
     if group.advantages is None:
-        for index, advantage in enumerate(sequence_advantages(group, estimator=estimator)):
+        try:
+            advantages = sequence_advantages(group, estimator=estimator)
+        except DataError as error:
+            return str(error)
+        for index, advantage in enumerate(advantages):
             if not abs(advantage) <= limit:  # NaN, which an estimator of a user's may return
                 return _too_large(f"the advantage of sequence {index}", advantage, limit)
         return None
@@ -162,6 +170,8 @@ def _advantage_reason(group: ScoredGroup, estimator: Estimator, limit: float) ->
 
 
 def _too_large(what: str, advantage: float, limit: float) -> str:
+    if math.isnan(advantage):
+        return f"{what} is not a number"
     return f"{what} is {advantage:g}, beyond {limit:g} (data.advantage_limit): it would decide the whole step"
 
 

@@ -7,21 +7,27 @@ which groups are skipped.
 
     [ScoredGroup] ─> token_advantages ─> [N], a whole step ─> AdvantageNormalizer
 
-Every definition is in ``docs/losses.md``.
+Every definition is in ``docs/advantages.md``.
 """
 
 from __future__ import annotations
 
 from trainer.samples.advantages.estimators import (
+    batch_std,
+    gpg,
     group_center,
     group_norm,
     has_spread,
     leave_one_out,
+    length_shaping,
+    maxrl,
+    opo,
+    pass_at_k,
     raw,
+    reinforce_plus_plus_baseline,
 )
 from trainer.samples.advantages.normalizer import AdvantageNormalizer, NormalizationMode
 from trainer.samples.advantages.per_token import (
-    Estimator,
     has_signal,
     sequence_advantages,
     tensor_of,
@@ -30,14 +36,20 @@ from trainer.samples.advantages.per_token import (
 
 __all__ = [
     "AdvantageNormalizer",
-    "Estimator",
     "NormalizationMode",
+    "batch_std",
+    "gpg",
     "group_center",
     "group_norm",
     "has_signal",
     "has_spread",
     "leave_one_out",
+    "length_shaping",
+    "maxrl",
+    "opo",
+    "pass_at_k",
     "raw",
+    "reinforce_plus_plus_baseline",
     "sequence_advantages",
     "tensor_of",
     "token_advantages",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -10,14 +10,11 @@ import torch
 from torch import Tensor
 
 from schemas import IGNORE_INDEX, ScoredGroup
-from trainer.extensions import GroupScores
-
-Estimator = Callable[[GroupScores], list[float]]
-"""A bound estimator, say."""
+from trainer.extensions import BoundEstimator, GroupScores
 
 
-def sequence_advantages(group: ScoredGroup, *, estimator: Estimator) -> list[float]:
-    """One advantage per sequence, from the group's scores.
+def sequence_advantages(group: ScoredGroup, *, estimator: BoundEstimator) -> list[float]:
+    """One advantage per sequence, from the group's scores, before anything is taken over the batch.
 
     ``overrides[i]["set_advantage_to_zero"]`` takes effect last: that sequence's score stays part of its
     siblings' baseline, and they are compared with what really happened. Where ``overrides[i]["sft"]`` or
@@ -28,21 +25,43 @@ def sequence_advantages(group: ScoredGroup, *, estimator: Estimator) -> list[flo
         estimator: How scores become advantages.
 
     Returns:
-        ``[n]``; exact zeros where the group has no spread (except under ``raw``).
+        ``[n]``; exact zeros where the group has no spread (except under ``raw`` and ``length_shaping``).
 
     Raises:
         ConfigurationError: if the estimator returns anything but one number per sequence.
-        DataError: if a score is not finite.
+        DataError: if a score is not finite, or the estimator cannot take the scores.
     """
-    advantages = estimator(GroupScores(scores=group.scores, trained_tokens=_trained_tokens(group)))
+    return _with_overrides(group, estimator(_scores_of(group)))
+
+
+def _scores_of(group: ScoredGroup) -> GroupScores:
+    """What an estimator sees of a group."""
+    return GroupScores(scores=group.scores, trained_tokens=_trained_tokens(group))
+
+
+def _with_overrides(group: ScoredGroup, advantages: Sequence[float]) -> list[float]:
+    """Let a group's overrides take effect on the advantages of its n sequences."""
     return [
         0.0 if _is_set_to_zero(group, index) else score if _is_supervised(group, index) else advantage
         for index, (score, advantage) in enumerate(zip(group.scores, advantages, strict=True))
     ]
 
 
-def token_advantages(groups: Sequence[ScoredGroup], *, estimator: Estimator) -> Tensor:
-    """One advantage per token of some groups, token-aligned.
+def _batch_advantages(groups: Sequence[ScoredGroup], estimator: BoundEstimator) -> Iterator[list[float]]:
+    """Yield the advantages of each group's sequences, the estimator having seen the whole batch.
+
+    A sequence with token-level advantages is worth 1 here, or 0 if it is set to zero.
+    """
+    estimated = iter(estimator.of_batch([_scores_of(group) for group in groups if group.advantages is None]))
+    for group in groups:
+        if group.advantages is None:
+            yield _with_overrides(group, next(estimated))
+        else:
+            yield [float(not _is_set_to_zero(group, index)) for index in range(group.sequence_count)]
+
+
+def token_advantages(groups: Sequence[ScoredGroup], *, estimator: BoundEstimator) -> Tensor:
+    """One advantage per token of a batch, token-aligned.
 
     A group's own token-level ``advantages`` win; else each sequence's advantage is given to each of its
     trained tokens.
@@ -53,7 +72,7 @@ def token_advantages(groups: Sequence[ScoredGroup], *, estimator: Estimator) -> 
         returns  [  0.0, 0.5, 0.5,   0.0, -0.5, -0.5]
 
     Args:
-        groups: Validated groups, N tokens in all.
+        groups: Validated groups, the whole batch, N tokens in all.
         estimator: How scores become advantages where a group has no token-level ones.
 
     Returns:
@@ -62,18 +81,9 @@ def token_advantages(groups: Sequence[ScoredGroup], *, estimator: Estimator) -> 
 
     Raises:
         ConfigurationError: if the estimator returns anything but one number per sequence.
-        DataError: if a score is not finite.
+        DataError: if a score is not finite, or the estimator cannot take the scores of a group.
     """
-    # A sequence with advantages of its own is worth 1 here, or 0 if it is set to zero.
-    per_sequence = [
-        value
-        for group in groups
-        for value in (
-            sequence_advantages(group, estimator=estimator)
-            if group.advantages is None
-            else [float(not _is_set_to_zero(group, index)) for index in range(group.sequence_count)]
-        )
-    ]
+    per_sequence = [each for of_group in _batch_advantages(groups, estimator) for each in of_group]
     lengths = torch.tensor([length for group in groups for length in group.flat.lengths], dtype=torch.int64)
     advantages = torch.tensor(per_sequence, dtype=torch.float32).repeat_interleave(lengths)
     start = 0
@@ -107,10 +117,10 @@ def has_signal(advantages: Tensor) -> bool:
 
 
 def _trained_tokens(group: ScoredGroup) -> list[int]:
-    """Count the trained tokens of each sequence."""
+    """Count the trained tokens of each sequence, without its first: nothing predicts that."""
     trained = np.frombuffer(group.flat.masks, dtype=np.int32) != IGNORE_INDEX
     ends = list(accumulate(group.flat.lengths))
-    return [int(np.count_nonzero(trained[start:end])) for start, end in pairwise([0, *ends])]
+    return [int(np.count_nonzero(trained[start + 1 : end])) for start, end in pairwise([0, *ends])]
 
 
 def _is_supervised(group: ScoredGroup, index: int) -> bool:

@@ -1,13 +1,4 @@
-"""Losses and advantage estimators that a setting names: ours by a word, yours as ``module:function``.
-
-One mechanism for both: a decorated function, its options as a pydantic model beside it, and what it needs of
-a batch declared with it. ``docs/extending.md`` has a complete example of each. Nothing here loads torch.
-
-::
-
-    loss.name: ppo_clip            BUILT_IN_LOSSES ─┐
-    loss.name: my_module:my_loss  ──────────────────┴─> import ─> Loss ─> bind(options) ─> BoundLoss(inputs)
-"""
+"""What losses and estimators have in common, and losses: a function that a setting names, with options."""
 
 from __future__ import annotations
 
@@ -15,7 +6,7 @@ import difflib
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,30 +36,12 @@ BUILT_IN_LOSSES: Mapping[str, str] = MappingProxyType(
         "cispo": "trainer.losses:cispo",
     }
 )
-BUILT_IN_ESTIMATORS: Mapping[str, str] = MappingProxyType(
-    {
-        "group_norm": "trainer.samples.advantages:group_norm",
-        "group_center": "trainer.samples.advantages:group_center",
-        "leave_one_out": "trainer.samples.advantages:leave_one_out",
-        "raw": "trainer.samples.advantages:raw",
-    }
-)
 
 
 _Result = TypeVar("_Result")
 O = TypeVar("O", bound=Options)  # noqa: E741
 Need = bool | Callable[[O], bool]
 """A need: always or never, or depending on the options."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupScores:
-    """Scores and lengths of a group of n sequences, for an advantage estimator."""
-
-    scores: Sequence[float]
-    """[n], as the environment sent them: finite."""
-    trained_tokens: Sequence[int]
-    """[n]: how many tokens of each sequence are trained on."""
 
 
 class Extension(Generic[O]):
@@ -86,6 +59,8 @@ class Extension(Generic[O]):
     decorator: ClassVar[str]
     built_in: ClassVar[Mapping[str, str]]
     """Ours: from their names to where they are."""
+    names_elsewhere: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """From what others call one of ours to our name."""
 
     def __init__(self, function: Callable[[Any, O], Any], options: type[O]) -> None:
         self.function = function
@@ -102,7 +77,8 @@ class Extension(Generic[O]):
         """
         module_name, colon, attribute = cls.built_in.get(name, name).partition(":")
         if not (colon and attribute.isidentifier() and all(map(str.isidentifier, module_name.split(".")))):
-            close = difflib.get_close_matches(name, cls.built_in, n=1)
+            elsewhere = cls.names_elsewhere.get(name)
+            close = [elsewhere] if elsewhere else difflib.get_close_matches(name, cls.built_in, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigurationError(
                 f"there is no {cls.noun} {name!r}{hint}: ours are {', '.join(cls.built_in)}; name one of "
@@ -232,59 +208,13 @@ class BoundLoss:
         Raises:
             ConfigurationError: The function returned something else, or, if it is a user's own, raised.
         """
-        result = _called(f"the loss {self.name}", self.function, inputs, self.options)
+        result = called(f"the loss {self.name}", self.function, inputs, self.options)
         if not _is_loss_result(result):
             raise ConfigurationError(
                 f"the loss {self.name} returned {_shown(result)}; a loss returns a pair: a tensor without "
                 "dimensions, and a dict of such tensors, the sums for the metrics"
             )
         return result
-
-
-class AdvantageEstimator(Extension[O]):
-    """An advantage estimator; see `advantage_estimator`."""
-
-    noun = "advantage estimator"
-    setting = "data.advantage_estimator"
-    decorator = "trainer.extensions.advantage_estimator()"
-    built_in = BUILT_IN_ESTIMATORS
-
-    def __call__(self, group: GroupScores | Sequence[float], **options: Any) -> list[float]:
-        """Estimate with options by name, for direct use; plain scores stand for sequences of one token each.
-
-        Raises:
-            ConfigurationError: An option or its value is not allowed.
-        """
-        return self.bind(self.called_options(options))(group)
-
-    def bind(self, options: O) -> BoundEstimator:
-        """Give it its options."""
-        return BoundEstimator(name=self.__name__, function=self.function, options=options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BoundEstimator:
-    """An advantage estimator with its options."""
-
-    name: str
-    function: Callable[[GroupScores, Any], list[float]]
-    options: Options
-
-    def __call__(self, group: GroupScores | Sequence[float]) -> list[float]:
-        """Return one advantage per sequence of a group.
-
-        Raises:
-            ConfigurationError: The function returned something else, or, if it is a user's own, raised.
-        """
-        if not isinstance(group, GroupScores):
-            group = GroupScores(scores=group, trained_tokens=[1] * len(group))
-        advantages = _called(f"the advantage estimator {self.name}", self.function, group, self.options)
-        if len(advantages) != len(group.scores):
-            raise ConfigurationError(
-                f"the advantage estimator {self.name} returned {len(advantages)} advantages for a group of "
-                f"{len(group.scores)} sequences; it returns one for each"
-            )
-        return advantages
 
 
 def loss(
@@ -313,17 +243,6 @@ def loss(
         needs_ref_logprobs=needs_ref_logprobs,
         trains_without_advantage=trains_without_advantage,
     )
-
-
-def advantage_estimator(
-    options: type[O] = Options,  # type: ignore[assignment]
-) -> Callable[[Callable[[GroupScores, O], list[float]]], AdvantageEstimator[O]]:
-    """Make an advantage estimator of a function of `GroupScores` and its options; it must be pure.
-
-    Args:
-        options: The model of its options.
-    """
-    return lambda function: AdvantageEstimator(function, options)
 
 
 def _applies(need: Need[O], options: O) -> bool:
@@ -367,7 +286,7 @@ def _current_directory_last() -> Iterator[None]:
                 break
 
 
-def _called(what: str, function: Callable[..., _Result], *arguments: Any) -> _Result:
+def called(what: str, function: Callable[..., _Result], *arguments: Any) -> _Result:
     """Call a loss or an estimator; of what a user's own one raises, say that it is theirs, and where."""
     try:
         return function(*arguments)
