@@ -27,6 +27,7 @@ from tenacity import RetryError
 
 from atropos_client.readable import require_readable
 from local_stack.arithmetic import Addition, share_right, split_problems, training_order
+from local_stack.health import answers
 from local_stack.turns import UNPUBLISHED, Turns
 
 logger = logging.getLogger(__name__)
@@ -232,22 +233,13 @@ class ArithmeticEnvironment(BaseEnv):  # type: ignore[misc] # atroposlib ships n
         deadline = time.monotonic() + self.config.ready_timeout
         for server in self.server.servers:
             url = server.config.base_url.removesuffix("/v1") + "/health"
-            while not await _is_healthy(url):
+            while not await asyncio.to_thread(answers, url):
                 if time.monotonic() > deadline:
                     raise TimeoutError(
                         f"no inference server answered at {url} within {self.config.ready_timeout:g} s; "
                         "start it, or correct --openai.base_url"
                     )
                 await asyncio.sleep(0.2)
-
-
-async def _is_healthy(url: str) -> bool:
-    timeout = aiohttp.ClientTimeout(total=10)
-    try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
-            return bool(response.ok)
-    except (aiohttp.ClientError, TimeoutError):
-        return False
 
 
 async def _weight_version(url: str) -> str | None:
@@ -262,28 +254,12 @@ async def _weight_version(url: str) -> str | None:
         return None
 
 
-class _OnceAMinute(logging.Filter):
-    """Drops a message that repeats the one before within a minute: BaseEnv says each second that it waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last, self._since = "", 0.0
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message, now = record.getMessage(), time.monotonic()
-        if message == self._last and now - self._since < 60:
-            return False
-        self._last, self._since = message, now
-        return True
-
-
 def main() -> None:
     """Run Atropos's command line (serve, process, evaluate) for this environment."""
     logging.basicConfig(
         level=os.environ.get("ATROPOS_ENVIRONMENT_LOG", "INFO").upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    logging.getLogger().addFilter(_OnceAMinute())  # what BaseEnv logs without a logger of its own
     # BaseEnv logs its queue ten times a second at INFO, and every HTTP request is another line.
     for chatty in ("atroposlib", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -25,8 +25,6 @@ class StepRow(BaseModel):
 
     step: int
     """Number of the step, from 1."""
-    policy_version: int | None = None
-    """Version of the weights after the step."""
     loss: float | None = None
     reward_mean: float | None = None
     """Mean score of the step's sequences."""

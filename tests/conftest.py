@@ -7,9 +7,10 @@ import gc
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -83,7 +84,7 @@ def start_inference_server() -> Iterator[Callable[..., RunningInferenceServer]]:
             engine_class: type[Engine] = Engine,
             **settings: Any,
         ) -> RunningInferenceServer:
-            return stack.enter_context(_running_server(directory, model_name, settings, engine_class))
+            return stack.enter_context(running_server(directory, model_name, settings, engine_class))
 
         yield start
 
@@ -99,14 +100,18 @@ def inference_server(
 @pytest.fixture(scope="session")
 def shared_inference_server(tiny_model_directory: Path) -> Iterator[RunningInferenceServer]:
     """Like `inference_server`, one for the whole session: only for tests that leave its state alone."""
-    with _running_server(tiny_model_directory, "tiny", {}) as server:
+    with running_server(tiny_model_directory) as server:
         yield server
 
 
 @contextlib.contextmanager
-def _running_server(
-    directory: Path, model_name: str, settings: dict[str, Any], engine_class: type[Engine] = Engine
+def running_server(
+    directory: Path,
+    model_name: str = "tiny",
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    engine_class: type[Engine] = Engine,
 ) -> Iterator[RunningInferenceServer]:
+    """Serve a model until the context is left, with fields of `EngineSettings`."""
     engine = engine_class(EngineSettings(model=str(directory), **settings))
     app = create_app(engine, model_name=model_name)
     with socket.socket() as listener:

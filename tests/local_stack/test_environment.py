@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from local_stack.arithmetic import Addition, training_order
 from local_stack.environment import ArithmeticConfig, ArithmeticEnvironment
 from schemas import ScoredGroup
 from tests.atropos_client.test_real_api import REGISTRATION, RealApi
-from tests.conftest import RunningInferenceServer
+from tests.conftest import RunningInferenceServer, running_server
 
 MakeEnvironment = Callable[..., Awaitable[ArithmeticEnvironment]]
 
@@ -26,6 +26,13 @@ def start_training(url: str) -> None:
     with AtroposClient(url) as trainer:
         trainer.register(REGISTRATION.model_copy(update={"batch_size": 16}))
         trainer.fetch_batch()
+
+
+@pytest.fixture(scope="module")
+def inference_server(tiny_model_directory: Path) -> Iterator[RunningInferenceServer]:
+    """One server for all of these tests; what one does to its label is nothing to the others."""
+    with running_server(tiny_model_directory) as server:
+        yield server
 
 
 @pytest.fixture

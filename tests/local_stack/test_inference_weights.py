@@ -12,17 +12,32 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from local_stack.models import make_tiny_model
-from tests.conftest import RunningInferenceServer
+from tests.conftest import RunningInferenceServer, running_server
 from tests.local_stack.inference_reference import Reference, wait_for
 
 PROMPT = [1, 87, 85, 71, 84, 201, 50, 60]
-LONG = {"max_tokens": 1500, "ignore_eos": True, "seed": 7}
+LONG = {"max_tokens": 600, "ignore_eos": True, "seed": 7}
 TOLERANCE = 2e-4
 
 
 @pytest.fixture(scope="module")
 def other_model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="module")
+def module_server(tiny_model_directory: Path) -> Iterator[RunningInferenceServer]:
+    with running_server(tiny_model_directory) as server:
+        yield server
+
+
+@pytest.fixture
+def inference_server(module_server: RunningInferenceServer) -> Iterator[RunningInferenceServer]:
+    """One server for all of these tests, as it began for each of them."""
+    yield module_server
+    module_server.post("/resume")
+    module_server.post("/update_weight_version", {"new_version": "default"})
+    assert reload(module_server, module_server.model_directory).status_code == 200
 
 
 @pytest.fixture
@@ -77,7 +92,7 @@ def test_pause_abort_ends_requests_with_what_they_have(
     inference_server.post("/pause")
     for choice in job.result():
         assert choice["finish_reason"] == "abort"
-        assert len(choice["token_ids"]) == len(choice["logprobs"]["token_logprobs"]) < 1500
+        assert len(choice["token_ids"]) == len(choice["logprobs"]["token_logprobs"]) < 600
     late = clients.submit(inference_server.complete, PROMPT, max_tokens=2)
     assert paused(inference_server)
     assert not late.done()
@@ -91,7 +106,7 @@ def test_pause_wait_lets_running_requests_end_first(
     job = start_long_request(inference_server, clients)
     inference_server.post("/pause", mode="wait")
     assert inference_server.engine.running == 0
-    assert len(job.result()[0]["token_ids"]) == 1500
+    assert len(job.result()[0]["token_ids"]) == 600
     assert paused(inference_server)
     inference_server.post("/resume")
 

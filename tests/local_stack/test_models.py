@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from local_stack.models import default_cache_directory, make_tiny_model, prepare_demo_model
+from tests.forked import PROCESSES
 
 CONVERSATION = [{"role": "user", "content": "What is 2+2?"}]
 
@@ -62,7 +62,7 @@ def test_every_user_can_read_a_model_that_another_one_prepared(tmp_path: Path) -
 
 
 def test_processes_that_make_the_same_directory_at_once_all_succeed(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with PROCESSES.Pool(2) as pool:
         results = pool.map(make_tiny_model, [tmp_path / "tiny"] * 2)
     assert results == [tmp_path / "tiny"] * 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "tiny") is not None
