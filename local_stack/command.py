@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from trainer.cli import Command
 
-DEFAULT_STEPS = 25
-ENGINES = ("embedded", "vllm")
-"""Inference servers to choose from."""
 _DEFAULT_CONFIG = Path(__file__).resolve().parent / "demo.yaml"
 
 
@@ -28,42 +25,36 @@ class LocalCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments of `atropos-train local`."""
-        parser.add_argument(
+        add = parser.add_argument
+        add(
             "--model",
             default="demo",
             metavar="MODEL",
             help="demo (SmolLM2-135M-Instruct from a package, no download from a model hub), tiny (random, "
             "for a quick look), a checkpoint directory, or a hub id; default: demo",
         )
-        parser.add_argument(
-            "--steps",
-            type=_positive,
-            default=DEFAULT_STEPS,
-            help=f"optimizer steps; default: {DEFAULT_STEPS}",
-        )
-        parser.add_argument(
+        add("--steps", type=_positive, default=25, help="optimizer steps; default: 25")
+        add(
             "--engine",
-            choices=ENGINES,
+            choices=("embedded", "vllm"),
             default="embedded",
             help="inference server: embedded (small, starts in seconds) or vllm (stock vLLM with our "
             "middleware, from an environment of its own: make vllm); default: embedded",
         )
-        parser.add_argument(
+        add(
             "--vllm-python",
             type=_path,
-            default=None,
             metavar="PATH",
             help="interpreter of the environment with vLLM; default: .venv-vllm/bin/python",
         )
-        parser.add_argument("--seed", type=int, default=0, help="seed of problems, sampling and training")
-        parser.add_argument(
+        add("--seed", type=int, default=0, help="seed of problems, sampling and training")
+        add(
             "--run-dir",
             type=_path,
-            default=None,
             help="where everything is written; an unfinished run goes on from its newest checkpoint; "
             "default: a new directory below runs/",
         )
-        parser.add_argument(
+        add(
             "--config",
             type=_path,
             default=_DEFAULT_CONFIG,

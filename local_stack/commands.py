@@ -1,7 +1,6 @@
 """The command of every service, as a list of arguments: one place, used by launcher, tests and containers.
 
-A test holds that `docker-compose.yml` runs exactly these, with its own
-host names and paths.
+A test holds that `docker-compose.yml` runs exactly these, with its own host names and paths.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ def vllm_command(
         model: Directory or hub id of the model.
         seed: Of its sampling.
         python: Interpreter of the environment that vLLM is installed in.
-        dtype: Type that it computes in. The demonstration publishes float32: then the server's log-probs are
-            the trainer's to five digits.
+        dtype: Type that it computes in; in float32 its log-probs are the trainer's to five digits.
         lora_rank: Largest rank of adapters that it takes at run time; None: no adapters.
     """
     adapters: tuple[str, ...] = ()
@@ -144,16 +142,9 @@ def serve_command(
     evaluations: Path | None = None,
     python: str = sys.executable,
 ) -> list[str]:
-    """Return the command of the environment that sends rollouts to the API.
+    """Return the command of the environment that samples from `inference` and sends rollouts to `api`.
 
-    Args:
-        api: The Atropos API server.
-        inference: The inference server to sample from.
-        model: Directory or hub id of the model; the environment needs its tokenizer.
-        seed: Seed of the order of the problems.
-        evaluations: Directory for the held-out score of the untrained model, measured before the first
-            rollout; None to start at once.
-        python: Interpreter.
+    With a directory for `evaluations`, it first measures the held-out score of the untrained model.
     """
     before = () if evaluations is None else ("--env.evaluate_before_training", "true", *_into(evaluations))
     return [

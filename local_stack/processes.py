@@ -79,7 +79,6 @@ class ChildProcess:
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 start_new_session=True,
             )
-        logger.debug("started %s as process %d: %s", name, self.pid, command)
 
     @property
     def pid(self) -> int:

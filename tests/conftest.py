@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from local_stack.inference import Engine, EngineSettings, InferenceServer, create_app
+from local_stack.inference import Engine, EngineSettings, InferenceServer
 from local_stack.models import make_tiny_model
 
 _START_TIMEOUT = 60.0
@@ -113,11 +113,10 @@ def running_server(
 ) -> Iterator[RunningInferenceServer]:
     """Serve a model until the context is left, with fields of `EngineSettings`."""
     engine = engine_class(EngineSettings(model=str(directory), **settings))
-    app = create_app(engine, model_name=model_name)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = InferenceServer(app, engine, host="127.0.0.1", port=0)
+        server = InferenceServer(engine, model_name=model_name, host="127.0.0.1", port=0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="inference-server")
         thread.start()
         try:

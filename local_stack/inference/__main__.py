@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from local_stack.inference.app import InferenceServer, create_app
+from local_stack.inference.app import InferenceServer
 from local_stack.inference.engine import Engine
 from local_stack.inference.errors import InferenceError
 from local_stack.inference.records import EngineSettings
@@ -38,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     name = options.served_model_name or options.model
     _log.info("serving %s as %r on http://%s:%d", options.model, name, options.host, options.port)
-    server = InferenceServer(
-        create_app(engine, model_name=name), engine, host=options.host, port=options.port
-    )
+    server = InferenceServer(engine, model_name=name, host=options.host, port=options.port)
     for number in (signal.SIGINT, signal.SIGTERM):
         # uvicorn raises the signal that has ended it once more; stopping is no failure.
         signal.signal(number, lambda *_: None)

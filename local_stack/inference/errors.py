@@ -17,16 +17,12 @@ _MOST_ERRORS_REPORTED = 5
 
 
 class InferenceError(Exception):
-    """Base class of everything that the embedded server raises on purpose.
-
-    Attributes:
-        parameter: The field at fault, or None.
-        status: The HTTP status to answer with.
-        kind: The class of error as vLLM names it.
-    """
+    """Base class of everything that the embedded server raises on purpose; names the field at fault."""
 
     status = 500
+    """The HTTP status to answer with."""
     kind = "InternalServerError"
+    """The class of error as vLLM names it."""
 
     def __init__(self, message: str, *, parameter: str | None = None) -> None:
         super().__init__(message)

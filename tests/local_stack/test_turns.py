@@ -21,7 +21,7 @@ async def taken(turns: Turns, wanted: int) -> list[str | None]:
     got: list[str | None] = []
     while len(got) < wanted:
         try:
-            got.append(await asyncio.wait_for(turns.take(), 0.4))
+            got.append(await asyncio.wait_for(turns.take(), 0.25))
         except TimeoutError:
             break
     return got
@@ -48,7 +48,7 @@ async def test_a_turn_given_back_can_be_taken_again_while_its_version_is_served(
 
 
 async def test_a_version_that_stays_too_long_gets_new_turns() -> None:
-    turns = Turns(Served().read, per_version=1, patience=0.2)
+    turns = Turns(Served().read, per_version=1, patience=0.05)
     assert await taken(turns, 3) == ["0", "0", "0"]
 
 
