@@ -13,9 +13,9 @@ from atropos_client._retry import (
     Resend,
     RetryPolicy,
     is_transient,
-    may_resend,
+    send_within,
 )
-from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, client_options
+from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, client_options, redacted
 from atropos_client._translate import translated_errors
 from atropos_client.errors import (
     AccessDenied,
@@ -80,8 +80,9 @@ __all__ = [
     "ask_environments",
     "client_options",
     "is_transient",
-    "may_resend",
     "parse_batch",
+    "redacted",
+    "send_within",
     "translated_errors",
     "why_no_batch_is_full",
 ]

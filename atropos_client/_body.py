@@ -18,7 +18,7 @@ _GZIP_WINDOW: Final = 31  # zlib's largest window (15) plus 16 for "expect a gzi
 
 
 class BodyReader:
-    """Collects one body from raw network chunks: `begin` with the headers, `feed` each chunk, `finish`."""
+    """Reads one body from raw network chunks."""
 
     def __init__(self, *, limit: int, patience: float) -> None:
         """Start the clock.
@@ -34,13 +34,28 @@ class BodyReader:
         self._body = bytearray()
         self._wire_size = 0
 
-    def begin(self, headers: httpx.Headers) -> None:
-        """Look at the headers of the reply.
+    def read(self, response: httpx.Response, *, whole: bool = True) -> bytes:
+        """Return the body of a reply, decompressed.
+
+        Args:
+            response: A reply whose body has not been read.
+            whole: Read it to its end; otherwise no more than its first piece.
 
         Raises:
-            ReplyTooLarge: If the announced length is beyond the limit.
-            InvalidReply: If the body is compressed with anything but gzip.
+            ReplyTooLarge: If the announced length, or what comes, is beyond the limit.
+            ReplyTimeout: If the body as a whole takes too long.
+            InvalidReply: If it is compressed with anything but gzip, or the gzip data is broken or cut off.
         """
+        self._begin(response.headers)
+        for chunk in response.iter_raw():
+            self._feed(chunk)
+            if not whole:
+                break
+        if whole and self._inflater is not None and self._wire_size and not self._inflater.eof:
+            raise InvalidReply(f"the gzip data is cut off after {self._wire_size} bytes")
+        return bytes(self._body)
+
+    def _begin(self, headers: httpx.Headers) -> None:
         encoding = headers.get("content-encoding", "identity").strip().lower()
         if encoding not in {"gzip", "x-gzip", "identity", ""}:
             raise InvalidReply(f"the reply is compressed with {encoding!r}; only gzip was asked for")
@@ -50,14 +65,7 @@ class BodyReader:
         if announced.isdecimal() and int(announced) > self._limit:
             raise ReplyTooLarge(f"the reply announces {announced} bytes, the maximum is {self._limit}")
 
-    def feed(self, chunk: bytes) -> None:
-        """Take the next raw chunk.
-
-        Raises:
-            ReplyTooLarge: If the body grows beyond the limit.
-            ReplyTimeout: If the body as a whole takes too long.
-            InvalidReply: If the gzip data is broken.
-        """
+    def _feed(self, chunk: bytes) -> None:
         if running_time() > self._give_up_at:
             raise ReplyTimeout(f"the body did not finish in time ({self._wire_size} bytes came)")
         self._wire_size += len(chunk)
@@ -68,19 +76,6 @@ class BodyReader:
             self._keep(chunk)
         else:
             self._inflate(self._inflater, chunk)
-
-    def finish(self, *, whole: bool) -> bytes:
-        """Return what came.
-
-        Args:
-            whole: Whether the body was read to its end.
-
-        Raises:
-            InvalidReply: If it was, and the gzip data ends too early.
-        """
-        if whole and self._inflater is not None and self._wire_size and not self._inflater.eof:
-            raise InvalidReply(f"the gzip data is cut off after {self._wire_size} bytes")
-        return bytes(self._body)
 
     def _inflate(self, inflater: zlib._Decompress, data: bytes) -> None:
         while data:

@@ -222,10 +222,5 @@ class AtroposClient:
             call.method, call.path, content=body, headers=headers, timeout=timeout
         )
         with translated_errors(), closing(self._http.send(request, stream=True)) as response:
-            reader.begin(response.headers)
-            for chunk in response.iter_raw():
-                reader.feed(chunk)
-                if not worth_keeping(response):
-                    break
-            content = reader.finish(whole=worth_keeping(response))
+            content = reader.read(response, whole=worth_keeping(response))
             return Reply(response.status_code, response.headers, content)

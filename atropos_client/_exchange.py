@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -12,10 +10,8 @@ from typing import Any, Final, TypeVar
 import httpx
 
 from atropos_client._calls import Call
-from atropos_client._retry import RetryPolicy, may_resend
+from atropos_client._retry import RetryPolicy, send_within
 from atropos_client._settings import ConnectionSettings
-from atropos_client.backoff import Backoff
-from atropos_client.clock import running_time
 from atropos_client.errors import (
     AccessDenied,
     ApiUnreachable,
@@ -79,21 +75,14 @@ def exchange(
         BatchPossiblyLost: If the call removes a batch and failed after it may have been sent.
         AtroposClientError: Whatever the last sending failed of.
     """
-    started = running_time()
-    pauses = Backoff(first=policy.first_pause, longest=policy.longest_pause)
-    for attempts in itertools.count(1):
-        try:
-            return _read(call, send(call), settings)
-        except AtroposClientError as error:
-            _locate(error, call, settings)
-            pause = pauses.next()
-            elapsed = running_time() - started
-            if not policy.allows_another(attempts, elapsed + pause) or not may_resend(error, call.resend):
-                if call.removes_batch and _may_have_removed(error):
-                    raise possibly_lost(error) from error
-                raise
-        time.sleep(pause)
-    raise AssertionError("counting does not end")
+    try:
+        return send_within(policy, lambda: _read(call, send(call), settings), call.resend)
+    except AtroposClientError as error:
+        error.method = call.method
+        error.url = settings.base_url + call.path
+        if call.removes_batch and _may_have_removed(error):
+            raise possibly_lost(error) from error
+        raise
 
 
 def possibly_lost(error: AtroposClientError) -> BatchPossiblyLost:
@@ -166,9 +155,3 @@ def _excerpt(reply: Reply, settings: ConnectionSettings) -> str:
     # Redact before cutting: half a token is a leak too.
     text = settings.redact(reply.body[: 16 * _LONGEST_EXCERPT].decode("utf-8", errors="replace")).strip()
     return repr(text[:_LONGEST_EXCERPT] + ("..." if len(text) > _LONGEST_EXCERPT else ""))
-
-
-def _locate(error: AtroposClientError, call: Call[Any], settings: ConnectionSettings) -> None:
-    """Tell an error which request it is about."""
-    error.method = call.method
-    error.url = settings.base_url + call.path

@@ -1,4 +1,4 @@
-"""Decides whether to send a request again: pure functions on an error and the policy.
+"""Sends a request again where that is safe: pure functions on an error and the policy decide.
 
 The rule behind all of it: a request that may have changed something on the server is repeated only if it was
 certainly never sent.
@@ -6,9 +6,15 @@ certainly never sent.
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
+from atropos_client.backoff import Backoff
+from atropos_client.clock import running_time
 from atropos_client.errors import (
     ApiUnreachable,
     AtroposClientError,
@@ -16,6 +22,8 @@ from atropos_client.errors import (
     ErrorStatus,
     ReplyTimeout,
 )
+
+T = TypeVar("T")
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses by which proxies and overloaded servers say "later".
@@ -81,3 +89,36 @@ def may_resend(error: AtroposClientError, resend: Resend) -> bool:
     if resend is Resend.ONLY_IF_NOT_SENT:
         return isinstance(error, ApiUnreachable)
     return is_transient(error)
+
+
+def send_within(
+    policy: RetryPolicy,
+    send: Callable[[], T],
+    resend: Resend,
+    *,
+    before_pause: Callable[[AtroposClientError], None] = lambda _error: None,
+) -> T:
+    """Send a request, repeating it within the policy where that is safe.
+
+    Args:
+        policy: Bounds on repeating.
+        send: Sends it once.
+        resend: What a second sending would do.
+        before_pause: Told of every failure that is not the last.
+
+    Raises:
+        AtroposClientError: Whatever the last sending failed of.
+    """
+    started = running_time()
+    pauses = Backoff(first=policy.first_pause, longest=policy.longest_pause)
+    for attempts in itertools.count(1):
+        try:
+            return send()
+        except AtroposClientError as error:
+            pause = pauses.next()
+            elapsed = running_time() - started
+            if not policy.allows_another(attempts, elapsed + pause) or not may_resend(error, resend):
+                raise
+            before_pause(error)
+        time.sleep(pause)
+    raise AssertionError("counting does not end")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -95,10 +95,7 @@ class ConnectionSettings:
 
     def redact(self, text: str) -> str:
         """Remove every secret of ours from a text that a server sent back."""
-        for secret in [self.token, *self.headers.values()]:
-            value = secret.get_secret_value() if secret else ""
-            text = text.replace(value, "***") if value else text
-        return text
+        return redacted(text, [self.token, *self.headers.values()])
 
     def http_options(self) -> dict[str, Any]:
         """Return the keyword arguments of ``httpx.Client``."""
@@ -139,6 +136,14 @@ def client_options(
         # Neither ~/.netrc nor a proxy variable of the shell may decide where rollouts go.
         "trust_env": False,
     }
+
+
+def redacted(text: str, secrets: Iterable[SecretStr | None]) -> str:
+    """Remove secrets from a text."""
+    for secret in secrets:
+        value = secret.get_secret_value() if secret else ""
+        text = text.replace(value, "***") if value else text
+    return text
 
 
 def _is_loopback(host: str) -> bool:

@@ -32,14 +32,8 @@ def ask_api(url: str) -> str:
 def publish_to(url: str) -> str:
     with ServerConnection(url, token=SecretStr(SECRET)) as connection:
         try:
-            return connection.call(
-                "GET",
-                "/status",
-                phase=Phase.READY,
-                version=None,
-                deadline=Deadline(PATIENCE),
-                once=True,
-            ).decode(errors="replace")
+            reply = connection.call("GET /status", Phase.READY, deadline=Deadline(PATIENCE), once=True)
+            return reply.decode(errors="replace")
         except ServerFailure as error:
             return f"failed: {error}"
 

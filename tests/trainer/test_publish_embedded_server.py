@@ -24,8 +24,8 @@ from trainer.model.base_checkpoint import read_base
 from trainer.model.weight_stream import WeightStream
 from trainer.publish import (
     DiskTransport,
-    LoadFailed,
     Publisher,
+    ServerFailure,
     Verdict,
     VerificationFailed,
     VllmRoutes,
@@ -163,6 +163,6 @@ def test_weights_of_another_shape_are_refused_by_the_server_and_it_goes_on_servi
     before = run.served_logprobs()
     other = make_tiny_model(tmp_path / "other", hidden_size=32)
     run.capture = lambda: lambda path: copy_directory(other, path)
-    with pytest.raises(LoadFailed, match="shape"):
+    with pytest.raises(ServerFailure, match=r"load failed.*shape"):
         run.publisher.publish(1)
     assert run.served_logprobs() == before

@@ -29,11 +29,10 @@ from trainer.errors import CheckpointError, ConfigurationError
 from trainer.export.hf_model import capture_model
 from trainer.export.peft_adapter import capture_adapter
 from trainer.publish import (
-    ActivationFailed,
     DiskTransport,
     LoraTransport,
     Publisher,
-    ServerNotReady,
+    ServerFailure,
     StagingFailed,
     Verdict,
     VerificationFailed,
@@ -373,7 +372,7 @@ def test_an_activation_that_did_not_happen_is_an_error(
         publisher.start(0)
         before = server.current
         server.faults["/atropos/adapter"] = lambda: (200, before.model_dump())
-        with pytest.raises(ActivationFailed, match="samples from"):
+        with pytest.raises(ServerFailure, match=r"activate failed.*samples from"):
             publisher.publish(1)
 
 
@@ -453,7 +452,7 @@ def test_a_server_that_takes_no_adapters_is_told_what_it_lacks(
     with routes_to(server) as routes:
         assert not routes.takes_adapters()
         assert hint in caplog.text
-        with pytest.raises(ServerNotReady, match=r"publish\.lora_fallback is refuse"):
+        with pytest.raises(ServerFailure, match=r"connect failed.*publish\.lora_fallback is refuse"):
             LoraTransport(tmp_path, nothing, keep=2).connect(routes)
 
 

@@ -24,7 +24,7 @@ from trainer.publish import (
     LogprobKind,
     LogprobPolicy,
     Probes,
-    ScoringFailed,
+    ServerFailure,
     Verdict,
     VerificationFailed,
     VllmRoutes,
@@ -181,7 +181,7 @@ def test_a_token_drawn_against_all_odds_is_not_held_against_the_server() -> None
 )
 def test_a_reply_that_does_not_name_its_tokens_is_refused(choice: Any, server: StandIn) -> None:
     server.faults["/v1/completions"] = lambda: (200, {"model": "m", "choices": [choice], "usage": {}})
-    with pytest.raises(ScoringFailed, match="log-prob"):
+    with pytest.raises(ServerFailure, match=r"verify failed.*log-prob"):
         verifier_for(server).compare(BASE_EXPECTED)
 
 

@@ -19,7 +19,7 @@ from tests.trainer.models import stream_of, tiny_model
 from tests.trainer.transfer_stand_in import NCCLEngine, Receiver, modules
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
-from trainer.publish import ConnectFailed, LoadFailed, Phase, PhaseDeadlineExceeded, StagedWeights, VllmRoutes
+from trainer.publish import Phase, PhaseDeadlineExceeded, ServerFailure, StagedWeights, VllmRoutes
 from trainer.publish.engines.vllm.nccl_sender import TransferGroup, build_engine, require_vllm
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 
@@ -88,6 +88,7 @@ class Side:
         self.transport.connect(self.routes[number])
 
     def load(self, version: int, number: int = 0) -> StagedWeights:
+        self.routes[number].name_in_messages(version)
         staged = self.transport.capture(version)()
         self.transport.load(self.routes[number], staged)
         return staged
@@ -163,7 +164,7 @@ def test_a_refusal_that_comes_before_anybody_waits_is_heard_too(
     with Side(model, server) as side:
         before = set(threading.enumerate())
         monkeypatch.setattr(threading, "Thread", QuickThread)
-        with pytest.raises(ConnectFailed, match="not configured"):
+        with pytest.raises(ServerFailure, match=r"connect failed.*not configured"):
             side.connect()
         # The sender itself still waits for the workers.
         assert any(each.name.startswith("connect ") for each in set(threading.enumerate()) - before)
@@ -174,7 +175,10 @@ def test_a_server_without_the_routes_is_told_the_variable_that_adds_them(
 ) -> None:
     for route in HANDSHAKE:
         server.faults[route] = lambda: (404, {"detail": "Not Found"})
-    with Side(model, server) as side, pytest.raises(ConnectFailed, match="VLLM_SERVER_DEV_MODE=1"):
+    with (
+        Side(model, server) as side,
+        pytest.raises(ServerFailure, match=r"connect failed.*VLLM_SERVER_DEV_MODE=1"),
+    ):
         side.connect()
 
 
@@ -214,7 +218,7 @@ def test_workers_that_come_after_the_deadline_find_a_group_that_is_left(model: A
         assert not left.is_set()
         came.set()
         assert left.wait(5)
-        with pytest.raises(LoadFailed, match="no transfer group"):
+        with pytest.raises(ServerFailure, match=r"load failed.*no transfer group"):
             transport.load(side.routes[0], transport.capture(1)())
 
 
@@ -227,7 +231,7 @@ def test_a_refused_update_is_reported_at_once_and_the_server_is_brought_out_of_i
         senders[0].hang = threading.Event()  # the others of its group never come
         server.faults["/update_weights"] = lambda: server_error(server)
         started = time.monotonic()
-        with pytest.raises(LoadFailed, match="HTTP 500") as caught:
+        with pytest.raises(ServerFailure, match=r"load failed.*HTTP 500") as caught:
             side.load(3)
         assert time.monotonic() - started < 5
         assert caught.value.version == 3
@@ -235,7 +239,7 @@ def test_a_refused_update_is_reported_at_once_and_the_server_is_brought_out_of_i
         assert senders[0].left.is_set()
         server.faults.clear()
         server.refuse_weight = lambda _name: False
-        with pytest.raises(LoadFailed, match="no transfer group"):
+        with pytest.raises(ServerFailure, match=r"load failed.*no transfer group"):
             side.load(3)
         side.connect()
         side.load(3)
@@ -310,7 +314,7 @@ def test_a_server_that_is_gone_fails_the_handshake(model: Any) -> None:
     receiver = Receiver(other_model())
     with serving(receiver):
         pass
-    with Side(model, receiver) as side, pytest.raises(ConnectFailed, match="no connection"):
+    with Side(model, receiver) as side, pytest.raises(ServerFailure, match=r"connect failed.*no connection"):
         side.connect()
 
 
@@ -319,7 +323,10 @@ def test_an_address_that_is_not_ours_and_ports_that_are_all_taken_are_named(
 ) -> None:
     with (
         Side(model, server, group_address="192.0.2.1") as side,
-        pytest.raises(ConnectFailed, match=r"publish\.group_address has to be an address of this machine"),
+        pytest.raises(
+            ServerFailure,
+            match=r"connect failed.*publish\.group_address has to be an address of this machine",
+        ),
     ):
         side.connect()
     sockets: list[socket.socket] = []
@@ -331,7 +338,9 @@ def test_an_address_that_is_not_ours_and_ports_that_are_all_taken_are_named(
                     sockets.append(socket.create_server(("127.0.0.1", port)))
                 except OSError:  # taken by somebody else is as good
                     continue
-            with pytest.raises(ConnectFailed, match=r"all taken; set another publish\.group_port"):
+            with pytest.raises(
+                ServerFailure, match=r"connect failed.*all taken; set another publish\.group_port"
+            ):
                 side.connect()
     finally:
         for taken in sockets:
@@ -340,7 +349,10 @@ def test_an_address_that_is_not_ours_and_ports_that_are_all_taken_are_named(
 
 def test_ipc_refuses_a_server_elsewhere_and_one_with_several_workers(model: Any, server: Receiver) -> None:
     server.workers = 2
-    with Side(model, server, backend="ipc") as side, pytest.raises(ConnectFailed, match="it has 2 workers"):
+    with (
+        Side(model, server, backend="ipc") as side,
+        pytest.raises(ServerFailure, match=r"connect failed.*it has 2 workers"),
+    ):
         side.connect()
     for elsewhere in ("http://192.0.2.7:8000", "http://gpu.example:8000"):
         settings = PublishSettings(transport="ipc", servers=[elsewhere])
@@ -352,7 +364,7 @@ def test_ipc_names_the_variable_that_the_server_needs(model: Any, server: Receiv
     server.faults["/update_weights"] = lambda: (400, {"error": {"message": "Refusing to deserialize"}})
     with Side(model, server, backend="ipc") as side:
         side.connect()
-        with pytest.raises(LoadFailed, match="VLLM_ALLOW_INSECURE_SERIALIZATION=1"):
+        with pytest.raises(ServerFailure, match=r"load failed.*VLLM_ALLOW_INSECURE_SERIALIZATION=1"):
             side.load(1)
 
 

@@ -94,13 +94,13 @@ class Sender:
         """The order of a publish."""
         assert self.connected is not None
         staged = self.connected.capture(version)()
-        self.routes.pause(version)
+        self.routes.pause()
         try:
             self.connected.load(self.routes, staged)
-            self.routes.reset_caches(version)
+            self.routes.reset_caches()
             self.routes.tag(version)
         finally:
-            self.routes.resume(version)
+            self.routes.resume()
 
 
 def contract(directory: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tests.vllm.launching import VLLM_PYTHON, VllmServer
 from trainer.config import PublishSettings
 from trainer.model.base_checkpoint import read_base
 from trainer.model.weight_stream import WeightStream
-from trainer.publish import ConnectFailed, VllmRoutes, score_with_model
+from trainer.publish import ServerFailure, VllmRoutes, score_with_model
 from trainer.publish.engines.vllm.nccl_sender import build_engine
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 
@@ -139,7 +139,7 @@ def distance(server: VllmServer, model: Path, seed: int | None) -> float:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     routes = VllmRoutes(server.url, PublishSettings(transport="nccl", servers=[server.url]))
     routes.wait_until_ready()
-    served = torch.tensor(list(chain(*routes.score(PROBES, 0))))
+    served = torch.tensor(list(chain(*routes.score(PROBES))))
     routes.close()
     ours = torch.tensor(list(chain(*score_with_model(expected, PROBES, "cpu"))))
     return float((served - ours).abs().mean())
@@ -219,7 +219,7 @@ def test_a_transfer_that_failed_leaves_a_server_that_works_and_takes_the_next(
     began.succeed("connect", seed=3, stream=stream)
     started = time.monotonic()
     answer = began.do("publish", version=4)
-    assert answer["error"] == "LoadFailed"
+    assert answer["error"] == "ServerFailure"
     assert reason in answer["message"]
     assert time.monotonic() - started < 30
     assert not receiver.get("/is_paused").json()["is_paused"]
@@ -254,7 +254,9 @@ def test_a_server_without_the_flag_is_told_so(
     routes = VllmRoutes(vllm_server.url, settings)
     assert routes.world_size() == 1
     started = time.monotonic()
-    with pytest.raises(ConnectFailed, match=r'--weight-transfer-config \'{"backend": "nccl"}\''):
+    with pytest.raises(
+        ServerFailure, match=r'connect failed.*--weight-transfer-config \'{"backend": "nccl"}\''
+    ):
         transport.connect(routes)
     assert time.monotonic() - started < 15
     routes.close()

@@ -104,12 +104,12 @@ def run(server: VllmServer, tmp_path: Path) -> Run:
 class KeepsItsCache(VllmRoutes):
     """A server that says it has emptied its prefix cache, and has not: neither when paused nor when asked."""
 
-    def pause(self, version: int) -> None:
+    def pause(self) -> None:
         httpx.post(
             f"{self.url}/pause", params={"mode": "keep", "clear_cache": "false"}, timeout=60
         ).raise_for_status()
 
-    def reset_caches(self, version: int) -> None:
+    def reset_caches(self) -> None:
         pass
 
 

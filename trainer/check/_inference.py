@@ -55,8 +55,8 @@ def _found(error: Exception) -> str:
 def _probes(
     name: str, ask: Ask, config: TrainerConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[CheckResult]:
-    ask("GET", "/health").raise_for_status()
-    served = ask("GET", "/v1/models").raise_for_status().json()["data"][0]
+    ask("GET /health").raise_for_status()
+    served = ask("GET /v1/models").raise_for_status().json()["data"][0]
     yield passed(name, f"healthy, serves {printable(str(served.get('id')))}")
     yield from _check_length(name, served, config)
     yield _check_routes(name, ask)
@@ -75,7 +75,7 @@ def _check_length(name: str, served: dict[str, Any], config: TrainerConfig) -> l
 def _check_routes(name: str, ask: Ask) -> CheckResult:
     try:
         missing = [
-            route for route in _PUBLISH_ROUTES if ask("GET", route).status_code == httpx.codes.NOT_FOUND
+            route for route in _PUBLISH_ROUTES if ask(f"GET {route}").status_code == httpx.codes.NOT_FOUND
         ]
     except AtroposClientError as error:
         return failed(name, _found(error), "look at the server's log")
@@ -90,7 +90,7 @@ def _check_routes(name: str, ask: Ask) -> CheckResult:
 
 def _check_environment_route(name: str, ask: Ask) -> list[CheckResult]:
     """Whether environments of server_type vllm can sample from it with log-probs."""
-    if ask("GET", "/generate").status_code != httpx.codes.NOT_FOUND:
+    if ask("GET /generate").status_code != httpx.codes.NOT_FOUND:
         return [passed(name, "has the route /generate that Atropos environments call")]
     return [
         warned(
@@ -107,7 +107,7 @@ def _check_tokenizer(
     """Compare token ids of a text, where the server has a route for that."""
     if tokenizer is None:
         return []
-    reply = ask("POST", "/tokenize", json={"model": served.get("id"), "prompt": _SAMPLE})
+    reply = ask("POST /tokenize", json={"model": served.get("id"), "prompt": _SAMPLE})
     if reply.status_code != httpx.codes.OK:
         return [warned(name, "has no route /tokenize", "make sure it serves the model that is trained")]
     if reply.json().get("tokens") == tokenizer.encode(_SAMPLE):

@@ -164,5 +164,5 @@ def _still_running(config: TrainerConfig) -> Iterator[CheckResult]:
 
 def _resumed(server: InferenceServer) -> Iterator[CheckResult]:
     if server.is_paused():
-        server.resume(None)
+        server.resume()
         yield failed(_NAME, f"{server.url} was left paused and has been resumed", _LOOK_AT_LOG)

@@ -4,20 +4,11 @@ from trainer.publish.engines.sglang import SglangRoutes
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 from trainer.publish.engines.vllm.routes import VllmRoutes
 from trainer.publish.errors import (
-    ActivationFailed,
-    CacheResetFailed,
-    ConnectFailed,
-    LoadFailed,
-    PauseFailed,
     Phase,
     PhaseDeadlineExceeded,
     PublishError,
-    ResumeFailed,
-    ScoringFailed,
     ServerFailure,
-    ServerNotReady,
     StagingFailed,
-    TagFailed,
 )
 from trainer.publish.interfaces import InferenceServer, NextToken, StagedWeights, WeightTransport
 from trainer.publish.publisher import Publisher
@@ -39,19 +30,14 @@ from trainer.publish.verification.verifier import LogprobPolicy, VerificationFai
 
 __all__ = [
     "TOLERANCES",
-    "ActivationFailed",
     "Baseline",
-    "CacheResetFailed",
     "Comparison",
-    "ConnectFailed",
     "DiskTransport",
     "InferenceServer",
-    "LoadFailed",
     "LogprobKind",
     "LogprobPolicy",
     "LoraTransport",
     "NextToken",
-    "PauseFailed",
     "Phase",
     "PhaseDeadlineExceeded",
     "ProbeScores",
@@ -60,15 +46,11 @@ __all__ = [
     "PublishFailed",
     "PublishReport",
     "Publisher",
-    "ResumeFailed",
-    "ScoringFailed",
     "ServerFailure",
-    "ServerNotReady",
     "ServerOutcome",
     "SglangRoutes",
     "StagedWeights",
     "StagingFailed",
-    "TagFailed",
     "Verdict",
     "VerificationFailed",
     "VllmRoutes",

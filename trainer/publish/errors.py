@@ -4,17 +4,8 @@
 
     PublishError (trainer.errors.TrainerError)
     ├── StagingFailed (OSError)              the new weights could not be written
-    ├── ServerFailure                        one phase failed at one server
-    │   ├── ServerNotReady                   it did not become healthy, or lacks what we need
-    │   ├── ConnectFailed                    it did not join the transfer's process group
-    │   ├── PauseFailed
-    │   ├── LoadFailed
-    │   ├── CacheResetFailed
-    │   ├── TagFailed
-    │   ├── ResumeFailed                     it may still be paused: environments would wait forever
-    │   ├── ScoringFailed                    it did not score the probes
-    │   ├── ActivationFailed                 the proven weights are loaded, but not yet what environments get
-    │   ├── PhaseDeadlineExceeded (DeadlineExceeded, TimeoutError)    any phase; `.phase` says which
+    ├── ServerFailure                        a phase failed at one server; `.phase` says which
+    │   ├── PhaseDeadlineExceeded (DeadlineExceeded, TimeoutError)
     │   └── verification.verifier.VerificationFailed    it does not serve the weights that were published
     └── report.PublishFailed                 several of the above; `.outcomes` has every server's
 
@@ -47,6 +38,31 @@ class Phase(StrEnum):
     ACTIVATE = "activate"
 
 
+REMEDIES: dict[Phase, str] = {
+    Phase.READY: (
+        "see that the server runs at this URL; vLLM needs VLLM_SERVER_DEV_MODE=1 for the weight routes; "
+        "raise publish.ready_timeout if it is only slow to start"
+    ),
+    Phase.CONNECT: (
+        "see that the server was started for this transport (docs/engines) and that its workers reach "
+        "publish.group_address and publish.group_port; or use publish.transport disk"
+    ),
+    Phase.PAUSE: "start vLLM with VLLM_SERVER_DEV_MODE=1; otherwise look into the server's log",
+    Phase.LOAD: (
+        "see that the server serves the same architecture and, with publish.transport disk, can read "
+        "publish.directory under the same path (as another user only with publish.readable_by); otherwise "
+        "look into its log"
+    ),
+    Phase.RESUME: "POST /resume to the server by hand, or restart it: until then environments wait for it",
+    Phase.VERIFY: (
+        "verification needs POST /v1/completions with token-id prompts and prompt_logprobs; "
+        "see the server's log, or set publish.verify to false to go on without proof"
+    ),
+    Phase.ACTIVATE: "see that the server runs our middleware (docs/engines), which takes the adapter's name",
+}
+"""What to do about a failure of a phase, unless more is known."""
+
+
 class PublishError(TrainerError):
     """New weights are not proven to be served."""
 
@@ -65,9 +81,11 @@ class ServerFailure(PublishError):  # noqa: N818
         reason: What was found, in our words.
         status: The HTTP status, if there was a reply.
         server_text: What the server said, truncated; empty if nothing.
+        remedy: What to do about it.
     """
 
-    remedy = "look into the server's log"
+    remedy = ""
+    """By default that of the phase."""
 
     def __init__(
         self,
@@ -80,8 +98,7 @@ class ServerFailure(PublishError):  # noqa: N818
         server_text: str = "",
         remedy: str | None = None,
     ) -> None:
-        if remedy is not None:
-            self.remedy = remedy
+        self.remedy = remedy or self.remedy or REMEDIES.get(phase, "look into the server's log")
         self.server = server
         self.phase = phase
         self.version = version
@@ -103,87 +120,10 @@ def _restore(cls: type[BaseException], args: tuple[Any, ...], state: dict[str, A
     return error
 
 
-class ServerNotReady(ServerFailure):
-    """The server did not become healthy, or does not offer what publishing needs."""
-
-    remedy = (
-        "see that the server runs at this URL; vLLM needs VLLM_SERVER_DEV_MODE=1 for the weight routes; "
-        "raise publish.ready_timeout if it is only slow to start"
-    )
-
-
-class ConnectFailed(ServerFailure):
-    """The server did not join the process group over which weights travel."""
-
-    remedy = (
-        "see that the server was started for this transport (docs/engines) and that its workers reach "
-        "publish.group_address and publish.group_port; or use publish.transport disk"
-    )
-
-
-class PauseFailed(ServerFailure):
-    """The server did not pause; its weights were not touched."""
-
-    remedy = "start vLLM with VLLM_SERVER_DEV_MODE=1; otherwise look into the server's log"
-
-
-class LoadFailed(ServerFailure):
-    """The server did not load the weights; what it serves now is unknown."""
-
-    remedy = (
-        "see that the server serves the same architecture and, with publish.transport disk, can read "
-        "publish.directory under the same path (as another user only with publish.readable_by); otherwise "
-        "look into its log"
-    )
-
-
-class CacheResetFailed(ServerFailure):
-    """The prefix cache may still hold blocks that old weights computed."""
-
-
-class TagFailed(ServerFailure):
-    """The server did not take the version's label."""
-
-
-class ResumeFailed(ServerFailure):
-    """The server may still be paused."""
-
-    remedy = "POST /resume to the server by hand, or restart it: until then environments wait for it"
-
-
-class ScoringFailed(ServerFailure):
-    """The server did not score the probe texts."""
-
-    remedy = (
-        "verification needs POST /v1/completions with token-id prompts and prompt_logprobs; "
-        "see the server's log, or set publish.verify to false to go on without proof"
-    )
-
-
 class PhaseDeadlineExceeded(ServerFailure, DeadlineExceeded):
     """A phase did not end in its time."""
 
     remedy = "see whether the server hangs; raise the phase's publish.*_timeout if it is only slow"
-
-
-class ActivationFailed(ServerFailure):
-    """The server holds the proven weights, but environments do not sample from them yet."""
-
-    remedy = "see that the server runs our middleware (docs/engines), which takes the current adapter's name"
-
-
-PHASE_ERRORS: dict[Phase, type[ServerFailure]] = {
-    Phase.READY: ServerNotReady,
-    Phase.CONNECT: ConnectFailed,
-    Phase.PAUSE: PauseFailed,
-    Phase.LOAD: LoadFailed,
-    Phase.RESET_CACHES: CacheResetFailed,
-    Phase.TAG: TagFailed,
-    Phase.RESUME: ResumeFailed,
-    Phase.VERIFY: ScoringFailed,
-    Phase.ACTIVATE: ActivationFailed,
-}
-"""The error that stands for each phase."""
 
 
 def shorten(text: str) -> str:

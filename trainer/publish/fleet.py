@@ -184,11 +184,12 @@ class Fleet:
             member.version = job.version
 
         started = running_time()
+        member.server.name_in_messages(job.version)
         try:
             if not member.connected:
                 # After a resume that failed: what a paused server is asked waits, and is answered too late.
                 if member.server.is_paused():
-                    member.server.resume(None)
+                    member.server.resume()
                 self._transport.connect(member.server)
                 member.connected = True
         except ServerFailure as error:
@@ -243,7 +244,7 @@ class Fleet:
             server.wait_until_ready()
             if server.is_paused():
                 logger.warning("%s is paused, perhaps by a trainer that died: resuming it", server.url)
-                server.resume(None)
+                server.resume()
             self._transport.connect(server)
             member.connected = True
         except ServerFailure as error:
@@ -253,6 +254,7 @@ class Fleet:
     def _check_served(self, member: Member, expectation: Expectation) -> ServerOutcome:
         comparison = None
         errors: tuple[ServerFailure, ...] = ()
+        member.server.name_in_messages(expectation.version)
         try:
             # What comes under a name of its own is not there yet, whatever the model itself serves.
             if not self._transport.needs_pause(member.server):

@@ -1,9 +1,9 @@
 """Defines what the shared publish procedure needs of a server and of a transport.
 
-An `InferenceServer` speaks an engine's dialect (vLLM, SGLang). One that loads adapters is an `AdapterServer`
-too, one whose workers join a process group a `CollectiveServer`. A `WeightTransport` is the way that the
-weights take: a shared directory, an adapter, the GPUs' own network. The order of the calls, the deadlines and
-what happens after a failure are in `procedure` and `publisher`, once.
+An `InferenceServer` speaks an engine's dialect (vLLM, SGLang). A `WeightTransport` is the way that the
+weights take: a shared directory, an adapter, the GPUs' own network; what only one engine offers (adapters,
+process groups) it asks of that engine's class. The order of the calls, the deadlines and what happens after
+a failure are in `procedure` and `publisher`, once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from trainer.config import PublishSettings
 from trainer.publish.engines.connection import ServerConnection
+from trainer.publish.errors import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +48,35 @@ class NextToken:
 
 
 class InferenceServer(ABC):
-    """Speaks to one server. Every method ends within its phase's deadline or raises a `ServerFailure`."""
+    """Speaks to one server. Every method ends within its phase's deadline or raises a `ServerFailure`.
 
-    def __init__(self, connection: ServerConnection) -> None:
-        self._connection = connection
+    Args:
+        url: Its base URL.
+        settings: Section `publish` of the configuration.
+    """
 
-    @property
-    def url(self) -> str:
+    remedies: ClassVar[Mapping[Phase | int, str]] = {}
+    """What to do about a failure of a phase, or about a status, where it is another than with vLLM."""
+
+    def __init__(self, url: str, settings: PublishSettings) -> None:
+        seconds = dict.fromkeys(Phase, settings.pause_timeout)
+        seconds |= {Phase.LOAD: settings.load_timeout, Phase.VERIFY: settings.verify_timeout}
+        self._settings = settings
+        self._connection = ServerConnection(
+            url, token=settings.token, headers=settings.headers, seconds=seconds, remedies=self.remedies
+        )
+        self.url = self._connection.url
         """Base URL without credentials."""
-        return self._connection.url
+        self.failure = self._connection.failure
+        """Makes the error of a phase at this server."""
 
     def close(self) -> None:
         """Close the connections."""
         self._connection.close()
+
+    def name_in_messages(self, version: int | None) -> None:
+        """Set the version that messages name from now on."""
+        self._connection.version = version
 
     @abstractmethod
     def wait_until_ready(self) -> None:
@@ -69,7 +87,7 @@ class InferenceServer(ABC):
         """Tell whether somebody, perhaps a trainer that died, has paused it."""
 
     @abstractmethod
-    def pause(self, version: int) -> None:
+    def pause(self) -> None:
         """Stop generation at the next step, or after it, as configured."""
 
     @abstractmethod
@@ -77,7 +95,7 @@ class InferenceServer(ABC):
         """Replace the weights by those in a directory."""
 
     @abstractmethod
-    def reset_caches(self, version: int) -> None:
+    def reset_caches(self) -> None:
         """Forget everything that was computed with earlier weights."""
 
     @abstractmethod
@@ -85,13 +103,11 @@ class InferenceServer(ABC):
         """Label the weights; a server without labels ignores it."""
 
     @abstractmethod
-    def resume(self, version: int | None) -> None:
-        """Go on generating. `version` is for messages; None outside a publish."""
+    def resume(self) -> None:
+        """Go on generating."""
 
     @abstractmethod
-    def score(
-        self, token_id_lists: list[list[int]], version: int, *, served_name: str | None = None
-    ) -> list[list[float]]:
+    def score(self, token_id_lists: list[list[int]], *, served_name: str | None = None) -> list[list[float]]:
         """Return the log-probs of tokens 1..T-1 of each list, in nats, at temperature 1.
 
         `served_name`: the adapter's name, if not the model itself is asked.
@@ -99,12 +115,7 @@ class InferenceServer(ABC):
 
     @abstractmethod
     def next_token(
-        self,
-        token_ids: list[int],
-        version: int,
-        *,
-        temperature: float = 1.0,
-        served_name: str | None = None,
+        self, token_ids: list[int], *, temperature: float = 1.0, served_name: str | None = None
     ) -> NextToken:
         """Sample one token after a prompt as an environment would: through the prefix cache.
 
@@ -113,54 +124,11 @@ class InferenceServer(ABC):
         """
 
     @abstractmethod
-    def weight_version(self, version: int) -> str | None:
+    def weight_version(self) -> str | None:
         """Return the label that the server shows, or None if it shows none."""
 
     def use_model_itself(self) -> None:  # noqa: B027 - most servers know nothing else
         """Let environments sample from the model again, where an earlier trainer left an adapter active."""
-
-
-class AdapterServer(InferenceServer):
-    """Loads adapters at run time, and lets environments sample from one without naming it."""
-
-    @abstractmethod
-    def takes_adapters(self) -> bool:
-        """Tell whether it was started so that adapters can be loaded AND reach the environments."""
-
-    @abstractmethod
-    def adapters(self, version: int) -> set[str]:
-        """Return the adapters that are loaded, or that requests in flight still sample from."""
-
-    @abstractmethod
-    def load_adapter(self, name: str, path: Path, version: int) -> None:
-        """Load an adapter under a name that was never used before."""
-
-    @abstractmethod
-    def active_adapter(self, version: int) -> str | None:
-        """Return the adapter that environments sample from; None: the model itself."""
-
-    @abstractmethod
-    def activate_adapter(self, name: str, version: int) -> None:
-        """Let environments sample from this adapter from now on, without changing their model name."""
-
-    @abstractmethod
-    def unload_adapter(self, name: str, version: int) -> None:
-        """Forget an adapter; not knowing it is no failure."""
-
-
-class CollectiveServer(InferenceServer):
-    """Takes weights from a process group that its workers join."""
-
-    @abstractmethod
-    def world_size(self) -> int:
-        """Return the number of workers that take part in a transfer."""
-
-    @abstractmethod
-    def weight_request(self, route: str, body: Mapping[str, Any], version: int | None) -> None:
-        """Send one request of a weight transfer, e.g. `/update_weights`, inside the load deadline; once.
-
-        `version` is for messages; None while shaking hands.
-        """
 
 
 class WeightTransport(ABC):
@@ -212,7 +180,7 @@ class WeightTransport(ABC):
 
         A server without labels cannot tell, and counts as unchanged.
         """
-        label = server.weight_version(staged.version)
+        label = server.weight_version()
         return label is None or label == str(staged.version)
 
     def prune(self, served: int) -> None:  # noqa: B027 - most keep nothing

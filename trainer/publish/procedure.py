@@ -45,13 +45,12 @@ def publish_to_server(
         expectation: What it should say afterwards. None: do not verify.
         on_loaded: Called when environments may get the new weights from this server.
     """
-    version = staged.version
     comparison: Comparison | None = None
     errors: list[ServerFailure] = []
     seconds: dict[str, float] = {}
     with _collected(errors):
         if expectation is not None:
-            verifier.warm(version)
+            verifier.warm()
         if transport.needs_pause(server):
             with _timed(seconds, "pause_seconds"):
                 _update(server, transport, staged, seconds, errors)
@@ -83,14 +82,14 @@ def _update(
     try:
         with _collected(errors):
             # Even a pause that failed may have paused: a reply can be lost on its way.
-            server.pause(staged.version)
+            server.pause()
             with _timed(seconds, "load_seconds"):
                 transport.load(server, staged)
-            server.reset_caches(staged.version)
+            server.reset_caches()
             server.tag(staged.version)
     finally:
         with _collected(errors):
-            server.resume(staged.version)
+            server.resume()
 
 
 @contextmanager

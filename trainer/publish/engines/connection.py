@@ -7,16 +7,14 @@ become the failure of a publish's phase.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Literal, Required, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -31,13 +29,13 @@ from atropos_client import (
     RetryPolicy,
     client_options,
     is_transient,
-    may_resend,
+    redacted,
+    send_within,
     translated_errors,
 )
-from atropos_client.backoff import Backoff
 from atropos_client.clock import running_time
-from trainer.config import PublishSettings, plain_url
-from trainer.publish.errors import PHASE_ERRORS, Phase, PhaseDeadlineExceeded, ServerFailure
+from trainer.config import plain_url
+from trainer.publish.errors import Phase, PhaseDeadlineExceeded, ServerFailure
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +55,6 @@ that is gone. The phase's deadline ends it sooner."""
 _LONGEST_SAID = 4096  # bytes of a reply that are looked at for a message
 
 Answer = TypeVar("Answer", bound=BaseModel)
-Method = Literal["GET", "POST"]
 
 
 @dataclass(frozen=True)
@@ -77,35 +74,10 @@ class Deadline:
         return max(0.0, self.ends_at - running_time())
 
 
-def phase_seconds(settings: PublishSettings) -> dict[Phase, float]:
-    """Map each phase to the seconds that one request in it may take."""
-    seconds = dict.fromkeys(Phase, settings.pause_timeout)
-    seconds[Phase.LOAD] = settings.load_timeout
-    seconds[Phase.VERIFY] = settings.verify_timeout
-    return seconds
-
-
-class Where(TypedDict):
-    """Keyword arguments of everything that belongs to one phase."""
-
-    phase: Phase
-    version: int | None
-    """For messages; None outside a publish."""
-
-
-class Within(Where):
-    """Keyword arguments that several requests under one deadline share."""
-
-    deadline: Deadline
-
-
-class CallOptions(TypedDict, total=False):
+class How(TypedDict, total=False):
     """Keyword arguments of one request."""
 
-    phase: Required[Phase]
-    version: Required[int | None]
-    """For messages; None outside a publish."""
-    deadline: Deadline
+    deadline: Deadline | None
     """Ends all attempts. Default: the phase's own seconds from now."""
     once: bool
     """Whether a second sending would do work or damage: only sent again if it certainly never arrived."""
@@ -123,9 +95,8 @@ class ServerConnection:
         url: Base URL.
         token: Bearer token.
         headers: Further headers; secrets, like the token.
-        seconds: Allowance of each phase, for calls without a deadline of their own (`phase_seconds`).
-        remedy_for: What to do about a failure of a phase with a status, in the engine's words; None: what the
-            phase's error says.
+        seconds: Allowance of each phase, for calls without a deadline of their own.
+        remedies: What to do about a status or about a failure of a phase, in the engine's words.
     """
 
     def __init__(
@@ -135,18 +106,19 @@ class ServerConnection:
         token: SecretStr | None = None,
         headers: Mapping[str, SecretStr] | None = None,
         seconds: Mapping[Phase, float] | None = None,
-        remedy_for: Callable[[Phase, int | None], str | None] = lambda _phase, _status: None,
+        remedies: Mapping[Phase | int, str] | None = None,
     ) -> None:
         self.url = plain_url(url)
         """The base URL without credentials, as every message shows it."""
+        self.version: int | None = None
+        """The version that is being published, for messages; None before the first."""
         # uvicorn, which serves vLLM and SGLang, closes a connection after 5 idle seconds and after an error
         # of a route. What is sent meanwhile gets no answer, and a step of a transfer is sent only once.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._client = httpx.Client(**client_options(url, token=token, headers=headers or {}, limits=limits))
         self._seconds = seconds or {}
-        self._remedy_for = remedy_for
-        secrets = [token, *(headers or {}).values()]
-        self._secrets = [secret.get_secret_value() for secret in secrets if secret is not None]
+        self._remedies = remedies or {}
+        self._secrets = [token, *(headers or {}).values()]
 
     def __enter__(self) -> Self:
         return self
@@ -160,143 +132,99 @@ class ServerConnection:
         """Let go of the client."""
         self._client.close()
 
-    def ask(self, kind: type[Answer], method: Method, path: str, **options: Unpack[CallOptions]) -> Answer:
+    def ask(self, kind: type[Answer], route: str, phase: Phase, **how: Unpack[How]) -> Answer:
         """Send a request as `call` does, and return its reply as a `kind`.
 
         Raises:
             ServerFailure: As `call`; or the reply is not of the expected shape.
         """
-        content = self.call(method, path, **options)
-        try:
-            return kind.model_validate_json(content)
-        except ValidationError as error:
-            details = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(part) for part in details["loc"]) or "the body"
-            raise self._failure(
-                f"{method} {path}: the reply is not a {kind.__name__}: {place}: {details['msg']}",
-                options,
-                server_text=self._said(content),
-            ) from error
+        return self._read(kind, route, phase, self.call(route, phase, **how))
 
-    def ask_if_known(
-        self, kind: type[Answer], method: Method, path: str, **options: Unpack[CallOptions]
-    ) -> Answer | None:
+    def ask_if_known(self, kind: type[Answer], route: str, phase: Phase, **how: Unpack[How]) -> Answer | None:
         """Send a request as `ask` does; None from a server that has no such route."""
-        try:
-            return self.ask(kind, method, path, **options)
-        except ServerFailure as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                raise
-            return None
+        content = self.call_if_known(route, phase, **how)
+        return None if content is None else self._read(kind, route, phase, content)
 
-    def call_if_known(self, method: Method, path: str, **options: Unpack[CallOptions]) -> bytes | None:
+    def call_if_known(self, route: str, phase: Phase, **how: Unpack[How]) -> bytes | None:
         """Send a request as `call` does; None from a server that has no such route."""
         try:
-            return self.call(method, path, **options)
+            return self.call(route, phase, **how)
         except ServerFailure as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
             return None
 
     @contextlib.contextmanager
-    def reading(self, route: str, **where: Unpack[Where]) -> Iterator[None]:
+    def reading(self, route: str, phase: Phase) -> Iterator[None]:
         """Turn what is wrong with a reply's content, a ValueError, into the failure of the phase."""
         try:
             yield
         except ValueError as error:
-            raise self._failure(f"{route}: {error}", where) from error
+            raise self.failure(phase, f"{route}: {error}") from error
 
-    def call(self, method: Method, path: str, **options: Unpack[CallOptions]) -> bytes:
+    def call(self, route: str, phase: Phase, **how: Unpack[How]) -> bytes:
         """Send a request, again where that is safe, and return the body of a reply that means success.
+
+        Args:
+            route: Method and path, for example `POST /pause`.
+            phase: The step of a publish that it belongs to.
+            how: See `How`.
 
         Raises:
             PhaseDeadlineExceeded: The deadline passed first.
-            ServerFailure: The phase's own error: no connection, an error status, or a 200 whose body
-                says that it failed.
+            ServerFailure: No connection, an error status, or a 200 whose body says that it failed.
         """
-        phase = options["phase"]
-        deadline = options.get("deadline") or Deadline(self._seconds[phase])
-        starting = options.get("starting", False)
+        deadline = how.get("deadline") or Deadline(self._seconds[phase])
+        starting = how.get("starting", False)
         policy = replace(
             RETRIES, attempts=sys.maxsize if starting else RETRIES.attempts, wall_clock=deadline.left
         )
-        resend = Resend.ONLY_IF_NOT_SENT if options.get("once") else Resend.HARMLESS
-        body, query = options.get("body"), options.get("query")
+        body = how.get("body")
         if isinstance(body, BaseModel):
             body = body.model_dump(mode="json", exclude_unset=True)
-        pauses = Backoff(first=policy.first_pause, longest=policy.longest_pause)
-        started = remind_at = running_time()
-        for attempts in itertools.count(1):
-            content, error = self._attempt(method, path, deadline, json=body, params=query)
-            if error is None:
-                return content
-            pause = pauses.next()
-            elapsed = running_time() - started
-            if not policy.allows_another(attempts, elapsed + pause) or not may_resend(error, resend):
-                # A server that is still starting when the time is up has missed the deadline as well.
-                late = isinstance(error, ReplyTimeout) or (starting and is_transient(error))
-                limit = f"not within {deadline.seconds:g} s: " if late else ""
-                raise self._failure(
-                    f"{method} {path}: {limit}{reason_of(error)}",
-                    options,
-                    late=late,
-                    status=error.status_code if isinstance(error, ErrorStatus) else None,
-                    server_text=self._said(content),
-                ) from error
-            logger.debug("%s: %s %s: attempt %d: %s", self.url, method, path, attempts, reason_of(error))
+        remind_at = running_time()
+
+        def announce(error: AtroposClientError) -> None:
+            nonlocal remind_at
+            logger.debug("%s: %s: %s", self.url, route, reason_of(error))
             if starting and running_time() >= remind_at:
                 remind_at = running_time() + REMIND_SECONDS
                 waits = (self.url, deadline.left, reason_of(error))
                 logger.info("waiting for the inference server %s, for %.0f s more: %s", *waits)
-            time.sleep(pause)
-        raise AssertionError("counting does not end")
 
-    def _attempt(
-        self, method: Method, path: str, deadline: Deadline, **more: Any
-    ) -> tuple[bytes, AtroposClientError | None]:
-        """Send a request once; return what the server said, and what went wrong."""
         try:
-            response = self.exchange(method, path, seconds=deadline.left, **more)
+            return send_within(
+                policy,
+                lambda: self._send(route, deadline, json=body, params=how.get("query")),
+                Resend.ONLY_IF_NOT_SENT if how.get("once") else Resend.HARMLESS,
+                before_pause=announce,
+            )
         except AtroposClientError as error:
-            return b"", error
-        status, content = response.status_code, response.content
-        if status == HTTPStatus.BAD_REQUEST and _json_object(content).get("success") is False:
-            # Understood, and its work failed: unlike other refusals, worth another try.
-            return content, ErrorStatus(f"HTTP {status}", status_code=HTTPStatus.OK)
-        if status != httpx.codes.OK:
-            return content, ErrorStatus(f"HTTP {status}", status_code=status)
-        if says_failed(content):
-            return content, ErrorStatus("HTTP 200, but the reply says that it failed", status_code=status)
-        return content, None
+            # A server that is still starting when the time is up has missed the deadline as well.
+            late = isinstance(error, ReplyTimeout) or (starting and is_transient(error))
+            limit = f"not within {deadline.seconds:g} s: " if late else ""
+            raise self.failure(
+                phase,
+                f"{route}: {limit}{reason_of(error)}",
+                PhaseDeadlineExceeded if late else ServerFailure,
+                status=error.status_code if isinstance(error, ErrorStatus) else None,
+                server_text=self._said(error.content) if isinstance(error, _Refused) else "",
+            ) from error
 
-    def _failure(
-        self,
-        reason: str,
-        where: Where | CallOptions,
-        *,
-        late: bool = False,
-        status: int | None = None,
-        server_text: str = "",
+    def failure(
+        self, phase: Phase, reason: str, kind: type[ServerFailure] = ServerFailure, **more: Any
     ) -> ServerFailure:
-        """Make the phase's own error, or the one of a deadline."""
-        phase = where["phase"]
-        kind = PhaseDeadlineExceeded if late else PHASE_ERRORS[phase]
-        return kind(
-            reason,
-            server=self.url,
-            phase=phase,
-            version=where["version"],
-            status=status,
-            server_text=server_text,
-            remedy=None if late else self._remedy_for(phase, status),
-        )
+        """Make the error of a phase at this server; `more`: see `ServerFailure`."""
+        if kind is ServerFailure:
+            remedy = self._remedies.get(more.get("status", 0)) or self._remedies.get(phase)
+            more = {"remedy": remedy} | more
+        return kind(reason, server=self.url, phase=phase, version=self.version, **more)
 
-    def exchange(self, method: Method, path: str, *, seconds: float, **more: Any) -> httpx.Response:
+    def exchange(self, route: str, *, seconds: float, **more: Any) -> httpx.Response:
         """Send a request once, and return the reply whatever its status.
 
         Args:
-            method: The HTTP method.
-            path: Below the base URL.
+            route: Method and path.
             seconds: For all of it.
             more: What httpx takes: `json`, `params`.
 
@@ -305,25 +233,50 @@ class ServerConnection:
         """
         if seconds == 0.0:
             raise ReplyTimeout("the phase's time is spent")
+        method, path = route.split(" ", 1)
         timeout = httpx.Timeout(seconds, connect=min(CONNECT_TIMEOUT, seconds))
         reader = BodyReader(limit=MAX_REPLY_BYTES, patience=seconds)
         with (
             translated_errors(),
             self._client.stream(method, path, timeout=timeout, **more) as response,
         ):
-            reader.begin(response.headers)
-            for chunk in response.iter_raw():
-                reader.feed(chunk)
-            content = reader.finish(whole=True)
+            content = reader.read(response)
             return httpx.Response(response.status_code, content=content, request=response.request)
+
+    def _send(self, route: str, deadline: Deadline, **more: Any) -> bytes:
+        """Send a request once, and return the body of a reply that means success."""
+        response = self.exchange(route, seconds=deadline.left, **more)
+        status, content = response.status_code, response.content
+        if status == HTTPStatus.BAD_REQUEST and _json_object(content).get("success") is False:
+            # Understood, and its work failed: unlike other refusals, worth another try.
+            raise _Refused(f"HTTP {status}", HTTPStatus.OK, content)
+        if status != HTTPStatus.OK:
+            raise _Refused(f"HTTP {status}", status, content)
+        if says_failed(content):
+            raise _Refused("HTTP 200, but the reply says that it failed", status, content)
+        return content
+
+    def _read(self, kind: type[Answer], route: str, phase: Phase, content: bytes) -> Answer:
+        try:
+            return kind.model_validate_json(content)
+        except ValidationError as error:
+            details = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(part) for part in details["loc"]) or "the body"
+            found = f"{route}: the reply is not a {kind.__name__}: {place}: {details['msg']}"
+            raise self.failure(phase, found, server_text=self._said(content)) from error
 
     def _said(self, content: bytes) -> str:
         """Return what a server said, for a message, without the secrets that we sent it."""
         # Redacted before anybody cuts it: half of a token is a leak too.
-        text = content[:_LONGEST_SAID].decode("utf-8", "replace")
-        for secret in self._secrets:
-            text = text.replace(secret, "***") if secret else text
-        return text
+        return redacted(content[:_LONGEST_SAID].decode("utf-8", "replace"), self._secrets)
+
+
+class _Refused(ErrorStatus):
+    """A whole reply came, and does not mean success."""
+
+    def __init__(self, message: str, status: int, content: bytes) -> None:
+        super().__init__(message, status_code=status)
+        self.content = content
 
 
 def reason_of(error: AtroposClientError) -> str:

@@ -9,7 +9,7 @@ What is different from vLLM:
 - `in_place` leaves the keys and values of requests in flight as old weights computed them, and the prefix
   cache cannot be emptied meanwhile. It is never used; `keep` is `retract`.
 - Status 400 stands for requests that it does not understand and for work that went wrong.
-- It uses an adapter only where a request names one, and environments name none: it is no `AdapterServer`.
+- It uses an adapter only where a request names one, and environments name none: it takes none.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from http import HTTPStatus
 from pathlib import Path
 
 from schemas import sglang as wire
-from trainer.config import PublishSettings
-from trainer.publish.engines.connection import Deadline, ServerConnection, Within, phase_seconds
-from trainer.publish.errors import CacheResetFailed, Phase, ServerNotReady
+from trainer.publish.engines.connection import Deadline
+from trainer.publish.errors import Phase, ServerFailure
 from trainer.publish.interfaces import InferenceServer, NextToken
+
+GENERATE = "POST /generate"
 
 IDLE_SECONDS = 10.0
 """How long emptying the cache may wait until the scheduler is done with requests that a pause has ended."""
@@ -32,7 +33,11 @@ PAUSE_MODES: dict[str, wire.PauseMode] = {"keep": "retract", "abort": "abort"}
 LIKELIEST_TOKENS = 5
 """How many tokens' log-probs a generated token comes with."""
 
-REMEDIES = {
+REMEDIES: dict[Phase | int, str] = {
+    HTTPStatus.UNAUTHORIZED: (
+        "set publish.token to the server's --api-key; with --admin-api-key, to that one, and give --api-key "
+        "the same value or none: the weight routes take the one, /generate the other"
+    ),
     Phase.READY: (
         "see that SGLang runs at this URL (publish.engine says which engine it is); raise "
         "publish.ready_timeout if it is only slow to start"
@@ -49,52 +54,30 @@ REMEDIES = {
 }
 """Where what to do is not what it would be with vLLM."""
 
-KEYS = (
-    "set publish.token to the server's --api-key; with --admin-api-key, to that one, and give --api-key the "
-    "same value or none: the weight routes take the one, /generate the other"
-)
-"""What to do about a refused token."""
-
 
 class SglangRoutes(InferenceServer):
-    """Speaks to one SGLang server. Its routes take no model name.
+    """Speaks to one SGLang server. Its routes take no model name."""
 
-    Args:
-        url: Its base URL.
-        settings: Section `publish` of the configuration.
-    """
-
-    def __init__(self, url: str, settings: PublishSettings) -> None:
-        connection = ServerConnection(
-            url,
-            token=settings.token,
-            headers=settings.headers,
-            seconds=phase_seconds(settings),
-            remedy_for=remedy_for,
-        )
-        super().__init__(connection)
-        self._settings = settings
+    remedies = REMEDIES
 
     def wait_until_ready(self) -> None:
         """Wait until it answers; go on generating if it was left paused; wait until it is healthy."""
         deadline = Deadline(self._settings.ready_timeout)
-        where: Within = {"phase": Phase.READY, "version": None, "deadline": deadline}
-        info = self._connection.ask(wire.ModelInfo, "GET", "/model_info", starting=True, **where)
+        info = self._connection.ask(
+            wire.ModelInfo, "GET /model_info", Phase.READY, starting=True, deadline=deadline
+        )
         if not info.is_generation:
-            raise ServerNotReady(
-                f"{info.model_path} is served for embeddings, not for generation",
-                server=self.url,
-                phase=Phase.READY,
-                remedy=REMEDIES[Phase.READY],
-            )
-        if self._readiness(deadline) is not HTTPStatus.OK:
+            found = f"{info.model_path} is served for embeddings, not for generation"
+            raise self.failure(Phase.READY, found)
+        if self._readiness(deadline=deadline) is not HTTPStatus.OK:
             # Starting, unhealthy or paused: it does not say which. Only the last needs it, the others do not
             # mind. It must come before /health, which waits for a token that a paused server does not give.
+            go_on = wire.ContinueRequest()
             self._connection.ask(
-                wire.StatusReply, "POST", "/continue_generation", body=wire.ContinueRequest(), **where
+                wire.StatusReply, "POST /continue_generation", Phase.READY, body=go_on, deadline=deadline
             )
-            self._connection.call("GET", "/health", starting=True, **where)
-        server = self._connection.ask(wire.ServerInfo, "GET", "/server_info", **where)
+            self._connection.call("GET /health", Phase.READY, starting=True, deadline=deadline)
+        server = self._connection.ask(wire.ServerInfo, "GET /server_info", Phase.READY, deadline=deadline)
         # Refused, because it would only show later, now and then, as wrong labels or stale blocks.
         unfit = ""
         if server.tokenizer_worker_num != 1:
@@ -104,47 +87,32 @@ class SglangRoutes(InferenceServer):
         elif server.hicache_storage_backend is not None:
             unfit = f"--hicache-storage-backend {server.hicache_storage_backend}: it is never emptied"
         if unfit:
-            raise ServerNotReady(
-                f"it was started with {unfit}", server=self.url, phase=Phase.READY, remedy="start it without"
-            )
+            raise self.failure(Phase.READY, f"it was started with {unfit}", remedy="start it without")
 
     def is_paused(self) -> bool:
         """Ask `/ready`; one that is unhealthy counts as paused, one without that route as running."""
-        return self._readiness(Deadline(self._settings.pause_timeout)) is HTTPStatus.SERVICE_UNAVAILABLE
+        return self._readiness() is HTTPStatus.SERVICE_UNAVAILABLE
 
-    def pause(self, version: int) -> None:
+    def pause(self) -> None:
         """Pause generation: `keep` retracts, `abort` aborts; with `wait` it is loading that waits."""
         mode = PAUSE_MODES.get(self._settings.pause_mode)
         if mode is not None:
-            self._connection.ask(
-                wire.StatusReply,
-                "POST",
-                "/pause_generation",
-                phase=Phase.PAUSE,
-                version=version,
-                body=wire.PauseRequest(mode=mode),
-            )
+            body = wire.PauseRequest(mode=mode)
+            self._connection.ask(wire.StatusReply, "POST /pause_generation", Phase.PAUSE, body=body)
 
     def load_directory(self, path: Path, version: int) -> None:
         """Let every worker load its weights from the directory."""
         # Where there is a pause, emptying the cache and the label are steps of their own.
         at_once = self._settings.pause_mode == "wait"
-        request = wire.DiskUpdateRequest(
+        body = wire.DiskUpdateRequest(
             model_path=str(path.absolute()),
             flush_cache=at_once,
             weight_version=str(version) if at_once else None,
         )
-        self._connection.ask(
-            wire.OperationReply,
-            "POST",
-            "/update_weights_from_disk",
-            phase=Phase.LOAD,
-            version=version,
-            body=request,
-            once=True,
-        )
+        route = "POST /update_weights_from_disk"
+        self._connection.ask(wire.OperationReply, route, Phase.LOAD, body=body, once=True)
 
-    def reset_caches(self, version: int) -> None:
+    def reset_caches(self) -> None:
         """Empty the prefix cache.
 
         Retracted requests wait in the queue, and SGLang empties the cache all the same if it is asked to do
@@ -155,46 +123,29 @@ class SglangRoutes(InferenceServer):
             return
         aborted = self._settings.pause_mode == "abort"
         wait = min(IDLE_SECONDS, self._settings.pause_timeout / 2) if aborted else 0.0
-        query = {"timeout": f"{wait:g}"}
         try:
-            self._connection.call(
-                "POST", "/flush_cache", phase=Phase.RESET_CACHES, version=version, query=query
-            )
-        except CacheResetFailed as error:
+            self._connection.call("POST /flush_cache", Phase.RESET_CACHES, query={"timeout": f"{wait:g}"})
+        except ServerFailure as error:
             if error.status == HTTPStatus.BAD_REQUEST:  # understood, and refused for now
                 error.status = None
             raise
 
     def tag(self, version: int) -> None:
         """Set the label; without the route there is none, which is no failure."""
-        self._connection.ask_if_known(
-            wire.OperationReply,
-            "POST",
-            "/update_weight_version",
-            phase=Phase.TAG,
-            version=version,
-            body=wire.WeightVersionRequest(new_version=str(version), abort_all_requests=False),
-        )
+        body = wire.WeightVersionRequest(new_version=str(version), abort_all_requests=False)
+        route = "POST /update_weight_version"
+        self._connection.ask_if_known(wire.OperationReply, route, Phase.TAG, body=body)
 
-    def resume(self, version: int | None) -> None:
-        """Go on generating. `version` is for messages; None outside a publish."""
-        self._connection.ask(
-            wire.StatusReply,
-            "POST",
-            "/continue_generation",
-            phase=Phase.RESUME,
-            version=version,
-            body=wire.ContinueRequest(),
-        )
+    def resume(self) -> None:
+        """Go on generating."""
+        body = wire.ContinueRequest()
+        self._connection.ask(wire.StatusReply, "POST /continue_generation", Phase.RESUME, body=body)
 
-    def weight_version(self, version: int) -> str | None:
+    def weight_version(self) -> str | None:
         """Read the label from `/model_info`."""
-        info = self._connection.ask(wire.ModelInfo, "GET", "/model_info", phase=Phase.VERIFY, version=version)
-        return info.weight_version
+        return self._connection.ask(wire.ModelInfo, "GET /model_info", Phase.VERIFY).weight_version
 
-    def score(
-        self, token_id_lists: list[list[int]], version: int, *, served_name: str | None = None
-    ) -> list[list[float]]:
+    def score(self, token_id_lists: list[list[int]], *, served_name: str | None = None) -> list[list[float]]:
         """Score all probes with one request: prompt log-probs, and one generated token that is ignored.
 
         Prompts that are scored from their start are computed from their start: nothing cached is used.
@@ -205,10 +156,8 @@ class SglangRoutes(InferenceServer):
             return_logprob=True,
             logprob_start_len=0,
         )
-        replies = self._connection.ask(
-            wire.GenerateReplies, "POST", "/generate", phase=Phase.VERIFY, version=version, body=request
-        ).root
-        with self._connection.reading("POST /generate", phase=Phase.VERIFY, version=version):
+        replies = self._connection.ask(wire.GenerateReplies, GENERATE, Phase.VERIFY, body=request).root
+        with self._connection.reading(GENERATE, Phase.VERIFY):
             if len(replies) != len(token_id_lists):
                 raise ValueError(f"{len(replies)} replies for {len(token_id_lists)} prompts")
             return [
@@ -217,12 +166,7 @@ class SglangRoutes(InferenceServer):
             ]
 
     def next_token(
-        self,
-        token_ids: list[int],
-        version: int,
-        *,
-        temperature: float = 1.0,
-        served_name: str | None = None,
+        self, token_ids: list[int], *, temperature: float = 1.0, served_name: str | None = None
     ) -> NextToken:
         """Sample one token after a prompt, with its log-prob and those of the likeliest ones."""
         request = wire.GenerateRequest(
@@ -231,35 +175,19 @@ class SglangRoutes(InferenceServer):
             return_logprob=True,
             top_logprobs_num=LIKELIEST_TOKENS,
         )
-        reply = self._connection.ask(
-            wire.GenerateReply, "POST", "/generate", phase=Phase.VERIFY, version=version, body=request
-        )
-        with self._connection.reading("POST /generate", phase=Phase.VERIFY, version=version):
-            return NextToken(
-                logprobs=next_logprobs(reply.meta_info), cached_tokens=reply.meta_info.cached_tokens
-            )
+        meta = self._connection.ask(wire.GenerateReply, GENERATE, Phase.VERIFY, body=request).meta_info
+        with self._connection.reading(GENERATE, Phase.VERIFY):
+            return NextToken(logprobs=next_logprobs(meta), cached_tokens=meta.cached_tokens)
 
-    def _readiness(self, deadline: Deadline) -> HTTPStatus:
+    def _readiness(self, deadline: Deadline | None = None) -> HTTPStatus:
         """Ask `/ready`: 200, 503 (starting, unhealthy or paused), or 404 (SGLang has it not yet)."""
         try:
-            self._connection.call(
-                "GET",
-                "/ready",
-                phase=Phase.READY,
-                version=None,
-                deadline=deadline,
-                once=True,
-            )
-        except ServerNotReady as error:
+            self._connection.call("GET /ready", Phase.READY, once=True, deadline=deadline)
+        except ServerFailure as error:
             if error.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.NOT_FOUND):
                 return HTTPStatus(error.status)
             raise
         return HTTPStatus.OK
-
-
-def remedy_for(phase: Phase, status: int | None) -> str | None:
-    """Say what to do about a failure where it is not what it would be with vLLM."""
-    return KEYS if status == HTTPStatus.UNAUTHORIZED else REMEDIES.get(phase)
 
 
 def one_token(temperature: float) -> wire.SamplingParameters:

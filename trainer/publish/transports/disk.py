@@ -15,7 +15,7 @@ from pathlib import Path
 from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.errors import CheckpointError
 from trainer.export.atomic_directory import remove_leftovers
-from trainer.publish.errors import LoadFailed, Phase, StagingFailed
+from trainer.publish.errors import Phase, StagingFailed
 from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
 
 logger = logging.getLogger(__name__)
@@ -71,12 +71,7 @@ class DiskTransport(WeightTransport):
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Let the server read the directory."""
         if staged.path is None:
-            raise LoadFailed(
-                "this version was not written to a directory",
-                server=server.url,
-                phase=Phase.LOAD,
-                version=staged.version,
-            )
+            raise server.failure(Phase.LOAD, "this version was not written to a directory")
         server.load_directory(staged.path, staged.version)
 
     def prune(self, served: int) -> None:

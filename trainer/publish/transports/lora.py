@@ -26,8 +26,9 @@ from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.errors import CheckpointError
 from trainer.export.atomic_directory import remove_leftovers
 from trainer.export.peft_adapter import CapturedAdapter
-from trainer.publish.errors import LoadFailed, Phase, ServerFailure, ServerNotReady, StagingFailed
-from trainer.publish.interfaces import AdapterServer, InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.engines.vllm.adapters import AdapterRoutes
+from trainer.publish.errors import Phase, ServerFailure, StagingFailed
+from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish.transports.disk import version_name
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ _NAME = re.compile(rf"{NAME_PREFIX}-(?P<directory>{_DIRECTORY.pattern})(?:-\d+)?
 class _ServerState:
     """Keeps what is known of one server. Written by one thread at a time."""
 
-    adapters: AdapterServer | None = None
+    adapters: AdapterRoutes | None = None
     """The server, if it takes adapters; None: it gets merged weights."""
     version: int | None = None
     """The version loaded last."""
@@ -116,17 +117,16 @@ class LoraTransport(WeightTransport):
         """Find out whether it takes adapters.
 
         Raises:
-            ServerNotReady: It does not, and there is nothing else for it.
+            ServerFailure: It does not, and there is nothing else for it.
         """
-        adapters = server if isinstance(server, AdapterServer) and server.takes_adapters() else None
+        adapters = server if isinstance(server, AdapterRoutes) and server.takes_adapters() else None
         if adapters is None and self._merged is None:
-            raise ServerNotReady(
-                "it takes no adapters, and publish.lora_fallback is refuse. vLLM takes them with "
-                "--enable-lora, --max-lora-rank (at least model.lora.rank), "
-                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --middleware "
-                "atropos_generate.AtroposGenerate; or set publish.lora_fallback to merged",
-                server=server.url,
-                phase=Phase.CONNECT,
+            raise server.failure(
+                Phase.CONNECT,
+                "it takes no adapters, and publish.lora_fallback is refuse",
+                remedy="start vLLM with --enable-lora, --max-lora-rank (at least model.lora.rank), "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --middleware atropos_generate.AtroposGenerate; or "
+                "set publish.lora_fallback to merged",
             )
         state = self._states.setdefault(server.url, _ServerState())
         state.adapters = adapters
@@ -151,19 +151,14 @@ class LoraTransport(WeightTransport):
             merged.load(server, whole)
             return
         if staged.path is None or staged.served_name is None:
-            raise LoadFailed(
-                "this version was not staged as an adapter",
-                server=server.url,
-                phase=Phase.LOAD,
-                version=staged.version,
-            )
+            raise server.failure(Phase.LOAD, "this version was not staged as an adapter")
         # Whatever became of a try before this one, its name may have been taken.
         state.tries = state.tries + 1 if state.version == staged.version else 1
         state.version = staged.version
         state.name = staged.served_name if state.tries == 1 else f"{staged.served_name}-{state.tries}"
         if state.held is not None:
             state.held |= {state.name}
-        state.adapters.load_adapter(state.name, staged.path, staged.version)
+        state.adapters.load_adapter(state.name, staged.path)
 
     def activate(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Make the proven adapter the current one, then forget those before the newest `keep`."""
@@ -175,7 +170,7 @@ class LoraTransport(WeightTransport):
         current = str(state.name)  # always set: `load` went before
         state.adapters.activate_adapter(current, staged.version)
         server.tag(staged.version)
-        known = state.adapters.adapters(staged.version)
+        known = state.adapters.adapters()
         # Taken before anything is unloaded: afterwards there may still come requests that had been let in.
         # A directory therefore outlives its name by at least one version.
         state.held = frozenset(known)
@@ -183,7 +178,7 @@ class LoraTransport(WeightTransport):
         state.activated = [*before, current][-self._keep :]
         for name in sorted(known - set(state.activated)):
             if _NAME.fullmatch(name):  # ours, perhaps from a trainer before us
-                _unload(state.adapters, name, staged.version)
+                _unload(state.adapters, name)
 
     def is_served(self, server: InferenceServer, staged: StagedWeights) -> bool:
         """Whether the adapter is loaded and the one that environments sample from."""
@@ -194,9 +189,7 @@ class LoraTransport(WeightTransport):
             return self._merged.is_served(server, staged.merged)
         if state.name is None or state.version != staged.version:
             return False
-        version = staged.version
-        loaded = state.adapters.adapters(version)
-        return state.name in loaded and state.adapters.active_adapter(version) == state.name
+        return state.name in state.adapters.adapters() and state.adapters.active_adapter() == state.name
 
     def prune(self, served: int) -> None:
         """Delete old versions that no request can be sampling from any more.
@@ -251,12 +244,10 @@ class LoraTransport(WeightTransport):
 
     def _whole(self, server: InferenceServer, staged: StagedWeights) -> tuple[WeightTransport, StagedWeights]:
         if self._merged is None or staged.merged is None:
-            raise LoadFailed(
+            raise server.failure(
+                Phase.LOAD,
                 "it takes no adapters any more, and this version was staged as an adapter only; the next "
                 "version is staged merged as well",
-                server=server.url,
-                phase=Phase.LOAD,
-                version=staged.version,
             )
         return self._merged, staged.merged
 
@@ -275,9 +266,9 @@ class LoraTransport(WeightTransport):
         self._staged = {version: staged for version, staged in self._staged.items() if staged.path != path}
 
 
-def _unload(server: AdapterServer, name: str, version: int) -> None:
+def _unload(server: AdapterRoutes, name: str) -> None:
     """Forget an adapter; one that stays costs the server some memory and nothing else."""
     try:
-        server.unload_adapter(name, version)
+        server.unload_adapter(name)
     except ServerFailure as error:
         logger.warning("an old adapter stays loaded: %s", error)

@@ -6,7 +6,7 @@ import errno
 import socket
 
 from trainer.config import PublishSettings, plain_url
-from trainer.publish.errors import ConnectFailed, Phase
+from trainer.publish.errors import Phase, ServerFailure
 
 PORT_ATTEMPTS = 8
 """A rendezvous that nobody came to keeps its port for some minutes; the next attempts step over it."""
@@ -16,7 +16,7 @@ def rendezvous_port(settings: PublishSettings, server: str) -> int:
     """Find a free port: the server's own, counted from `publish.group_port`, or the next that is no other's.
 
     Raises:
-        ConnectFailed: None can be had.
+        ServerFailure: None can be had.
     """
     address = settings.group_address
     servers = [plain_url(url) for url in settings.servers]
@@ -30,14 +30,14 @@ def rendezvous_port(settings: PublishSettings, server: str) -> int:
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 continue
-            raise ConnectFailed(
+            raise ServerFailure(
                 f"cannot listen on {address}:{port} for its workers ({error}); publish.group_address has to "
                 "be an address of this machine",
                 server=server,
                 phase=Phase.CONNECT,
             ) from error
         return port
-    raise ConnectFailed(
+    raise ServerFailure(
         f"the ports {', '.join(map(str, ports))} for the rendezvous are all taken; set another "
         "publish.group_port",
         server=server,

@@ -109,7 +109,7 @@ class ServerVerifier:
         self.logprob_kind: LogprobKind | None = None
         """Of this server; None until it was asked, which happens when it is first found to match."""
 
-    def warm(self, version: int) -> None:
+    def warm(self) -> None:
         """Bring the passage into the server's prefix cache while it still has its old weights.
 
         Afterwards a cache that was not emptied gives itself away. If it fails the update goes on: a server
@@ -118,7 +118,7 @@ class ServerVerifier:
         if not self._probes.cuts:
             return
         try:
-            self._server.next_token(self._probes.prompts[-1], version, served_name=self._served_name)
+            self._server.next_token(self._probes.prompts[-1], served_name=self._served_name)
         except ServerFailure as error:
             logger.info("%s: the passage could not be cached before the update: %s", self._server.url, error)
 
@@ -144,29 +144,25 @@ class ServerVerifier:
         comparison = self._compare(expectation, served_name, updated=served_name is None)
         if not comparison.matches:
             remedy = CACHE_REMEDY if comparison.verdict is Verdict.STALE_CACHE else None
-            raise VerificationFailed(
-                comparison.describe(), comparison=comparison, remedy=remedy, **self._where(version)
-            )
+            raise self._failed(comparison.describe(), comparison=comparison, remedy=remedy)
         self._served_name = served_name
         if served_name is not None:  # an adapter is labelled when it is activated, after the proof
             return comparison
-        label = self._server.weight_version(version)
+        label = self._server.weight_version()
         if label is not None and label != str(version):
-            raise VerificationFailed(
+            raise self._failed(
                 f"the log-probs agree, but the server labels its weights {label!r}; does another trainer "
-                "publish to it?",
-                **self._where(version),
+                "publish to it?"
             )
         return comparison
 
     def _compare(self, expectation: Expectation, served_name: str | None, *, updated: bool) -> Comparison:
-        version = expectation.version
         said = [
-            self._next_token(prompt, row, version, served_name=served_name)
+            self._next_token(prompt, row, served_name=served_name)
             for prompt, row in zip(self._probes.prompts, expectation.scores.next_tokens, strict=True)
         ]
         next_tokens = tuple(each.logprobs for each in said)
-        texts = self._server.score(self._probes.texts, version, served_name=served_name)
+        texts = self._server.score(self._probes.texts, served_name=served_name)
         comparison = compare(
             texts,
             expectation.scores.texts,
@@ -184,7 +180,7 @@ class ServerVerifier:
             comparison = _together(
                 comparison, generated, cached_tokens=said[0].cached_tokens if updated else None
             )
-        logger.info("%s: version %d: %s", self._server.url, version, comparison.describe())
+        logger.info("%s: version %d: %s", self._server.url, expectation.version, comparison.describe())
         self._remember_difference(comparison, updated=updated)
         if comparison.matches:
             self._check_kind(expectation, served_name)
@@ -208,20 +204,19 @@ class ServerVerifier:
             # If it holds other weights this is large, and the first bound is the tolerance, as without it.
             self._first_difference = comparison.mean_difference
 
-    def _next_token(self, prompt: list[int], row: Sequence[float], version: int, **how: Any) -> NextToken:
+    def _next_token(self, prompt: list[int], row: Sequence[float], **how: Any) -> NextToken:
         """Ask for the token after a prompt, of which the trainer's own log-probs are `row`.
 
         Raises:
             VerificationFailed: What the server says can be of no token of this vocabulary.
         """
-        said = self._server.next_token(prompt, version, **how)
+        said = self._server.next_token(prompt, **how)
         for token, logprob in said.logprobs.items():
             if not (0 <= token < len(row) and is_logprob(logprob)):
-                raise VerificationFailed(
+                raise self._failed(
                     f"the server gives token {token} the log-prob {logprob}; the policy has "
                     f"{len(row)} tokens",
                     remedy="see that the server runs the model that is trained",
-                    **self._where(version),
                 )
         return said
 
@@ -230,18 +225,14 @@ class ServerVerifier:
         if self.logprob_kind is not None or not expectation.scores.next_tokens:
             return
         prompt, row = self._probes.prompts[-1], expectation.scores.next_tokens[-1]
-        said = self._next_token(
-            prompt, row, expectation.version, temperature=ASKED_TEMPERATURE, served_name=served_name
-        )
+        said = self._next_token(prompt, row, temperature=ASKED_TEMPERATURE, served_name=served_name)
         kind = logprob_kind(
             said.logprobs, row, temperature=ASKED_TEMPERATURE, tolerance=expectation.tolerance
         )
         found = f"at temperatures other than 1 the server's log-probs are {kind}"
         if self._logprobs.required not in ("any", kind.value):
-            raise VerificationFailed(
-                f"{found}, and publish.logprobs asks for {self._logprobs.required} ones",
-                remedy=KIND_REMEDY,
-                **self._where(expectation.version),
+            raise self._failed(
+                f"{found}, and publish.logprobs asks for {self._logprobs.required} ones", remedy=KIND_REMEDY
             )
         self.logprob_kind = kind
         if self._logprobs.fitting in (None, kind) or kind is LogprobKind.UNCLEAR:
@@ -256,8 +247,8 @@ class ServerVerifier:
                 KIND_REMEDY,
             )
 
-    def _where(self, version: int) -> dict[str, Any]:
-        return {"server": self._server.url, "phase": Phase.VERIFY, "version": version}
+    def _failed(self, reason: str, **more: Any) -> ServerFailure:
+        return self._server.failure(Phase.VERIFY, reason, VerificationFailed, **more)
 
 
 CACHE_REMEDY = (

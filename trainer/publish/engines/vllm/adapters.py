@@ -22,9 +22,9 @@ from schemas.inference import (
     ServerInfo,
     UnloadAdapterRequest,
 )
-from trainer.publish.engines.connection import ServerConnection
-from trainer.publish.errors import ActivationFailed, Phase, ServerFailure
-from trainer.publish.interfaces import AdapterServer
+from trainer.config import PublishSettings
+from trainer.publish.errors import Phase, ServerFailure
+from trainer.publish.interfaces import InferenceServer
 
 logger = logging.getLogger(__name__)
 
@@ -36,28 +36,23 @@ _ADAPTERS_IN_USE = re.compile(r"^vllm:lora_requests_info\{(?P<labels>[^}]*)\} (?
 _NAMES_IN_USE = re.compile(r'(?:running|waiting)_lora_adapters="([^"]*)"')
 
 
-class VllmAdapters(AdapterServer):
-    """Speaks the part of vLLM's dialect that is about adapters; `VllmRoutes` adds the rest."""
+class AdapterRoutes(InferenceServer):
+    """Loads adapters at run time, and lets environments sample from one without naming it."""
 
-    def __init__(self, connection: ServerConnection) -> None:
-        super().__init__(connection)
+    def __init__(self, url: str, settings: PublishSettings) -> None:
+        super().__init__(url, settings)
         self._loaded: set[str] = set()
         """Everything that we have loaded: what may be in use where the server does not tell."""
 
     def takes_adapters(self) -> bool:
-        """Ask for the routes without using them; say in the log what is missing."""
+        """Tell whether adapters can be loaded AND reach the environments; say in the log what is missing."""
         missing = []
         if not self._has_route(LOAD_ADAPTER):
             missing.append("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment")
         if not self._has_route(CURRENT_ADAPTER):
             missing.append("--middleware atropos_generate.AtroposGenerate")
         info = self._connection.ask_if_known(  # None: without VLLM_SERVER_DEV_MODE=1
-            ServerInfo,
-            "GET",
-            "/server_info",
-            phase=Phase.READY,
-            version=None,
-            query={"config_format": "json"},
+            ServerInfo, "GET /server_info", Phase.READY, query={"config_format": "json"}
         )
         limits = info.vllm_config.lora_config if info is not None else None
         if info is not None and limits is None:
@@ -73,53 +68,33 @@ class VllmAdapters(AdapterServer):
             )
         return True
 
-    def adapters(self, version: int) -> set[str]:
-        """Read `/v1/models`, and which adapters requests in flight still sample from."""
-        models = self._connection.ask(ModelList, "GET", "/v1/models", phase=Phase.ACTIVATE, version=version)
-        return {card.id for card in models.data if card.parent is not None} | self._in_use(version)
+    def adapters(self) -> set[str]:
+        """Read from `/v1/models` which are loaded, and which requests in flight still sample from."""
+        models = self._connection.ask(ModelList, "GET /v1/models", Phase.ACTIVATE)
+        return {card.id for card in models.data if card.parent is not None} | self._in_use()
 
-    def load_adapter(self, name: str, path: Path, version: int) -> None:
-        """Load it; vLLM reads the directory before it answers."""
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Load an adapter under a name that was never used; vLLM reads the directory before it answers."""
         self._loaded.add(name)
-        self._connection.call(
-            "POST",
-            LOAD_ADAPTER,
-            phase=Phase.LOAD,
-            version=version,
-            body=LoadAdapterRequest(lora_name=name, lora_path=str(path.absolute())),
-            once=True,
-        )
+        body = LoadAdapterRequest(lora_name=name, lora_path=str(path.absolute()))
+        self._connection.call(f"POST {LOAD_ADAPTER}", Phase.LOAD, body=body, once=True)
 
-    def active_adapter(self, version: int) -> str | None:
-        """Ask the middleware from which adapter `/generate` samples."""
-        current = self._connection.ask(
-            CurrentAdapter, "GET", CURRENT_ADAPTER, phase=Phase.ACTIVATE, version=version
-        )
-        return current.name
+    def active_adapter(self) -> str | None:
+        """Ask the middleware from which adapter `/generate` samples; None: the model itself."""
+        return self._connection.ask(CurrentAdapter, f"GET {CURRENT_ADAPTER}", Phase.ACTIVATE).name
 
     def activate_adapter(self, name: str, version: int) -> None:
-        """Tell the middleware."""
-        current = self._connection.ask(
-            CurrentAdapter,
-            "POST",
-            CURRENT_ADAPTER,
-            phase=Phase.ACTIVATE,
-            version=version,
-            body=CurrentAdapter(name=name, weight_version=str(version)),
-        )
+        """Tell the middleware: environments sample from it from now on, without changing their model name."""
+        route = f"POST {CURRENT_ADAPTER}"
+        body = CurrentAdapter(name=name, weight_version=str(version))
+        current = self._connection.ask(CurrentAdapter, route, Phase.ACTIVATE, body=body)
         if current.name != name:
-            raise ActivationFailed(
-                f"POST {CURRENT_ADAPTER}: /generate samples from {current.name!r} instead of {name!r}",
-                server=self.url,
-                phase=Phase.ACTIVATE,
-                version=version,
-            )
+            found = f"{route}: /generate samples from {current.name!r} instead of {name!r}"
+            raise self.failure(Phase.ACTIVATE, found)
 
     def use_model_itself(self) -> None:
         """Tell the middleware, if it is there and has an adapter active."""
-        current = self._connection.ask_if_known(
-            CurrentAdapter, "GET", CURRENT_ADAPTER, phase=Phase.CONNECT, version=None
-        )
+        current = self._connection.ask_if_known(CurrentAdapter, f"GET {CURRENT_ADAPTER}", Phase.CONNECT)
         if current is None or current.name is None:
             return
         logger.warning(
@@ -128,30 +103,28 @@ class VllmAdapters(AdapterServer):
             current.name,
         )
         nothing = CurrentAdapter(name=None, weight_version=None)
-        self._connection.call("POST", CURRENT_ADAPTER, phase=Phase.CONNECT, version=None, body=nothing)
+        self._connection.call(f"POST {CURRENT_ADAPTER}", Phase.CONNECT, body=nothing)
 
-    def unload_adapter(self, name: str, version: int) -> None:
-        """Take the name away; requests in flight end undisturbed."""
+    def unload_adapter(self, name: str) -> None:
+        """Take the name away, if it is known; requests in flight end undisturbed."""
         body = UnloadAdapterRequest(lora_name=name)
-        self._connection.call_if_known(
-            "POST", UNLOAD_ADAPTER, phase=Phase.ACTIVATE, version=version, body=body
-        )
+        self._connection.call_if_known(f"POST {UNLOAD_ADAPTER}", Phase.ACTIVATE, body=body)
 
     def _has_route(self, path: str) -> bool:
         """Tell whether there is something under a path; a GET changes nothing, wherever it ends."""
         try:
-            return self._connection.call_if_known("GET", path, phase=Phase.READY, version=None) is not None
+            return self._connection.call_if_known(f"GET {path}", Phase.READY) is not None
         except ServerFailure as error:
             if error.status != HTTPStatus.METHOD_NOT_ALLOWED:
                 raise
             return True
 
-    def _in_use(self, version: int) -> set[str]:
+    def _in_use(self) -> set[str]:
         """Find the adapters of requests in flight in `/metrics`; all that we ever loaded where that is off.
 
         vLLM writes one line for every combination that there ever was, with the time as its value.
         """
-        said = self._connection.call_if_known("GET", "/metrics", phase=Phase.ACTIVATE, version=version)
+        said = self._connection.call_if_known("GET /metrics", Phase.ACTIVATE)
         metrics = (said or b"").decode("utf-8", "replace")
         lines = [(float(line["time"]), line["labels"]) for line in _ADAPTERS_IN_USE.finditer(metrics)]
         if not lines:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from trainer.errors import ConfigurationError
 from trainer.model.weight_stream import WeightStream
-from trainer.publish.errors import LoadFailed, Phase, ServerFailure
-from trainer.publish.interfaces import CollectiveServer
+from trainer.publish.engines.vllm.routes import VllmRoutes
+from trainer.publish.errors import Phase, ServerFailure
 
 Backend = Literal["nccl", "ipc"]
 
@@ -45,12 +45,10 @@ class SyncClient:
         server: The server.
     """
 
-    def __init__(self, server: CollectiveServer) -> None:
+    def __init__(self, server: VllmRoutes) -> None:
         self._server = server
         self.closed = False
         """Whether its engine was given up."""
-        self.version: int | None = None
-        """The version that is being sent, for messages."""
         self.on_failure: Callable[[BaseException], None] = lambda _error: None
         """Told of a request that failed, at once: vLLM's engine itself may be waiting for the other side."""
 
@@ -87,13 +85,8 @@ class SyncClient:
     def _request(self, route: str, body: Mapping[str, Any]) -> None:
         try:
             if self.closed:
-                raise LoadFailed(
-                    f"{route} is not sent: this transfer was given up",
-                    server=self._server.url,
-                    phase=Phase.LOAD,
-                    version=self.version,
-                )
-            self._server.weight_request(route, body, self.version)
+                raise self._server.failure(Phase.LOAD, f"{route} is not sent: this transfer was given up")
+            self._server.weight_request(route, body)
         except ServerFailure as error:
             self.on_failure(error)
             raise

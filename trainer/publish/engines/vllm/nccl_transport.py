@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import httpx
 import torch
@@ -35,8 +35,9 @@ from trainer.publish.engines.vllm.nccl_sender import (
     build_engine,
     require_vllm,
 )
-from trainer.publish.errors import ConnectFailed, LoadFailed, Phase, PhaseDeadlineExceeded, ServerFailure
-from trainer.publish.interfaces import CollectiveServer, InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.engines.vllm.routes import VllmRoutes
+from trainer.publish.errors import Phase, PhaseDeadlineExceeded, ServerFailure
+from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish.transports.bounded_call import BoundedCall, NotEndedError
 from trainer.publish.transports.rendezvous import rendezvous_port
 
@@ -52,7 +53,7 @@ Value = TypeVar("Value")
 class _Connection:
     """Holds one server's group."""
 
-    server: CollectiveServer
+    server: VllmRoutes
     engine: TransferEngine
     client: SyncClient
 
@@ -106,12 +107,9 @@ class VllmTransferTransport(WeightTransport):
         Raises:
             ServerFailure: The server was not started for this transport, or its workers did not come.
         """
-        if not isinstance(server, CollectiveServer):
-            raise ConnectFailed(
-                f"its engine takes no weights over {self._backend}; use publish.transport disk",
-                server=server.url,
-                phase=Phase.CONNECT,
-            )
+        if not isinstance(server, VllmRoutes):
+            found = f"its engine takes no weights over {self._backend}; use publish.transport disk"
+            raise server.failure(Phase.CONNECT, found)
         with self._turn:
             former = self._connections.pop(server.url, None)
             if former is not None:
@@ -134,7 +132,7 @@ class VllmTransferTransport(WeightTransport):
                 engine = call.start().within(self._settings.load_timeout)
             except BaseException as error:  # noqa: BLE001 - raised again, by its name
                 client.close()
-                self._raise(error, server, Phase.CONNECT, None)
+                self._raise(error, server, Phase.CONNECT)
             client.on_failure = lambda _error: None
             self._connections[server.url] = _Connection(server, engine, client)
 
@@ -147,20 +145,14 @@ class VllmTransferTransport(WeightTransport):
         with self._turn:
             connection = self._connections.get(server.url)
             if connection is None:
-                raise LoadFailed(
-                    "there is no transfer group with it",
-                    server=server.url,
-                    phase=Phase.LOAD,
-                    version=staged.version,
-                )
-            connection.client.version = staged.version
+                raise server.failure(Phase.LOAD, "there is no transfer group with it")
             call = self._call(connection.engine.send_weights, f"send {server.url}")
             connection.client.on_failure = call.fail
             try:
                 call.start().within(self._settings.load_timeout)
             except BaseException as error:  # noqa: BLE001 - raised again, by its name
-                self._give_up(connection, staged.version, error)
-                self._raise(error, server, Phase.LOAD, staged.version)
+                self._give_up(connection, error)
+                self._raise(error, server, Phase.LOAD)
 
     def close(self, servers: Sequence[InferenceServer]) -> None:
         """Leave all groups, and let the workers leave them."""
@@ -202,16 +194,16 @@ class VllmTransferTransport(WeightTransport):
         except Exception as error:  # noqa: BLE001 - whatever NCCL says of a group that is dead anyway
             logger.warning("leaving a transfer group: %s", error)
 
-    def _give_up(self, connection: _Connection, version: int, error: BaseException) -> None:
+    def _give_up(self, connection: _Connection, error: BaseException) -> None:
         """Leave the group, so that the GPU is free again; bring the server out of the update."""
         del self._connections[connection.server.url]
         self._wait_for(self._leave(connection))
         stuck = isinstance(error, NotEndedError | PhaseDeadlineExceeded)
         gone = isinstance(error, ServerFailure) and error.status in (None, HTTPStatus.NOT_FOUND)
         if not stuck and not gone and isinstance(error, Exception):
-            self._end_update(connection.server, version)
+            self._end_update(connection.server)
 
-    def _end_update(self, server: CollectiveServer, version: int | None) -> None:
+    def _end_update(self, server: VllmRoutes) -> None:
         """End a half-done update: layers that got nothing keep their old weights.
 
         vLLM counts an update that failed as ended, but only the end of one puts the layers back. So if there
@@ -220,10 +212,10 @@ class VllmTransferTransport(WeightTransport):
 
         def end() -> None:
             try:
-                server.weight_request("/finish_weight_update", {}, version)
+                server.weight_request("/finish_weight_update")
             except ServerFailure:
-                server.weight_request("/start_weight_update", {}, version)
-                server.weight_request("/finish_weight_update", {}, version)
+                server.weight_request("/start_weight_update")
+                server.weight_request("/finish_weight_update")
 
         try:
             BoundedCall(end, name=f"end update {server.url}").start().within(self._settings.pause_timeout)
@@ -234,7 +226,7 @@ class VllmTransferTransport(WeightTransport):
                 error,
             )
 
-    def _free_server(self, server: CollectiveServer) -> None:
+    def _free_server(self, server: VllmRoutes) -> None:
         """Let the workers leave the group of an earlier attempt, or of a trainer that died.
 
         Raises:
@@ -242,45 +234,39 @@ class VllmTransferTransport(WeightTransport):
         """
 
         def shut_down() -> None:
-            server.weight_request("/shutdown_weight_transfer_engine", {}, None)
+            server.weight_request("/shutdown_weight_transfer_engine")
 
         for last in (False, True):
             try:
                 BoundedCall(shut_down, name=f"free {server.url}").start().within(self._settings.pause_timeout)
             except NotEndedError as error:
-                raise PhaseDeadlineExceeded(
+                raise server.failure(
+                    Phase.CONNECT,
                     f"its workers did not leave the former transfer group within {error.seconds:g} s; they "
                     "may wait in it for ever, then only a restart of the server helps",
-                    server=server.url,
-                    phase=Phase.CONNECT,
+                    PhaseDeadlineExceeded,
                 ) from error
             except ServerFailure as error:
                 if last or error.status != HTTPStatus.INTERNAL_SERVER_ERROR:
                     logger.debug("%s: no transfer group to leave: %s", server.url, error)
                     return
-                self._end_update(server, None)  # vLLM refuses in the middle of an update
+                self._end_update(server)  # vLLM refuses in the middle of an update
             else:
                 return
 
-    def _workers(self, server: CollectiveServer) -> int:
+    def _workers(self, server: VllmRoutes) -> int:
         """Return the number of workers that are to join."""
         try:
             workers = server.world_size()
         except ServerFailure as error:
-            self._raise(error, server, Phase.CONNECT, None)
+            self._raise(error, server, Phase.CONNECT)
         if self._backend == "ipc" and workers != 1:
-            raise ConnectFailed(
-                f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU",
-                server=server.url,
-                phase=Phase.CONNECT,
-            )
+            found = f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU"
+            raise server.failure(Phase.CONNECT, found)
         return workers
 
-    def _raise(
-        self, error: BaseException, server: InferenceServer, phase: Phase, version: int | None
-    ) -> NoReturn:
+    def _raise(self, error: BaseException, server: InferenceServer, phase: Phase) -> NoReturn:
         """Raise our own errors as they are or with a hint, anything else as the phase's error."""
-        where: dict[str, Any] = {"server": server.url, "phase": phase, "version": version}
         if isinstance(error, NotEndedError):
             limit = f"within {error.seconds:g} s (publish.load_timeout)"
             reason = f"the transfer group did not come together {limit}"
@@ -289,23 +275,21 @@ class VllmTransferTransport(WeightTransport):
                     f"the transfer did not end {limit}; its group is given up. If a worker still waits in "
                     "it, only a restart of the server helps"
                 )
-            raise PhaseDeadlineExceeded(reason, **where) from error
+            raise server.failure(phase, reason, PhaseDeadlineExceeded) from error
         if isinstance(error, ServerFailure):
             hint = self._hint(error)
             if not hint:
                 raise error
-            raise type(error)(
+            raise server.failure(
+                error.phase,
                 f"{error.reason}; {hint}",
-                server=error.server,
-                phase=error.phase,
-                version=error.version,
+                type(error),
                 status=error.status,
                 server_text=error.server_text,
             ) from error
         if isinstance(error, ConfigurationError) or not isinstance(error, Exception):
             raise error
-        kind = ConnectFailed if phase is Phase.CONNECT else LoadFailed
-        raise kind(f"{type(error).__name__} in the sender: {error}", **where) from error
+        raise server.failure(phase, f"{type(error).__name__} in the sender: {error}") from error
 
     def _hint(self, error: ServerFailure) -> str:
         """Say what a refusal most likely means; empty if nothing is likely."""

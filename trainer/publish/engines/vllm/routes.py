@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from schemas.inference import (
     WorldSize,
 )
 from trainer.config import PublishSettings
-from trainer.publish.engines.connection import Deadline, ServerConnection, Within, phase_seconds
-from trainer.publish.engines.vllm.adapters import VllmAdapters
-from trainer.publish.errors import Phase, ServerNotReady
-from trainer.publish.interfaces import CollectiveServer, NextToken
+from trainer.publish.engines.connection import Deadline
+from trainer.publish.engines.vllm.adapters import AdapterRoutes
+from trainer.publish.errors import Phase
+from trainer.publish.interfaces import NextToken
 
-logger = logging.getLogger(__name__)
+COMPLETIONS = "POST /v1/completions"
 
 CONNECT_ROUTES = ("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine")
 """The steps of a weight transfer that only join or leave the group of those who transfer."""
@@ -40,7 +39,7 @@ _ID_MARK = "token_id:"
 """vLLM puts it before the number of a token that it names by its number."""
 
 
-class VllmRoutes(VllmAdapters, CollectiveServer):
+class VllmRoutes(AdapterRoutes):
     """Speaks to one vLLM server, or one like it.
 
     Args:
@@ -50,11 +49,7 @@ class VllmRoutes(VllmAdapters, CollectiveServer):
     """
 
     def __init__(self, url: str, settings: PublishSettings, *, served_model_name: str | None = None) -> None:
-        connection = ServerConnection(
-            url, token=settings.token, headers=settings.headers, seconds=phase_seconds(settings)
-        )
-        super().__init__(connection)
-        self._settings = settings
+        super().__init__(url, settings)
         self._model_name = served_model_name
 
     def wait_until_ready(self) -> None:
@@ -64,75 +59,52 @@ class VllmRoutes(VllmAdapters, CollectiveServer):
         busy CPU, answers `/is_paused` after that.
         """
         deadline = Deadline(self._settings.ready_timeout)
-        where: Within = {"phase": Phase.READY, "version": None, "deadline": deadline}
-        self._connection.call("GET", "/health", starting=True, **where)
-        models = self._connection.ask(ModelList, "GET", "/v1/models", **where)
+        self._connection.call("GET /health", Phase.READY, starting=True, deadline=deadline)
+        models = self._connection.ask(ModelList, "GET /v1/models", Phase.READY, deadline=deadline)
         names = [card.id for card in models.data if card.parent is None]
         if self._model_name is None and len(names) == 1:
             self._model_name = names[0]
         if self._model_name not in names:
-            raise ServerNotReady(
-                f"it serves {names}, and we look for {self._model_name or 'exactly one model'}",
-                server=self.url,
-                phase=Phase.READY,
-            )
-        self._ask_whether_paused(deadline)
+            wanted = self._model_name or "exactly one model"
+            raise self.failure(Phase.READY, f"it serves {names}, and we look for {wanted}")
+        self._ask_whether_paused(deadline=deadline)
 
     def is_paused(self) -> bool:
         """Ask `/is_paused`; a server without that route counts as running."""
-        return self._ask_whether_paused(Deadline(self._settings.pause_timeout))
+        return self._ask_whether_paused()
 
-    def _ask_whether_paused(self, deadline: Deadline) -> bool:
-        state = self._connection.ask_if_known(
-            PauseState, "GET", "/is_paused", phase=Phase.READY, version=None, deadline=deadline
-        )
+    def _ask_whether_paused(self, deadline: Deadline | None = None) -> bool:
+        state = self._connection.ask_if_known(PauseState, "GET /is_paused", Phase.READY, deadline=deadline)
         return state is not None and state.is_paused
 
-    def pause(self, version: int) -> None:
+    def pause(self) -> None:
         """Pause generation, in the mode that the configuration names."""
-        query = {"mode": self._settings.pause_mode}
-        self._connection.call("POST", "/pause", phase=Phase.PAUSE, version=version, query=query)
+        self._connection.call("POST /pause", Phase.PAUSE, query={"mode": self._settings.pause_mode})
 
     def load_directory(self, path: Path, version: int) -> None:
         """Let every worker reload its weights from the directory."""
-        self._connection.call(
-            "POST",
-            "/collective_rpc",
-            phase=Phase.LOAD,
-            version=version,
-            body=CollectiveRpcRequest(method="reload_weights", kwargs={"weights_path": str(path.absolute())}),
-            once=True,
-        )
+        body = CollectiveRpcRequest(method="reload_weights", kwargs={"weights_path": str(path.absolute())})
+        self._connection.call("POST /collective_rpc", Phase.LOAD, body=body, once=True)
 
-    def reset_caches(self, version: int) -> None:
+    def reset_caches(self) -> None:
         """Empty the prefix cache.
 
         Requests that a pause has frozen hold cache blocks, and vLLM refuses the reset while they do.
         They are therefore sent back to the queue: on resuming, the new weights compute their cache anew.
         """
-        self._connection.ask(
-            CacheResetReply,
-            "POST",
-            "/reset_prefix_cache",
-            phase=Phase.RESET_CACHES,
-            version=version,
-            query={"reset_running_requests": "true"},
-        )
+        query = {"reset_running_requests": "true"}
+        self._connection.ask(CacheResetReply, "POST /reset_prefix_cache", Phase.RESET_CACHES, query=query)
 
     def tag(self, version: int) -> None:
         """Set the label; without the route there is none, which is no failure."""
         body = WeightVersionRequest(new_version=str(version))
-        self._connection.call_if_known(
-            "POST", "/update_weight_version", phase=Phase.TAG, version=version, body=body
-        )
+        self._connection.call_if_known("POST /update_weight_version", Phase.TAG, body=body)
 
-    def resume(self, version: int | None) -> None:
-        """Go on generating. `version` is for messages; None outside a publish."""
-        self._connection.call("POST", "/resume", phase=Phase.RESUME, version=version)
+    def resume(self) -> None:
+        """Go on generating."""
+        self._connection.call("POST /resume", Phase.RESUME)
 
-    def score(
-        self, token_id_lists: list[list[int]], version: int, *, served_name: str | None = None
-    ) -> list[list[float]]:
+    def score(self, token_id_lists: list[list[int]], *, served_name: str | None = None) -> list[list[float]]:
         """Score all probes with one request: prompt log-probs, and one generated token that is ignored."""
         request = CompletionRequest(
             model=served_name or self._model_name,
@@ -141,17 +113,12 @@ class VllmRoutes(VllmAdapters, CollectiveServer):
             temperature=1.0,
             prompt_logprobs=0,
         )
-        reply = self._complete(request, version)
-        with self._connection.reading("POST /v1/completions", phase=Phase.VERIFY, version=version):
+        reply = self._complete(request)
+        with self._connection.reading(COMPLETIONS, Phase.VERIFY):
             return _prompt_scores(reply, token_id_lists)
 
     def next_token(
-        self,
-        token_ids: list[int],
-        version: int,
-        *,
-        temperature: float = 1.0,
-        served_name: str | None = None,
+        self, token_ids: list[int], *, temperature: float = 1.0, served_name: str | None = None
     ) -> NextToken:
         """Sample one token after a prompt, with its log-prob and those of the likeliest ones."""
         request = CompletionRequest(
@@ -163,43 +130,32 @@ class VllmRoutes(VllmAdapters, CollectiveServer):
             return_tokens_as_token_ids=True,
             **NEUTRAL_SAMPLING,
         )
-        reply = self._complete(request, version)
-        with self._connection.reading("POST /v1/completions", phase=Phase.VERIFY, version=version):
+        reply = self._complete(request)
+        with self._connection.reading(COMPLETIONS, Phase.VERIFY):
             logprobs = _next_logprobs(reply)
         details = reply.usage.prompt_tokens_details
         return NextToken(logprobs=logprobs, cached_tokens=None if details is None else details.cached_tokens)
 
-    def weight_version(self, version: int) -> str | None:
+    def weight_version(self) -> str | None:
         """Read the label from `/weight_info`."""
-        info = self._connection.ask_if_known(
-            WeightInfo, "GET", "/weight_info", phase=Phase.VERIFY, version=version
-        )
+        info = self._connection.ask_if_known(WeightInfo, "GET /weight_info", Phase.VERIFY)
         return None if info is None else info.weight_version
 
     def world_size(self) -> int:
-        """Ask `/get_world_size` for the number of workers."""
-        reply = self._connection.ask(WorldSize, "GET", "/get_world_size", phase=Phase.CONNECT, version=None)
-        return reply.world_size
+        """Ask `/get_world_size` for the number of workers that take part in a transfer."""
+        return self._connection.ask(WorldSize, "GET /get_world_size", Phase.CONNECT).world_size
 
-    def weight_request(self, route: str, body: Mapping[str, Any], version: int | None) -> None:
+    def weight_request(self, route: str, body: Mapping[str, Any] | None = None) -> None:
         """Send one step of a weight transfer; once, because its other side runs beside it.
 
         An empty body is sent as no body: vLLM's routes then take their defaults.
         """
-        self._connection.call(
-            "POST",
-            route,
-            phase=Phase.CONNECT if route in CONNECT_ROUTES else Phase.LOAD,
-            version=version,
-            deadline=Deadline(self._settings.load_timeout),
-            once=True,
-            body=dict(body) or None,
-        )
+        phase = Phase.CONNECT if route in CONNECT_ROUTES else Phase.LOAD
+        deadline = Deadline(self._settings.load_timeout)
+        self._connection.call(f"POST {route}", phase, deadline=deadline, once=True, body=body or None)
 
-    def _complete(self, request: CompletionRequest, version: int) -> CompletionReply:
-        return self._connection.ask(
-            CompletionReply, "POST", "/v1/completions", phase=Phase.VERIFY, version=version, body=request
-        )
+    def _complete(self, request: CompletionRequest) -> CompletionReply:
+        return self._connection.ask(CompletionReply, COMPLETIONS, Phase.VERIFY, body=request)
 
 
 def _prompt_scores(reply: CompletionReply, token_id_lists: list[list[int]]) -> list[list[float]]:
