@@ -8,6 +8,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,8 @@ def test_everything_that_a_run_writes_is_private_also_where_an_earlier_one_left_
 def test_published_weights_are_for_those_who_may_read_them(
     mode: int, directory: int, file: int, tmp_path: Path
 ) -> None:
-    captured = capture_model(stream_of(tiny_model("llama")))
-    transport = DiskTransport(
-        tmp_path / "published", lambda: lambda path: captured.write(path, mode=mode), keep=1, mode=mode
-    )
+    write = partial(capture_model(stream_of(tiny_model("llama"))), mode=mode)
+    transport = DiskTransport(tmp_path / "published", lambda: write, keep=1, mode=mode)
     path = transport.capture(1)().path
     assert path is not None
     for each in (path, path.parent):

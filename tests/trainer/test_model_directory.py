@@ -102,7 +102,7 @@ def load_as_trained(path: Path) -> PreTrainedModel:
 def write_and_resume(path: Path, out: Path) -> None:
     """Write what was loaded from `path`: captured, as a checkpoint, and loaded from that one."""
     model, base = load_as_trained(path), read_base(str(path))
-    capture_model(WeightStream(model, base)).write(out / "captured")
+    capture_model(WeightStream(model, base))(out / "captured")
     write_model_directory(out / "checkpoint", WeightStream(model, base, dtype=torch.float32))
     write_model_directory(out / "resumed", WeightStream(load_as_trained(out / "checkpoint"), base))
 
@@ -330,15 +330,12 @@ def test_writing_leaves_the_model_and_its_configuration_alone(model: PreTrainedM
 def test_a_capture_is_what_the_model_was(model: PreTrainedModel, tmp_path: Path) -> None:
     stream = stream_of(model)
     before = logits(model)
-    captured = capture_model(stream)
+    write = capture_model(stream)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
-    captured.write(tmp_path / "out")
+    write(tmp_path / "out")
     assert torch.equal(logits(load(tmp_path / "out")), before)
-    assert captured.weight_bytes == sum(
-        tensor.nbytes for tensor in load_file(tmp_path / "out/model.safetensors").values()
-    )
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])

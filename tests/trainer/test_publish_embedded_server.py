@@ -73,7 +73,7 @@ class Run:
         )
 
     def copy_weights(self) -> Callable[[Path], None]:
-        return capture_model(WeightStream(self.model, self.base)).write
+        return capture_model(WeightStream(self.model, self.base))
 
     def train(self, size: float) -> None:
         """Change every weight a little."""

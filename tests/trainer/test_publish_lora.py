@@ -169,17 +169,15 @@ def publishing(
     options.setdefault("on_failure", "abort")
     settings = PublishSettings(transport="lora", servers=[server.url for server in servers], **options)
 
-    def capture_merged() -> Callable[[Path], None]:
-        captured = capture_model(stream_of(model))
-        return lambda path: captured.write(path, durable=False)
-
     with Publisher(
         settings,
         transport=LoraTransport(
             directory,
             lambda: capture_adapter(model),
             keep=settings.keep,
-            merged=DiskTransport(directory, capture_merged, keep=settings.keep) if fallback else None,
+            merged=DiskTransport(directory, lambda: capture_model(stream_of(model)), keep=settings.keep)
+            if fallback
+            else None,
         ),
         servers=[VllmRoutes(server.url, settings) for server in servers],
         probes=PROBES,
@@ -417,7 +415,7 @@ def test_a_run_with_full_weights_takes_environments_back_from_an_adapter_to_the_
     settings = PublishSettings(transport="disk", servers=[server.url])
     with Publisher(
         settings,
-        transport=DiskTransport(tmp_path, lambda: capture_model(stream_of(whole)).write, keep=1),
+        transport=DiskTransport(tmp_path, lambda: capture_model(stream_of(whole)), keep=1),
         servers=[VllmRoutes(server.url, settings)],
         probes=PROBES,
         score=lambda probes: score_probes(whole, probes, "cpu"),

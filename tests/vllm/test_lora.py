@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,13 @@ def publishing(model: Any, directory: Path, server: VllmServer, **options: Any) 
     tokenizer = AutoTokenizer.from_pretrained(server.model)
     stream = WeightStream(model, read_base(str(server.model)))
 
-    def capture_merged() -> Callable[[Path], None]:
-        captured = capture_model(stream)
-        return lambda path: captured.write(path, durable=False)
-
     with Publisher(
         settings,
         transport=LoraTransport(
             directory,
             lambda: capture_adapter(model),
             keep=settings.keep,
-            merged=DiskTransport(directory, capture_merged, keep=settings.keep),
+            merged=DiskTransport(directory, lambda: capture_model(stream), keep=settings.keep),
         ),
         servers=[VllmRoutes(server.url, settings)],
         probes=make_probes(tokenizer, context=2048),

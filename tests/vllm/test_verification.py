@@ -73,7 +73,7 @@ class Run:
                 model = copy.deepcopy(model)
                 model.load_state_dict(self.sent, strict=False)
             base = read_base(str(self.server.model)).declaring(dtype)
-            return capture_model(WeightStream(model, base, dtype=dtype)).write
+            return capture_model(WeightStream(model, base, dtype=dtype))
 
         with Publisher(
             settings,

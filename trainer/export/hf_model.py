@@ -12,9 +12,9 @@ piece of the model is copied on the way.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,69 +28,49 @@ from trainer.model.base_checkpoint import INDEX_FILE, BaseCheckpoint, StoredTens
 from trainer.model.weight_stream import WeightEntry, WeightStream
 
 
-def write_model_directory(path: Path, stream: WeightStream, *, replace: bool = False) -> None:
-    """Write the model of `stream` as the directory `path`, atomically.
-
-    Args:
-        path: The directory's final name. It appears only when everything in it is on the disk.
-        stream: The weights, and the base that they are written like.
-        replace: Put the new directory in the place of an existing one.
-
-    Raises:
-        CheckpointError: An adapter cannot be merged, or the file system refused. `path` is then as it was.
-    """
-    _write(path, stream, stream.weights(), replace=replace)
-
-
-def capture_model(stream: WeightStream) -> CapturedModel:
-    """Copy a model's weights to the CPU, so that they can be written while the model trains on.
-
-    The copy has the size of the model as it is written.
-
-    Raises:
-        CheckpointError: An adapter cannot be merged.
-    """
-    return CapturedModel(stream, [(name, tensor.to("cpu", copy=True)) for name, tensor in stream.weights()])
-
-
-@dataclass(frozen=True)
-class CapturedModel:
-    """Weights that are ready to be written, from any thread."""
-
-    stream: WeightStream
-    """The stream that they were captured from; its model is not read any more."""
-    weights: list[tuple[str, Tensor]]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of all weights."""
-        return self.stream.total_bytes
-
-    def write(
-        self, path: Path, *, replace: bool = False, durable: bool = True, mode: int = PRIVATE_DIRECTORY
-    ) -> None:
-        """Write the directory `path`, atomically; for the arguments see `atomic_directory`.
-
-        Raises:
-            CheckpointError: The file system refused.
-        """
-        _write(path, self.stream, self.weights, replace=replace, durable=durable, mode=mode)
-
-
-def _write(
+def write_model_directory(
     path: Path,
     stream: WeightStream,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Iterable[tuple[str, Tensor]] | None = None,
     *,
     replace: bool = False,
     durable: bool = True,
     mode: int = PRIVATE_DIRECTORY,
 ) -> None:
+    """Write the model of `stream` as the directory `path`, atomically.
+
+    Args:
+        path: The directory's final name. It appears only when everything in it is on the disk.
+        stream: The weights, and the base that they are written like.
+        weights: What is written instead of the stream's weights: a copy of them. None: the weights.
+        replace: As of `atomic_directory`.
+        durable: As of `atomic_directory`.
+        mode: As of `atomic_directory`.
+
+    Raises:
+        CheckpointError: An adapter cannot be merged, or the file system refused. `path` is then as it was.
+    """
     try:
         with atomic_directory(path, replace=replace, durable=durable, mode=mode) as directory:
-            _fill(directory, stream.base, {entry.name: entry for entry in stream.entries()}, weights)
+            entries = {entry.name: entry for entry in stream.entries()}
+            _fill(directory, stream.base, entries, stream.weights() if weights is None else weights)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {path}: {error}") from error
+
+
+def capture_model(stream: WeightStream) -> Callable[..., None]:
+    """Copy a model's weights to the CPU, so that they can be written while the model trains on.
+
+    The copy has the size of the model as it is written.
+
+    Returns:
+        Writes the copy, from any thread, as `write_model_directory` does: `write(path, durable=False)`.
+
+    Raises:
+        CheckpointError: An adapter cannot be merged.
+    """
+    weights = [(name, tensor.to("cpu", copy=True)) for name, tensor in stream.weights()]
+    return partial(write_model_directory, stream=stream, weights=weights)
 
 
 def _fill(

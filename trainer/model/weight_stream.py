@@ -109,7 +109,7 @@ class WeightStream:
             )
             for name in names
         }
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = bucket_bytes
 
     @property
     def device(self) -> torch.device:
@@ -126,11 +126,6 @@ class WeightStream:
     def largest_bytes(self) -> int:
         """Size of the largest single weight."""
         return max(entry.nbytes for entry in self._entries.values())
-
-    @property
-    def bucket_bytes(self) -> int:
-        """How many bytes are to be sent at once."""
-        return self._bucket_bytes
 
     @property
     def dtype_name(self) -> str:

@@ -3,7 +3,7 @@
 An `InferenceServer` speaks an engine's dialect (vLLM, SGLang). A `WeightTransport` is the way that the
 weights take: a shared directory, an adapter, the GPUs' own network; what only one engine offers (adapters,
 process groups) it asks of that engine's class. The order of the calls, the deadlines and what happens after
-a failure are in `procedure` and `publisher`, once.
+a failure are in `member` and `fleet`, once.
 """
 
 from __future__ import annotations

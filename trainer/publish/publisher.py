@@ -5,7 +5,7 @@ verify -> report. With a transport that detaches the weights from the model, eve
 happens in a background thread while the next step trains. Between publishes a second thread looks after the
 servers: one that was restarted gets the current version again.
 
-The pieces: `transports` (how weights travel), `engines` (what a server speaks), `procedure` (the order at one
+The pieces: `transports` (how weights travel), `engines` (what a server speaks), `member` (the order at one
 server), `fleet` (all servers, and failures), `verification` (the proof).
 """
 
@@ -25,8 +25,9 @@ from typing import Self
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
 from trainer.publish.errors import PublishError
-from trainer.publish.fleet import Fleet, Job
+from trainer.publish.fleet import Fleet
 from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.member import Job
 from trainer.publish.report import PublishReport
 from trainer.publish.verification.compare_logprobs import TOLERANCES, ProbeScores
 from trainer.publish.verification.probes import Probes
@@ -186,7 +187,7 @@ class Publisher:
                 logger.info(
                     "waiting for the publish of version %d to %s (%.0f s)",
                     self._under_way_version,
-                    ", ".join(server.url for server in self._fleet.servers),
+                    ", ".join(member.server.url for member in self._fleet.members),
                     reminded - started,
                 )
         ended, self._under_way = self._under_way, None
@@ -254,21 +255,12 @@ class Publisher:
         strictest = min(tolerance_for("float32", self._settings.tolerance), TOLERANCES["float32"])
         expectation = self._expect(version, strictest)
         with self._busy:
-            outcomes = self._fleet.check_served(expectation)
-        if not all(outcome.comparison is not None and outcome.comparison.matches for outcome in outcomes):
+            report = self._fleet.check_served(expectation)
+        if report is None:
             logger.info("version %d is not proven to be served yet: publishing it", version)
             return None
         self._served_version = version
-        seconds = time.monotonic() - started
-        report = PublishReport(
-            version=version,
-            already_served=True,
-            verified=True,
-            total_seconds=seconds,
-            servers=tuple(outcomes),
-            oldest_version=self._fleet.oldest_version,
-        )
-        return self._keep(report)
+        return self._keep(replace(report, total_seconds=time.monotonic() - started))
 
     def _remember(self, version: int) -> None:
         """Stage a version that is served already: a server that restarts before the next will need it."""
@@ -306,25 +298,17 @@ class Publisher:
     def _complete(self, capture: _Capture, *, patient: bool) -> PublishReport:
         """Stage, publish and report, in whatever thread."""
         staged, stage_seconds = capture.stage()
-        expectation = capture.expectation
-        job = self._job(staged, expectation)
+        job = self._job(staged, capture.expectation)
         with self._busy:
-            delivery = self._fleet.bring(job, patient=patient)
+            report = self._fleet.bring(job, patient=patient)
             self._current = job
         self._served_version = job.version
         self._transport.prune(job.version)
-        report = PublishReport(
-            version=job.version,
-            verified=self._settings.verify,
+        report = replace(
+            report,
             capture_seconds=capture.seconds,
             stage_seconds=stage_seconds,
-            pause_seconds=max(outcome.pause_seconds for outcome in delivery.outcomes),
             total_seconds=time.monotonic() - capture.started,
-            attempts=delivery.attempts,
-            weight_bytes=staged.weight_bytes,
-            servers=delivery.outcomes,
-            lost=delivery.lost,
-            oldest_version=self._fleet.oldest_version,
         )
         return self._keep(report)
 
@@ -355,9 +339,11 @@ class Publisher:
         job = self._current
         if job is None:
             return
-        for member in self._fleet.out_of_date(job):
+        for member in self._fleet.members:
+            if not member.is_out_of_date(job):
+                continue
             if self._transport.overlaps:
-                self._fleet.repair(member, job)
+                member.repair(job)
             else:
                 self._needs_repair.set()
 

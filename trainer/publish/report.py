@@ -67,9 +67,7 @@ class PublishReport:
     """Copying the weights and scoring the probes with them: how long training stood still."""
     stage_seconds: float = 0.0
     """Writing the weights; generation and, with `publish.overlap`, training go on meanwhile."""
-    pause_seconds: float = 0.0
-    """How long generation stood still at the server where it stood longest."""
-    total_seconds: float
+    total_seconds: float = 0.0
     """From the call to the last proof."""
     attempts: int = 1
     """Max publish attempts over servers."""
@@ -81,6 +79,11 @@ class PublishReport:
     """The servers that the run goes on without, with what they failed on."""
     oldest_version: int | None = None
     """The oldest version that a server may still serve; None: the run does not know one."""
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long generation stood still at the server where it stood longest."""
+        return max(outcome.pause_seconds for outcome in self.servers)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for metrics.jsonl and the trackers; differences in nats, the worst server's."""

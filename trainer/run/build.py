@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -189,9 +190,8 @@ def build_transport(config: TrainerConfig, prepared: PreparedRun) -> WeightTrans
     mode = PUBLISHED_MODES[settings.readable_by]
 
     def capture() -> Callable[[Path], None]:
-        captured = capture_model(stream)
         # Not flushed to the disk: after a crash the trainer publishes anew.
-        return lambda path: captured.write(path, durable=False, mode=mode)
+        return partial(capture_model(stream), durable=False, mode=mode)
 
     if settings.transport in ("nccl", "ipc"):
         if settings.transport == "ipc" and prepared.accelerator.num_processes > 1:

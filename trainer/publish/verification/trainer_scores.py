@@ -15,10 +15,6 @@ from trainer.model.lm_head import selected_logprobs
 from trainer.publish.verification.compare_logprobs import ProbeScores
 from trainer.publish.verification.probes import Probes
 
-MAX_PADDING = 1.25
-"""A batch takes the next shorter sequence as long as this is not longer by more than this factor: fewer
-passes on the one hand, which each cost overhead, less padding on the other."""
-
 
 def score_probes(model: nn.Module, probes: Probes, device: torch.device | str) -> ProbeScores:
     """Score everything that verification asks; see `score_with_model` for how.
@@ -58,25 +54,10 @@ def score_with_model(
     Returns:
         For each sequence the log-probs of its tokens 1..T-1, in nats, from a float32 log-softmax.
     """
-    scores: list[list[float]] = [[] for _ in token_id_lists]
     with evaluation_mode(model), torch.no_grad():
-        for numbers in _by_length([len(token_ids) for token_ids in token_id_lists]):
-            logits = _logits(model, [token_id_lists[number] for number in numbers], device)
-            for number, row in zip(numbers, logits, strict=True):
-                scores[number] = _pick(row, token_id_lists[number])
-    return scores
-
-
-def _by_length(lengths: list[int]) -> Iterator[list[int]]:
-    """Positions of sequences that are scored together: of similar length, longest first."""
-    group: list[int] = []
-    for number in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if group and lengths[group[0]] > MAX_PADDING * lengths[number]:
-            yield group
-            group = []
-        group.append(number)
-    if group:
-        yield group
+        # All at once: probes are short, and a pass costs more than padding does.
+        logits = _logits(model, token_id_lists, device)
+        return [_pick(row, token_ids) for row, token_ids in zip(logits, token_id_lists, strict=True)]
 
 
 def _logits(
