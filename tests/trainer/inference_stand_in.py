@@ -93,8 +93,8 @@ class StandIn:
         self.calls: list[str] = []
         """`METHOD path?query`, in order."""
         self.authorizations: set[str | None] = set()
-        self.faults: dict[str, Callable[[], Answer | None]] = {}
-        """An answer to give instead; None goes on to do the job."""
+        self.faults: dict[str, Answer | Callable[[], Answer | None]] = {}
+        """An answer to give instead, or what gives one; None goes on to do the job."""
         self.load: Callable[[Weights, Weights], Weights] = lambda old, new: new
         """What loading makes of the old and the new weights."""
         self.released = threading.Event()
@@ -118,11 +118,13 @@ class StandIn:
         self.released.wait(30)
         return 500, {"error": "woken"}
 
+    def reply(self, path: str, body: bytes) -> Answer:
+        """Misbehave, or do the job."""
+        fault = self.faults.get(path)
+        return (fault() if callable(fault) else fault) or self.answer(path, body)
+
     def answer(self, path: str, body: bytes) -> Answer:
-        if fault := self.faults.get(path):
-            instead = fault()
-            if instead is not None:
-                return instead
+        """Do the job."""
         match path:
             case "/health":
                 return 200, None
@@ -226,7 +228,7 @@ def _server(stand_in: StandIn) -> ThreadingHTTPServer:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             stand_in.calls.append(f"{self.command} {self.path}")
             stand_in.authorizations.add(self.headers.get("Authorization"))
-            status, content = stand_in.answer(urlsplit(self.path).path, body)
+            status, content = stand_in.reply(urlsplit(self.path).path, body)
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
             data = b"" if content is None else data
             try:

@@ -177,7 +177,7 @@ def test_an_error_in_any_phase_has_the_phases_name_and_the_servers_text_and_the_
         if phase is not Phase.READY:
             publisher.start(0)
         server.calls.clear()
-        server.faults[path] = always(status, body)
+        server.faults[path] = (status, body)
         with pytest.raises(ServerFailure) as caught:
             publisher.start(0) if phase is Phase.READY else publisher.publish(1)
     error = caught.value
@@ -199,7 +199,7 @@ def test_after_a_failed_load_the_rest_of_the_update_is_skipped_but_not_the_resum
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
         server.calls.clear()
-        server.faults["/collective_rpc"] = always(500, {"error": {"message": "shape mismatch"}})
+        server.faults["/collective_rpc"] = (500, {"error": {"message": "shape mismatch"}})
         with pytest.raises(ServerFailure, match=r"load failed.*shape mismatch"):
             publisher.publish(1)
     assert server.paths() == ["/pause", "/collective_rpc", "/resume"]
@@ -210,8 +210,8 @@ def test_a_failed_resume_is_reported_together_with_the_first_error(
 ) -> None:
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
-        server.faults["/collective_rpc"] = always(500, {"error": "out of memory"})
-        server.faults["/resume"] = always(500, {"error": "engine core died"})
+        server.faults["/collective_rpc"] = (500, {"error": "out of memory"})
+        server.faults["/resume"] = (500, {"error": "engine core died"})
         with pytest.raises(PublishFailed) as caught:
             publisher.publish(1)
     (outcome,) = caught.value.outcomes
@@ -241,7 +241,7 @@ def test_a_wrong_version_label_fails_even_when_the_numbers_agree(
 ) -> None:
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
-        server.faults["/weight_info"] = always(200, {"weight_version": "41"})
+        server.faults["/weight_info"] = (200, {"weight_version": "41"})
         with pytest.raises(VerificationFailed, match="labels its weights '41'"):
             publisher.publish(1)
 
@@ -250,7 +250,7 @@ def test_a_server_without_version_labels_is_proven_by_its_numbers(
     policy: Policy, server: StandIn, tmp_path: Path
 ) -> None:
     for path in ("/weight_info", "/update_weight_version", "/is_paused"):
-        server.faults[path] = always(404, {"detail": "Not Found"})
+        server.faults[path] = (404, {"detail": "Not Found"})
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
         policy.weights = STEP
@@ -268,7 +268,7 @@ def test_a_scoring_reply_without_the_prompts_own_tokens_is_refused(
     choices = [
         {"index": index, "text": "", "prompt_logprobs": prompt_logprobs} for index in range(len(PROBES.texts))
     ]
-    server.faults["/v1/completions"] = always(200, {"model": "m", "choices": choices, "usage": {}})
+    server.faults["/v1/completions"] = (200, {"model": "m", "choices": choices, "usage": {}})
     with (
         publishing(policy, tmp_path, server) as publisher,
         pytest.raises(ServerFailure, match=r"verify failed.*log"),
@@ -279,7 +279,7 @@ def test_a_scoring_reply_without_the_prompts_own_tokens_is_refused(
 def test_a_reply_that_is_not_the_expected_json_is_refused_naming_the_field(
     policy: Policy, server: StandIn, tmp_path: Path
 ) -> None:
-    server.faults["/v1/completions"] = always(200, {"choices": "none today"})
+    server.faults["/v1/completions"] = (200, {"choices": "none today"})
     with (
         publishing(policy, tmp_path, server) as publisher,
         pytest.raises(ServerFailure, match=r"verify failed.*not a CompletionReply.*none today"),
@@ -334,7 +334,7 @@ def test_a_short_unavailability_during_a_publish_is_bridged(
 def test_loading_is_never_sent_twice(policy: Policy, server: StandIn, tmp_path: Path) -> None:
     with publishing(policy, tmp_path, server) as publisher:
         publisher.start(0)
-        server.faults["/collective_rpc"] = always(503, {})
+        server.faults["/collective_rpc"] = (503, {})
         with pytest.raises(ServerFailure, match="load failed"):
             publisher.publish(1)
     assert server.paths().count("/collective_rpc") == 1
@@ -382,7 +382,7 @@ def test_a_failed_publish_deletes_nothing(policy: Policy, server: StandIn, tmp_p
     with publishing(policy, tmp_path, server, keep=1) as publisher:
         publisher.start(0)
         publisher.publish(1)
-        server.faults["/pause"] = always(500, {})
+        server.faults["/pause"] = (500, {})
         with pytest.raises(ServerFailure, match="pause failed"):
             publisher.publish(2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v000001", "v000002"]
@@ -435,7 +435,7 @@ def test_weights_that_cannot_be_written_touch_no_server(
 def test_several_models_on_one_server_are_refused_until_one_is_named(
     policy: Policy, server: StandIn, tmp_path: Path
 ) -> None:
-    server.faults["/v1/models"] = always(200, {"data": [{"id": "policy"}, {"id": "judge"}]})
+    server.faults["/v1/models"] = (200, {"data": [{"id": "policy"}, {"id": "judge"}]})
     with (
         publishing(policy, tmp_path, server) as publisher,
         pytest.raises(ServerFailure, match=r"ready failed.*\['policy', 'judge'\]"),
@@ -448,7 +448,7 @@ def test_several_models_on_one_server_are_refused_until_one_is_named(
 def test_the_token_goes_to_the_server_and_into_no_message(
     policy: Policy, server: StandIn, tmp_path: Path
 ) -> None:
-    server.faults["/health"] = always(401, {"error": "Unauthorized: tell-no-one"})
+    server.faults["/health"] = (401, {"error": "Unauthorized: tell-no-one"})
     for given, sent in (
         ({"token": "tell-no-one"}, "Bearer tell-no-one"),
         ({"headers": {"Authorization": "tell-no-one"}}, "tell-no-one"),
@@ -464,7 +464,7 @@ def test_the_token_goes_to_the_server_and_into_no_message(
 
 
 def test_a_long_server_text_is_cut(policy: Policy, server: StandIn, tmp_path: Path) -> None:
-    server.faults["/health"] = always(500, {"error": "x" * 100_000})
+    server.faults["/health"] = (500, {"error": "x" * 100_000})
     with (
         publishing(policy, tmp_path, server) as publisher,
         pytest.raises(ServerFailure, match="ready failed") as caught,

@@ -116,7 +116,7 @@ def test_a_failure_in_the_background_comes_out_in_the_training_thread(
 ) -> None:
     with publishing(policy, tmp_path, server, on_failure="abort") as publisher:
         publisher.start(0)
-        server.faults["/collective_rpc"] = lambda: (500, {"error": "no memory"})
+        server.faults["/collective_rpc"] = (500, {"error": "no memory"})
         policy.weights = STEP
         publisher.begin(1)
 
@@ -167,7 +167,7 @@ def test_what_the_server_does_not_understand_is_not_repeated(
         publisher.start(0)
         publisher.settle()
         server.calls.clear()
-        server.faults["/pause"] = lambda: (404, {"detail": "Not Found"})
+        server.faults["/pause"] = (404, {"detail": "Not Found"})
         with pytest.raises(ServerFailure, match=r"pause failed.*404"):
             publisher.publish(1)
     assert server.paths().count("/pause") == 1
@@ -207,7 +207,7 @@ def test_a_server_that_never_serves_what_it_loads_ends_the_run_after_three_attem
 def test_the_retries_end_when_their_time_is_over(policy: Policy, server: StandIn, tmp_path: Path) -> None:
     with publishing(policy, tmp_path, server, retry_seconds=0.3) as publisher:
         publisher.start(0)
-        server.faults["/collective_rpc"] = lambda: (500, {"error": "for ever"})
+        server.faults["/collective_rpc"] = (500, {"error": "for ever"})
         with pytest.raises(ServerFailure, match=r"load failed.*for ever"):
             publisher.publish(1)
     assert server.paths().count("/collective_rpc") > 2
@@ -217,7 +217,7 @@ def test_a_request_to_stop_ends_the_retries(policy: Policy, server: StandIn, tmp
     stop = threading.Event()
     with publishing(policy, tmp_path, server, stop_requested=stop.is_set) as publisher:
         publisher.start(0)
-        server.faults["/collective_rpc"] = lambda: (500, {"error": "for ever"})
+        server.faults["/collective_rpc"] = (500, {"error": "for ever"})
         publisher.begin(1)
         threading.Timer(0.2, stop.set).start()
         started = time.monotonic()
@@ -228,7 +228,7 @@ def test_a_request_to_stop_ends_the_retries(policy: Policy, server: StandIn, tmp
 
 def test_at_the_start_nothing_is_repeated(policy: Policy, server: StandIn, tmp_path: Path) -> None:
     server.weights = NEXT
-    server.faults["/collective_rpc"] = lambda: (500, {"error": "no such directory"})
+    server.faults["/collective_rpc"] = (500, {"error": "no such directory"})
     with publishing(policy, tmp_path, server) as publisher, pytest.raises(ServerFailure, match="load failed"):
         publisher.start(0)
     assert server.paths().count("/collective_rpc") == 1
@@ -269,7 +269,7 @@ def test_without_any_server_left_even_continue_without_ends(policy: Policy, tmp_
     with serving(*servers), publishing(policy, tmp_path, *servers, **options) as publisher:
         publisher.start(0)
         for server in servers:
-            server.faults["/pause"] = lambda: (500, {"error": "gone"})
+            server.faults["/pause"] = (500, {"error": "gone"})
         with pytest.raises(PublishFailed, match="2 of 2"):
             publisher.publish(1)
 
@@ -308,10 +308,10 @@ def test_a_server_without_labels_gets_the_version_again_after_it_was_away(
         publisher.start(0)
         policy.weights = STEP
         publisher.publish(1)
-        server.faults["/weight_info"] = lambda: (500, {})
+        server.faults["/weight_info"] = (500, {})
         restart(server)
         time.sleep(0.3)
-        server.faults["/weight_info"] = lambda: (404, {"detail": "Not Found"})
+        server.faults["/weight_info"] = (404, {"detail": "Not Found"})
         eventually(lambda: server.weights == STEP)
 
 

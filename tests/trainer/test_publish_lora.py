@@ -90,8 +90,6 @@ class AdapterStandIn(StandIn):
         return [call.removeprefix("POST ") for call in self.calls if call.startswith("POST ")]
 
     def answer(self, path: str, body: bytes) -> Answer:
-        if (fault := self.faults.get(path)) and (instead := fault()) is not None:
-            return instead
         if path in self.lacks:
             return 404, {"detail": "Not Found"}
         match path:
@@ -369,7 +367,7 @@ def test_an_activation_that_did_not_happen_is_an_error(
     with publishing(model, tmp_path, server) as publisher:
         publisher.start(0)
         before = server.current
-        server.faults["/atropos/adapter"] = lambda: (200, before.model_dump())
+        server.faults["/atropos/adapter"] = (200, before.model_dump())
         with pytest.raises(ServerFailure, match=r"activate failed.*samples from"):
             publisher.publish(1)
 
@@ -377,7 +375,7 @@ def test_an_activation_that_did_not_happen_is_an_error(
 def test_an_adapter_that_cannot_be_unloaded_costs_memory_only(
     model: Any, server: AdapterStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.faults["/v1/unload_lora_adapter"] = lambda: (500, {"error": "busy"})
+    server.faults["/v1/unload_lora_adapter"] = (500, {"error": "busy"})
     with publishing(model, tmp_path, server, keep=1) as publisher:
         publisher.start(0)
         publisher.publish(1)

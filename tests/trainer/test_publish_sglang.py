@@ -66,10 +66,6 @@ class SglangStandIn(StandIn):
         self.starting = False
 
     def answer(self, path: str, body: bytes) -> Answer:
-        if fault := self.faults.get(path):
-            instead = fault()
-            if instead is not None:
-                return instead
         request: Any = None
         if path in BODIES:
             request = BODIES[path].model_validate_json(body)
@@ -193,7 +189,7 @@ def test_a_server_that_does_not_serve_what_it_was_given_is_found_out(
             server.keeps_cache = True
         else:
             other = {"model_path": "x", "weight_version": "someone else's"}
-            server.faults["/model_info"] = lambda: (200, other)
+            server.faults["/model_info"] = (200, other)
         with pytest.raises(VerificationFailed) as caught:
             publisher.publish(1)
     assert not server.paused, "it goes on all the same"
@@ -226,9 +222,9 @@ def test_a_pause_shows(server: SglangStandIn, routes: SglangRoutes) -> None:
     assert routes.is_paused()
     routes.resume()
     assert not routes.is_paused()
-    server.faults["/ready"] = lambda: (404, {"detail": "Not Found"})
+    server.faults["/ready"] = (404, {"detail": "Not Found"})
     assert not routes.is_paused()
-    server.faults["/ready"] = lambda: (500, {"error": "broken"})
+    server.faults["/ready"] = (500, {"error": "broken"})
     with pytest.raises(ServerFailure, match=r"ready failed.*broken"):
         routes.is_paused()
 
@@ -242,10 +238,10 @@ def test_servers_that_cannot_be_published_to_are_refused_with_the_reason(
     server.info = {"hicache_storage_backend": "file"}
     with pytest.raises(ServerFailure, match=r"ready failed.*--hicache-storage-backend file"):
         routes.wait_until_ready()
-    server.faults["/model_info"] = lambda: (200, {"model_path": "m", "is_generation": False})
+    server.faults["/model_info"] = (200, {"model_path": "m", "is_generation": False})
     with pytest.raises(ServerFailure, match=r"ready failed.*embeddings"):
         routes.wait_until_ready()
-    server.faults["/model_info"] = lambda: (401, {"error": "Unauthorized"})
+    server.faults["/model_info"] = (401, {"error": "Unauthorized"})
     with pytest.raises(ServerFailure, match=r"ready failed.*--admin-api-key") as caught:
         routes.wait_until_ready()
     assert not may_help([caught.value], verification_failures=0)
@@ -317,7 +313,7 @@ def test_every_refusal_ends_in_its_phases_own_error_and_the_server_is_resumed(
 def test_work_that_went_wrong_is_tried_again_and_a_request_that_is_not_understood_is_not(
     server: SglangStandIn, routes: SglangRoutes
 ) -> None:
-    server.faults["/flush_cache"] = lambda: (400, "Flush cache failed.\n")
+    server.faults["/flush_cache"] = (400, "Flush cache failed.\n")
     with pytest.raises(ServerFailure, match=r"reset caches failed.*Flush cache failed\.") as caught:
         routes.reset_caches()
     assert may_help([caught.value], verification_failures=0)
@@ -334,15 +330,15 @@ def test_work_that_went_wrong_is_tried_again_and_a_request_that_is_not_understoo
 def test_what_to_do_about_a_server_that_stays_paused_is_in_sglangs_words(
     server: SglangStandIn, routes: SglangRoutes
 ) -> None:
-    server.faults["/continue_generation"] = lambda: (500, "broken")
+    server.faults["/continue_generation"] = (500, "broken")
     with pytest.raises(ServerFailure, match=r"resume failed.*POST /continue_generation"):
         routes.resume()
 
 
 def test_a_server_without_labels_is_no_failure(server: SglangStandIn, routes: SglangRoutes) -> None:
-    server.faults["/update_weight_version"] = lambda: (404, {"detail": "Not Found"})
+    server.faults["/update_weight_version"] = (404, {"detail": "Not Found"})
     routes.tag(3)
-    server.faults["/model_info"] = lambda: (200, {"model_path": "somewhere"})
+    server.faults["/model_info"] = (200, {"model_path": "somewhere"})
     assert routes.weight_version() is None
 
 
@@ -359,7 +355,7 @@ def test_a_server_without_labels_is_no_failure(server: SglangStandIn, routes: Sg
 def test_prompt_log_probs_that_speak_of_something_else_are_refused(
     server: SglangStandIn, routes: SglangRoutes, entries: Any, found: str
 ) -> None:
-    server.faults["/generate"] = lambda: (200, [_meta(input_token_logprobs=entries)])
+    server.faults["/generate"] = (200, [_meta(input_token_logprobs=entries)])
     with pytest.raises(ServerFailure, match=found):
         routes.score([[7, 8, 9]])
 
@@ -368,9 +364,9 @@ def test_ids_at_the_end_of_the_vocabulary_come_back_as_0_and_are_taken_by_their_
     server: SglangStandIn, routes: SglangRoutes
 ) -> None:
     entries = [[None, 7, None], [-1.0, 0, None], [-2.0, 9, None]]
-    server.faults["/generate"] = lambda: (200, [_meta(input_token_logprobs=entries)])
+    server.faults["/generate"] = (200, [_meta(input_token_logprobs=entries)])
     assert routes.score([[7, 8, 9]]) == [[-1.0, -2.0]]
-    server.faults["/generate"] = lambda: (200, [])
+    server.faults["/generate"] = (200, [])
     with pytest.raises(ServerFailure, match=r"verify failed.*0 replies for 1 prompts"):
         routes.score([[7, 8, 9]])
 
@@ -388,7 +384,7 @@ def test_generated_log_probs_that_are_missing_are_refused(
     server: SglangStandIn, routes: SglangRoutes, sampled: Any, rivals: Any, found: str
 ) -> None:
     reply = _meta(output_token_logprobs=sampled, output_top_logprobs=rivals)
-    server.faults["/generate"] = lambda: (200, reply)
+    server.faults["/generate"] = (200, reply)
     if not found:
         assert routes.next_token([7, 8, 9]).logprobs == {4: -0.5}
         return

@@ -180,7 +180,7 @@ def test_a_token_drawn_against_all_odds_is_not_held_against_the_server() -> None
     ids=["no log-probs", "a text for a token id", "null", "no token"],
 )
 def test_a_reply_that_does_not_name_its_tokens_is_refused(choice: Any, server: StandIn) -> None:
-    server.faults["/v1/completions"] = lambda: (200, {"model": "m", "choices": [choice], "usage": {}})
+    server.faults["/v1/completions"] = (200, {"model": "m", "choices": [choice], "usage": {}})
     with pytest.raises(ServerFailure, match=r"verify failed.*log-prob"):
         verifier_for(server).compare(BASE_EXPECTED)
 
@@ -196,7 +196,7 @@ def test_numbers_that_no_model_gives_are_a_failure_of_the_server(
     choice = {"index": 0, "text": "x", "logprobs": {**named, "top_logprobs": [rivals]}}
     with publishing(policy, tmp_path, server, probes=PROBES) as publisher:
         publisher.start(0)
-        server.faults["/v1/completions"] = lambda: (200, {"model": "m", "choices": [choice], "usage": {}})
+        server.faults["/v1/completions"] = (200, {"model": "m", "choices": [choice], "usage": {}})
         policy.weights = STEP
         with pytest.raises(VerificationFailed, match=rf"gives token {number} the log-prob .*has 100 tokens"):
             publisher.publish(1)

@@ -193,10 +193,6 @@ class Receiver(StandIn):
         self.refuse_weight: Callable[[str], bool] = lambda _name: False
 
     def answer(self, path: str, body: bytes) -> Answer:
-        if fault := self.faults.get(path):
-            instead = fault()
-            if instead is not None:
-                return instead
         content = json.loads(body) if body else {}
         match path:
             case "/get_world_size":
