@@ -155,22 +155,28 @@ class StandIn:
                 return 200, self.complete(CompletionRequest.model_validate_json(body))
         return 404, {"detail": "Not Found"}
 
-    def complete(self, request: CompletionRequest) -> dict[str, Any]:
+    def scored(self, request: CompletionRequest) -> list[list[float]]:
+        """Log-probs of the prompts' tokens."""
         assert request.model == "policy"
+        prompts: Any = request.prompt
+        return scores(self.weights, prompts)
+
+    def complete(self, request: CompletionRequest) -> dict[str, Any]:
         if request.logprobs is not None:
             return self.generate(request)
         assert request.prompt_logprobs == 0
         prompts: Any = request.prompt
         choices = []
-        for index, (prompt, row) in enumerate(zip(prompts, scores(self.weights, prompts), strict=True)):
+        for index, (prompt, row) in enumerate(zip(prompts, self.scored(request), strict=True)):
             logprobs = [
                 {str(token): {"logprob": score + self.noise(), "rank": 1}}
                 for token, score in zip(prompt[1:], row, strict=True)
             ]
             choices.append({"index": index, "text": "", "prompt_logprobs": [None, *logprobs]})
-        return {"model": "policy", "choices": choices[::-1], "usage": {}}
+        return {"model": request.model, "choices": choices[::-1], "usage": {}}
 
     def generate(self, request: CompletionRequest) -> dict[str, Any]:
+        assert request.model == "policy"
         assert request.max_tokens == 1
         assert request.temperature
         assert request.logprobs

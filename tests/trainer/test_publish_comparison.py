@@ -51,13 +51,6 @@ def test_numbers_over_the_tolerance_do_not() -> None:
     assert "over tolerance" in result.describe()
 
 
-def test_one_probe_that_is_far_off_is_enough() -> None:
-    expected = some_scores()
-    served = [list(row) for row in expected]
-    served[0] = [score - 1.0 for score in served[0]]
-    assert compare(served, expected, tolerance=0.1).verdict is Verdict.OVER_TOLERANCE
-
-
 @pytest.mark.parametrize("step", [1e-4, 1e-3, 1e-1])
 def test_old_weights_are_stale_however_small_the_step(step: float) -> None:
     new, fresh, baseline = versions(step, noise=1e-6)
@@ -66,6 +59,8 @@ def test_old_weights_are_stale_however_small_the_step(step: float) -> None:
     result = compare(stale, new, tolerance=1.0, baseline=baseline)
     assert result.verdict is Verdict.STALE
     assert result.fraction == pytest.approx(0.0, abs=0.1)
+    # Also where the tolerance is exceeded.
+    assert compare(stale, new, tolerance=step / 100, baseline=baseline).verdict is Verdict.STALE
     assert "0% of it arrived" in result.describe()
 
 
@@ -116,13 +111,6 @@ def test_unchanged_weights_pass_by_tolerance_alone_and_say_so() -> None:
     assert result.verdict is Verdict.MATCH
     assert result.expected_movement == 0.0
     assert not result.distinguishable
-
-
-def test_stale_is_the_verdict_even_where_the_tolerance_is_exceeded_too() -> None:
-    new, _, baseline = versions(0.5, noise=1e-6)
-    result = compare(baseline.expected, new, tolerance=1e-3, baseline=baseline)
-    assert result.mean_difference > 1e-3
-    assert result.verdict is Verdict.STALE
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf, -1.7e308])

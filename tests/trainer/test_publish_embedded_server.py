@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from local_stack.models import make_tiny_model
 from trainer.config import PublishSettings
-from trainer.export.hf_model import capture_model, write_model_directory
+from trainer.export.hf_model import capture_model
 from trainer.model.base_checkpoint import read_base
 from trainer.model.weight_stream import WeightStream
 from trainer.publish import (
@@ -59,7 +58,7 @@ class Run:
         self.url = url
         self.directory = directory
         self.base = read_base(str(model_directory))
-        self.capture: Callable[[], Callable[[Path], None]] = self.copy_weights
+        self.capture: Callable[[], Callable[[Path], object]] = self.copy_weights
         settings = PublishSettings(transport="disk", servers=[url], keep=2, on_failure="abort")
         routes = VllmRoutes(url, settings)
         routes.wait_until_ready()
@@ -85,10 +84,6 @@ class Run:
         body = {"model": "policy", "prompt": [[5, 50, 100, 150]], "max_tokens": 1, "prompt_logprobs": 0}
         reply = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60).raise_for_status().json()
         return [next(iter(entry.values()))["logprob"] for entry in reply["choices"][0]["prompt_logprobs"][1:]]
-
-
-def copy_directory(source: Path, path: Path) -> None:
-    shutil.copytree(source, path)
 
 
 @pytest.fixture
@@ -121,30 +116,12 @@ def test_publishing_changes_what_is_served_and_proves_it(run: Run) -> None:
     assert httpx.get(f"{run.url}/is_paused").json() == {"is_paused": False}
 
 
-def test_one_stale_tensor_among_fresh_ones_is_caught(
-    run: Run, tiny_model_directory: Path, tmp_path: Path
-) -> None:
-    run.publisher.start(0)
-    run.train(1e-2)
-    stale = AutoModelForCausalLM.from_pretrained(tiny_model_directory).state_dict()
-    name = "model.layers.1.mlp.down_proj.weight"
-    mixed = copy.deepcopy(run.model)
-    mixed.load_state_dict({name: stale[name]}, strict=False)
-    stale_path = tmp_path / "stale"
-    write_model_directory(stale_path, WeightStream(mixed, run.base))
-    run.capture = lambda: lambda path: copy_directory(stale_path, path)
-    with pytest.raises(VerificationFailed) as caught:
-        run.publisher.publish(1)
-    assert caught.value.comparison is not None
-    assert caught.value.comparison.verdict is Verdict.OVER_TOLERANCE
-
-
 def test_old_weights_under_a_new_version_are_caught_even_after_a_tiny_step(
     run: Run, tiny_model_directory: Path
 ) -> None:
     run.publisher.start(0)
     run.train(1e-6)
-    run.capture = lambda: lambda path: copy_directory(tiny_model_directory, path)
+    run.capture = lambda: partial(shutil.copytree, tiny_model_directory)
     with pytest.raises(VerificationFailed) as caught:
         run.publisher.publish(1)
     comparison = caught.value.comparison
@@ -162,7 +139,7 @@ def test_weights_of_another_shape_are_refused_by_the_server_and_it_goes_on_servi
     run.publisher.start(0)
     before = run.served_logprobs()
     other = make_tiny_model(tmp_path / "other", hidden_size=32)
-    run.capture = lambda: lambda path: copy_directory(other, path)
+    run.capture = lambda: partial(shutil.copytree, other)
     with pytest.raises(ServerFailure, match=r"load failed.*shape"):
         run.publisher.publish(1)
     assert run.served_logprobs() == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,14 @@ from tests.trainer.inference_stand_in import (
     scores,
     serving,
 )
-from tests.trainer.publishing import publishing as publishing_anywhere
-from tests.trainer.publishing import settings_for as settings_for_any
+from tests.trainer.publishing import settings_for
 from trainer.config import PublishSettings
 from trainer.publish import (
     DiskTransport,
     LoraTransport,
     Phase,
     Probes,
-    PublishError,
-    PublishFailed,
+    Publisher,
     ServerFailure,
     SglangRoutes,
     Verdict,
@@ -44,8 +41,6 @@ from trainer.publish.fleet import may_help
 PROBES = Probes(
     texts=[list(range(7, 47)), [3, 1, 4, 1, 5, 96, 9, 2, 6]], passage=list(range(60)), cuts=(48, 60)
 )
-publishing = partial(publishing_anywhere, engine="sglang", probes=PROBES)
-settings_for = partial(settings_for_any, engine="sglang")
 BODIES: dict[str, type[BaseModel]] = {
     "/pause_generation": wire.PauseRequest,
     "/continue_generation": wire.ContinueRequest,
@@ -135,8 +130,18 @@ def server() -> Iterator[SglangStandIn]:
 
 
 @pytest.fixture
+def mode() -> str:
+    return "keep"
+
+
+@pytest.fixture
+def options(mode: str) -> dict[str, Any]:
+    return {"engine": "sglang", "probes": PROBES, "pause_mode": mode}
+
+
+@pytest.fixture
 def routes(server: SglangStandIn) -> Iterator[SglangRoutes]:
-    routes = SglangRoutes(server.url, settings_for(server))
+    routes = SglangRoutes(server.url, settings_for(server, engine="sglang"))
     yield routes
     routes.close()
 
@@ -150,15 +155,12 @@ def routes(server: SglangStandIn) -> Iterator[SglangRoutes]:
     ],
 )
 def test_a_version_is_loaded_as_the_pause_mode_says_and_proven(
-    policy: Policy, server: SglangStandIn, tmp_path: Path, mode: str, calls: str
+    publisher: Publisher, policy: Policy, server: SglangStandIn, tmp_path: Path, mode: str, calls: str
 ) -> None:
-    with publishing(policy, tmp_path, server, pause_mode=mode) as publisher:
-        assert publisher.start(0).already_served
-        publisher.settle()
-        assert server.label == "0"
-        policy.weights = STEP
-        server.calls.clear()
-        report = publisher.publish(1)
+    assert publisher.take_reports()[0].already_served
+    assert server.label == "0"
+    policy.weights = STEP
+    report = publisher.publish(1)
     asked = [call for call in server.calls if "/generate" not in call and "/model_info" not in call]
     assert asked == [f"POST /{call}" for call in f"{calls} update_weight_version continue_generation".split()]
     assert server.bodies["/update_weight_version"] == {"new_version": "1", "abort_all_requests": False}
@@ -176,29 +178,16 @@ def test_a_version_is_loaded_as_the_pause_mode_says_and_proven(
     assert comparison.cached_tokens == 0
 
 
-@pytest.mark.parametrize("lie", ["stale weights", "stale cache", "wrong label"])
-def test_a_server_that_does_not_serve_what_it_was_given_is_found_out(
-    policy: Policy, server: SglangStandIn, tmp_path: Path, lie: str
+def test_blocks_that_old_weights_computed_are_found_by_its_own_count(
+    publisher: Publisher, policy: Policy, server: SglangStandIn
 ) -> None:
-    with publishing(policy, tmp_path, server) as publisher:
-        publisher.start(0)
-        policy.weights = STEP
-        if lie == "stale weights":
-            server.load = lambda old, new: old
-        elif lie == "stale cache":
-            server.keeps_cache = True
-        else:
-            other = {"model_path": "x", "weight_version": "someone else's"}
-            server.faults["/model_info"] = (200, other)
-        with pytest.raises(VerificationFailed) as caught:
-            publisher.publish(1)
+    policy.weights = STEP
+    server.keeps_cache = True
+    with pytest.raises(VerificationFailed) as caught:
+        publisher.publish(1)
     assert not server.paused, "it goes on all the same"
-    comparison = caught.value.comparison
-    if lie == "wrong label":
-        assert "someone else's" in str(caught.value)
-        return
-    assert comparison is not None
-    assert comparison.verdict is {"stale weights": Verdict.STALE, "stale cache": Verdict.STALE_CACHE}[lie]
+    assert caught.value.comparison is not None
+    assert caught.value.comparison.verdict is Verdict.STALE_CACHE
 
 
 # --- becoming ready -------------------------------------------------------------------------------
@@ -281,32 +270,18 @@ def test_adapters_go_to_it_as_merged_weights_or_not_at_all(routes: SglangRoutes,
         ("/model_info", Phase.VERIFY, "500"),
     ],
 )
-def test_every_refusal_ends_in_its_phases_own_error_and_the_server_is_resumed(
-    policy: Policy,
-    server: SglangStandIn,
-    tmp_path: Path,
-    path: str,
-    phase: Phase,
-    fault: str,
+def test_every_refusal_is_of_its_phase_and_the_server_is_resumed(
+    path: str, phase: Phase, fault: str, publisher: Publisher, server: SglangStandIn
 ) -> None:
     answers: dict[str, Answer] = {
         "500": (500, "Internal Server Error"),
         "no success": (200, {"success": False, "message": "it went wrong"}),
         "another program's": (200, "<html>a proxy</html>"),
     }
-    with publishing(policy, tmp_path, server) as publisher:
-        publisher.start(0)
-        publisher.settle()
-        policy.weights = STEP
-        server.calls.clear()
-        server.faults[path] = lambda: answers[fault]
-        with pytest.raises(PublishError) as caught:
-            publisher.publish(1)
-    failed = caught.value
-    error = failed.outcomes[0].errors[0] if isinstance(failed, PublishFailed) else failed
-    assert isinstance(error, ServerFailure)
-    assert error.phase is phase
-    assert path in str(error)
+    server.faults[path] = answers[fault]
+    with pytest.raises(ServerFailure, match=path) as caught:
+        publisher.publish(1)
+    assert caught.value.phase is phase
     assert "/continue_generation" in server.paths()
 
 
