@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.vllm.conftest import StartVllm
 from tests.vllm.launching import VllmServer
 from trainer.config import PublishSettings
 from trainer.export.hf_model import capture_model
@@ -210,23 +208,3 @@ def test_a_trainer_that_starts_anew_takes_over(model: Any, server: VllmServer, t
     assert first != second
     tokens, logprobs = sampled(generate(server, max_tokens=16, seed=1))
     assert logprobs == pytest.approx(trainers_logprobs(model, tokens), abs=TOLERANCE)
-
-
-def test_a_server_without_adapters_gets_merged_weights(
-    model: Any,
-    vllm_model_directory: Path,
-    start_vllm: StartVllm,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    plain = start_vllm(vllm_model_directory)
-    with publishing(model, tmp_path, plain) as publisher:
-        publisher.start(0)
-        step(model, 1)
-        report = publisher.publish(1)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert any("it lacks --enable-lora" in warning for warning in warnings)
-    assert report.pause_seconds > 0
-    assert loaded(plain) == []
-    (own,) = score_with_model(model, [TEXT], "cpu")
-    assert served_scores(plain, "policy") == pytest.approx(own, abs=TOLERANCE)

@@ -18,7 +18,6 @@ import pytest
 from inference_plugins.atropos_generate import LOWEST_LOGPROB
 from tests.compose import ROOT
 from tests.local_stack.inference_reference import Reference
-from tests.vllm.atropos import make_manager
 from tests.vllm.launching import VLLM_PYTHON, VllmServer
 
 KEY = "a-key-for-tests"
@@ -71,14 +70,6 @@ def test_with_the_key_both_routes_answer_below_the_root_path_and_without_it(
     assert len(reply.json()["token_ids"]) == 8
     reply = guarded.get(f"{prefix}/atropos/adapter")
     assert (reply.status_code, reply.json()["name"]) == (200, None)
-
-
-async def test_atropos_client_sends_the_key(guarded: VllmServer) -> None:
-    _, outputs, logprobs, _ = await make_manager(guarded).tokens_and_logprobs_completion(
-        prompt="Hello", n=2, max_tokens=4
-    )
-    assert [len(ids) for ids in outputs] == [len(values) for values in logprobs]
-    assert len(outputs) == 2
 
 
 def test_a_server_without_labels_gives_replies_without_labels(guarded: VllmServer) -> None:

@@ -74,34 +74,6 @@ async def test_environments_sample_from_the_current_adapter_under_their_old_mode
             assert values != pytest.approx(other.logprobs(prompt, ids), abs=0.1)
 
 
-def test_replies_carry_the_adapters_label(loaded: VllmServer) -> None:
-    base = greedy(loaded)
-    loaded.post("/atropos/adapter", {"name": NAME, "weight_version": "1"})
-    tuned = greedy(loaded)
-    assert (tuned["weight_version_start"], tuned["weight_version"]) == ("1", "1")
-    assert tuned["logprobs"] != base["logprobs"]
-    loaded.post("/atropos/adapter", {"name": NAME})
-    assert "weight_version" not in greedy(loaded)
-
-
-def test_the_base_models_name_means_the_policy_and_an_adapters_name_the_adapter(loaded: VllmServer) -> None:
-    base = greedy(loaded)
-    named = greedy(loaded, model=NAME)
-    assert named["logprobs"] != base["logprobs"]
-    assert "weight_version" not in named, "nobody said which weights these are"
-    loaded.post("/atropos/adapter", {"name": NAME, "weight_version": "1"})
-    assert greedy(loaded, model="policy") == greedy(loaded, model=NAME) == greedy(loaded)
-    assert greedy(loaded)["logprobs"] == named["logprobs"]
-
-
-def test_an_adapter_that_is_not_loaded_is_refused_with_those_that_are(loaded: VllmServer) -> None:
-    for name in ("policy-v000002", "policy"):
-        reply = loaded.post("/atropos/adapter", {"name": name, "weight_version": "2"})
-        assert reply.status_code == 404
-        assert NAME in reply.json()["error"]["message"]
-    assert loaded.get("/atropos/adapter").json() == {"name": None, "weight_version": None}
-
-
 def test_an_adapter_that_is_gone_is_an_error_not_the_base_model(loaded: VllmServer) -> None:
     loaded.post("/atropos/adapter", {"name": NAME, "weight_version": "1"})
     assert loaded.post("/v1/unload_lora_adapter", {"lora_name": NAME}).status_code == 200
