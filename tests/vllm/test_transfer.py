@@ -9,7 +9,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from itertools import chain
@@ -241,7 +240,6 @@ def test_a_server_without_the_flag_is_told_so(
     transport = VllmTransferTransport("nccl", stream, settings, build=build_engine)
     routes = VllmRoutes(vllm_server.url, settings)
     assert routes.world_size() == 1
-    started = time.monotonic()
     with pytest.raises(
         ServerFailure, match=r'connect failed.*--weight-transfer-config \'{"backend": "nccl"}\''
     ):
