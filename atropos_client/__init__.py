@@ -15,7 +15,7 @@ from atropos_client._retry import (
     is_transient,
     send_within,
 )
-from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, client_options, redacted
+from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, client_options, is_loopback, redacted
 from atropos_client._translate import translated_errors
 from atropos_client.errors import (
     AccessDenied,
@@ -79,6 +79,7 @@ __all__ = [
     "UnreadableBatch",
     "ask_environments",
     "client_options",
+    "is_loopback",
     "is_transient",
     "parse_batch",
     "redacted",

@@ -90,7 +90,7 @@ class ConnectionSettings:
                     f"the value of {name!r} holds a character that cannot stand in an HTTP header"
                 )
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        if (self.token or self.headers) and url.scheme == "http" and not _is_loopback(url.host):
+        if (self.token or self.headers) and url.scheme == "http" and not is_loopback(url.host):
             logger.warning("Credentials for the Atropos API travel unencrypted to %s: use https.", url.host)
 
     def redact(self, text: str) -> str:
@@ -146,7 +146,8 @@ def redacted(text: str, secrets: Iterable[SecretStr | None]) -> str:
     return text
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Tell whether a host of a URL is this machine, whatever the network."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

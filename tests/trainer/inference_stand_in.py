@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from schemas.inference import CollectiveRpcRequest, CompletionRequest, WeightVersionRequest
-from trainer.publish import Probes, ProbeScores
+from trainer.publish import Probes
+from trainer.publish.verification.compare_logprobs import ProbeScores
 
 PROBES = Probes(texts=[list(range(7, 47)), list(range(90, 40, -1)), [3, 1, 4, 1, 5, 9, 2, 6]], passage=[])
 

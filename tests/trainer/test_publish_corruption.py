@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.trainer.models import VOCABULARY, tiny_model
-from trainer.publish import TOLERANCES, Baseline, Verdict, compare, score_with_model
+from trainer.publish import Verdict, score_with_model
+from trainer.publish.verification.compare_logprobs import TOLERANCES, Baseline, compare
 
 PROBES = [[(seed * 31 + 7 * position * position) % VOCABULARY for position in range(30)] for seed in range(6)]
 

@@ -19,9 +19,10 @@ from tests.trainer.models import stream_of, tiny_model
 from tests.trainer.transfer_stand_in import NCCLEngine, Receiver, modules
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
-from trainer.publish import Phase, PhaseDeadlineExceeded, ServerFailure, StagedWeights, VllmRoutes
+from trainer.publish import Phase, PhaseDeadlineExceeded, ServerFailure, VllmRoutes
 from trainer.publish.engines.vllm.nccl_sender import TransferGroup, build_engine, require_vllm
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
+from trainer.publish.interfaces import StagedWeights
 
 HANDSHAKE = [
     "/atropos/adapter",

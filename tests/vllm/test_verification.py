@@ -26,7 +26,6 @@ from trainer.publish import (
     DiskTransport,
     LogprobKind,
     LogprobPolicy,
-    NextToken,
     Publisher,
     Verdict,
     VerificationFailed,
@@ -34,6 +33,7 @@ from trainer.publish import (
     make_probes,
     score_probes,
 )
+from trainer.publish.interfaces import NextToken
 
 WORKER = ("--worker-cls", "atropos_cpu_worker.AtroposCPUWorker")
 """Without it, stock vLLM on the CPU keeps the output layer of a tied model: a broken tensor by itself."""

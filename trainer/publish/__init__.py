@@ -3,60 +3,40 @@
 from trainer.publish.engines.sglang import SglangRoutes
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 from trainer.publish.engines.vllm.routes import VllmRoutes
-from trainer.publish.errors import (
-    Phase,
-    PhaseDeadlineExceeded,
-    PublishError,
-    ServerFailure,
-    StagingFailed,
-)
-from trainer.publish.interfaces import InferenceServer, NextToken, StagedWeights, WeightTransport
+from trainer.publish.errors import Phase, PhaseDeadlineExceeded, PublishError, ServerFailure, StagingFailed
+from trainer.publish.interfaces import InferenceServer, WeightTransport
 from trainer.publish.publisher import Publisher
-from trainer.publish.report import PublishFailed, PublishReport, ServerOutcome
+from trainer.publish.report import PublishFailed, PublishReport
 from trainer.publish.transports.disk import DiskTransport
 from trainer.publish.transports.lora import LoraTransport
-from trainer.publish.verification.compare_logprobs import (
-    TOLERANCES,
-    Baseline,
-    Comparison,
-    ProbeScores,
-    Verdict,
-    compare,
-)
+from trainer.publish.verification.compare_logprobs import Comparison, Verdict
 from trainer.publish.verification.compare_next_tokens import LogprobKind
 from trainer.publish.verification.probes import Probes, make_probes
 from trainer.publish.verification.trainer_scores import score_probes, score_with_model
 from trainer.publish.verification.verifier import LogprobPolicy, VerificationFailed
 
 __all__ = [
-    "TOLERANCES",
-    "Baseline",
     "Comparison",
     "DiskTransport",
     "InferenceServer",
     "LogprobKind",
     "LogprobPolicy",
     "LoraTransport",
-    "NextToken",
     "Phase",
     "PhaseDeadlineExceeded",
-    "ProbeScores",
     "Probes",
     "PublishError",
     "PublishFailed",
     "PublishReport",
     "Publisher",
     "ServerFailure",
-    "ServerOutcome",
     "SglangRoutes",
-    "StagedWeights",
     "StagingFailed",
     "Verdict",
     "VerificationFailed",
     "VllmRoutes",
     "VllmTransferTransport",
     "WeightTransport",
-    "compare",
     "make_probes",
     "score_probes",
     "score_with_model",

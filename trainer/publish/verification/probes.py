@@ -14,9 +14,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from trainer.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -74,22 +77,8 @@ class Probes:
         return [self.passage[:cut] for cut in self.cuts]
 
 
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is needed here."""
-
-    chat_template: Any
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model expects at its start."""
-        ...
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
-        """The conversation as text."""
-        ...
-
-
 def make_probes(
-    tokenizer: Tokenizer, texts: Sequence[str] | None = None, *, context: int | None = None
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None = None, *, context: int | None = None
 ) -> Probes:
     """Return the probes as token ids.
 
@@ -113,7 +102,9 @@ def make_probes(
     )
 
 
-def _scored_texts(tokenizer: Tokenizer, texts: Sequence[str] | None, *, longest: int) -> list[list[int]]:
+def _scored_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] | None, *, longest: int
+) -> list[list[int]]:
     longest = min(longest, BUILT_IN_TOKENS if texts is None else MAX_TOKENS)
     probes = [tokenizer.encode(text)[:longest] for text in (TEXTS if texts is None else texts)]
     if texts is None and tokenizer.chat_template is not None:
@@ -128,7 +119,7 @@ def _scored_texts(tokenizer: Tokenizer, texts: Sequence[str] | None, *, longest:
     return probes
 
 
-def _chat(tokenizer: Tokenizer) -> list[int]:
+def _chat(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the beginning of a chat; nothing where the model's template cannot write it."""
     conversation = [{"role": "user", "content": CHAT}]
     try:
@@ -139,8 +130,8 @@ def _chat(tokenizer: Tokenizer) -> list[int]:
         return []
 
 
-def _passage(tokenizer: Tokenizer, length: int) -> list[int]:
-    tokens = tokenizer.encode(PASSAGE)
+def _passage(tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
+    tokens: list[int] = tokenizer.encode(PASSAGE)
     while len(tokens) < length:
         tokens = tokens + tokens
     return tokens[:length]

@@ -46,7 +46,7 @@ class SyncClient:
     """
 
     def __init__(self, server: VllmRoutes) -> None:
-        self._server = server
+        self.server = server
         self.closed = False
         """Whether its engine was given up."""
         self.on_failure: Callable[[BaseException], None] = lambda _error: None
@@ -85,8 +85,8 @@ class SyncClient:
     def _request(self, route: str, body: Mapping[str, Any]) -> None:
         try:
             if self.closed:
-                raise self._server.failure(Phase.LOAD, f"{route} is not sent: this transfer was given up")
-            self._server.weight_request(route, body)
+                raise self.server.failure(Phase.LOAD, f"{route} is not sent: this transfer was given up")
+            self.server.weight_request(route, body)
         except ServerFailure as error:
             self.on_failure(error)
             raise

@@ -13,17 +13,16 @@ process, and gathering sharded weights is a collective. A server that waits for 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import NoReturn, TypeVar
 
 import httpx
 import torch
 
+from atropos_client import is_loopback
 from trainer.config import PublishSettings, plain_url
 from trainer.errors import ConfigurationError
 from trainer.model.weight_stream import WeightStream
@@ -47,15 +46,6 @@ ABORT_SECONDS = 10.0
 """For leaving a group. vLLM gives NCCL 5 seconds to abort; a GPU that hangs longer will not come back."""
 
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class _Connection:
-    """Holds one server's group."""
-
-    server: VllmRoutes
-    engine: TransferEngine
-    client: SyncClient
 
 
 class VllmTransferTransport(WeightTransport):
@@ -89,7 +79,7 @@ class VllmTransferTransport(WeightTransport):
         self._stream = stream
         self._settings = settings
         self._build = build or build_engine
-        self._connections: dict[str, _Connection] = {}
+        self._groups: dict[str, tuple[SyncClient, TransferEngine]] = {}
         self._turn = threading.Lock()
 
     def capture(self, version: int) -> Callable[[], StagedWeights]:
@@ -111,30 +101,29 @@ class VllmTransferTransport(WeightTransport):
             found = f"its engine takes no weights over {self._backend}; use publish.transport disk"
             raise server.failure(Phase.CONNECT, found)
         with self._turn:
-            former = self._connections.pop(server.url, None)
+            former = self._groups.pop(server.url, None)
             if former is not None:
                 self._leave(former)
             server.use_model_itself()
             self._free_server(server)
-            workers = self._workers(server)
             client = SyncClient(server)
-            group = TransferGroup(
-                backend=self._backend,
-                client=client,
-                stream=self._stream,
-                workers=workers,
-                address=self._settings.group_address,
-                port=rendezvous_port(self._settings, server.url) if self._backend == "nccl" else 0,
-            )
-            call = self._call(lambda: self._join(group), f"connect {server.url}")
-            client.on_failure = call.fail
             try:
+                group = TransferGroup(
+                    backend=self._backend,
+                    client=client,
+                    stream=self._stream,
+                    workers=self._workers(server),
+                    address=self._settings.group_address,
+                    port=rendezvous_port(self._settings, server) if self._backend == "nccl" else 0,
+                )
+                call = self._call(lambda: self._join(group), f"connect {server.url}")
+                client.on_failure = call.fail
                 engine = call.start().within(self._settings.load_timeout)
             except BaseException as error:  # noqa: BLE001 - raised again, by its name
                 client.close()
                 self._raise(error, server, Phase.CONNECT)
             client.on_failure = lambda _error: None
-            self._connections[server.url] = _Connection(server, engine, client)
+            self._groups[server.url] = client, engine
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Send the weights, when it is this server's turn.
@@ -143,29 +132,29 @@ class VllmTransferTransport(WeightTransport):
             ServerFailure: The server refused, or the transfer did not end in time. The group is given up.
         """
         with self._turn:
-            connection = self._connections.get(server.url)
-            if connection is None:
+            if server.url not in self._groups:
                 raise server.failure(Phase.LOAD, "there is no transfer group with it")
-            call = self._call(connection.engine.send_weights, f"send {server.url}")
-            connection.client.on_failure = call.fail
+            client, engine = self._groups[server.url]
+            call = self._call(engine.send_weights, f"send {server.url}")
+            client.on_failure = call.fail
             try:
                 call.start().within(self._settings.load_timeout)
             except BaseException as error:  # noqa: BLE001 - raised again, by its name
-                self._give_up(connection, error)
+                self._give_up(client, error)
                 self._raise(error, server, Phase.LOAD)
 
     def close(self, servers: Sequence[InferenceServer]) -> None:
         """Leave all groups, and let the workers leave them."""
         for server in servers:
-            connection = self._connections.pop(server.url, None)
-            if connection is None:
+            group = self._groups.pop(server.url, None)
+            if group is None:
                 continue
-            leaving = self._call(connection.client.shutdown_weight_transfer_engine, f"close {server.url}")
+            leaving = self._call(group[0].shutdown_weight_transfer_engine, f"close {server.url}")
             try:
                 leaving.start().within(ABORT_SECONDS)
             except (ServerFailure, NotEndedError) as error:
                 logger.debug("%s: leaving its transfer group: %s", server.url, error)
-            self._wait_for(self._leave(connection))
+            self._wait_for(self._leave(group))
 
     def _call(self, action: Callable[[], Value], name: str) -> BoundedCall[Value]:
         """Bind an action to the weights' GPU, to be started: the current GPU is a thread's own affair."""
@@ -183,10 +172,11 @@ class VllmTransferTransport(WeightTransport):
             engine.shutdown()
         return engine
 
-    def _leave(self, connection: _Connection) -> BoundedCall[None]:
+    def _leave(self, group: tuple[SyncClient, TransferEngine]) -> BoundedCall[None]:
         """Abort a group, in a thread of its own."""
-        connection.client.close()
-        return self._call(connection.engine.shutdown, "leave transfer group").start()
+        client, engine = group
+        client.close()
+        return self._call(engine.shutdown, "leave transfer group").start()
 
     def _wait_for(self, call: BoundedCall[None]) -> None:
         try:
@@ -194,14 +184,13 @@ class VllmTransferTransport(WeightTransport):
         except Exception as error:  # noqa: BLE001 - whatever NCCL says of a group that is dead anyway
             logger.warning("leaving a transfer group: %s", error)
 
-    def _give_up(self, connection: _Connection, error: BaseException) -> None:
+    def _give_up(self, client: SyncClient, error: BaseException) -> None:
         """Leave the group, so that the GPU is free again; bring the server out of the update."""
-        del self._connections[connection.server.url]
-        self._wait_for(self._leave(connection))
+        self._wait_for(self._leave(self._groups.pop(client.server.url)))
         stuck = isinstance(error, NotEndedError | PhaseDeadlineExceeded)
         gone = isinstance(error, ServerFailure) and error.status in (None, HTTPStatus.NOT_FOUND)
         if not stuck and not gone and isinstance(error, Exception):
-            self._end_update(connection.server)
+            self._end_update(client.server)
 
     def _end_update(self, server: VllmRoutes) -> None:
         """End a half-done update: layers that got nothing keep their old weights.
@@ -256,10 +245,7 @@ class VllmTransferTransport(WeightTransport):
 
     def _workers(self, server: VllmRoutes) -> int:
         """Return the number of workers that are to join."""
-        try:
-            workers = server.world_size()
-        except ServerFailure as error:
-            self._raise(error, server, Phase.CONNECT)
+        workers = server.world_size()
         if self._backend == "ipc" and workers != 1:
             found = f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU"
             raise server.failure(Phase.CONNECT, found)
@@ -309,12 +295,7 @@ class VllmTransferTransport(WeightTransport):
 def _require_one_machine(servers: Sequence[str]) -> None:
     """Refuse servers elsewhere: `ipc` sends a pickle, which a server accepts only from whom it trusts."""
     for url in servers:
-        host = httpx.URL(url).host
-        try:
-            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            local = False
-        if not local:
+        if not is_loopback(httpx.URL(url).host):
             raise ConfigurationError(
                 f"publish.transport ipc hands memory over inside one machine, but {plain_url(url)} in "
                 "publish.servers is not a loopback address; use 127.0.0.1, or publish.transport nccl"
