@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Options(BaseModel):
@@ -43,7 +43,70 @@ class KlOptions(Options):
         return self.has_penalty() and self.kl_estimator == "k3_unbiased"
 
 
-class ClipOptions(KlOptions):
+class CorrectionOptions(Options):
+    """Weights and masks against the difference between the sampler's policy and the trainer's.
+
+    With d = log(trainer / sampler) of a token; a weight multiplies the token's term, the denominator stays.
+    """
+
+    weight: Literal["none", "token_tis", "sequence_tis", "icepop"] = "none"
+    """Importance weight, for losses that have no importance ratio. token_tis: e^d, at most ratio_cap.
+    sequence_tis: e^(sum of d over the sequence), at most ratio_cap. icepop: e^d, 0 outside of icepop_low and
+    icepop_high."""
+    ratio_cap: float = Field(default=2.0, gt=0)
+    """Largest weight of token_tis and sequence_tis."""
+    icepop_low: float = Field(default=0.5, ge=0)
+    """Smallest ratio that icepop keeps."""
+    icepop_high: float = Field(default=5.0, gt=0)
+    """Largest ratio that icepop keeps."""
+    reject: Literal["none", "token", "sequence_sum", "sequence_mean", "sequence_max"] = "none"
+    """Weight 0 where an estimate of the difference is outside of its bounds: that of each token, or the sum,
+    mean or maximum over the sequence."""
+    reject_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """The estimate. k1: -d. k2: d^2 / 2. k3: e^d - 1 - d."""
+    reject_above: float = Field(default=0.7, gt=0)
+    """Largest estimate that is kept, in nats."""
+    reject_below: float | None = None
+    """Smallest k1 that is kept. None: -reject_above."""
+    off_policy_limit: float | None = Field(default=None, gt=0)
+    """Weight 0 under a negative advantage where the mean of -d over the sequence is larger, in nats
+    (DeepSeek-V3.2's off-policy sequence mask). None: no such mask."""
+
+    @property
+    def masks(self) -> bool:
+        """True if a token may get weight 0."""
+        return self.weight == "icepop" or self.reject != "none" or self.off_policy_limit is not None
+
+    @property
+    def is_active(self) -> bool:
+        """True if a token may get another weight than 1."""
+        return self.weight != "none" or self.masks
+
+    @model_validator(mode="after")
+    def _bounds_enclose_something(self) -> Self:
+        if self.icepop_low >= self.icepop_high:
+            raise ValueError(f"icepop_low {self.icepop_low} is not below icepop_high {self.icepop_high}")
+        if self.reject_below is not None and self.reject_below >= self.reject_above:
+            raise ValueError(
+                f"reject_below {self.reject_below} is not below {self.reject_above}, reject_above"
+            )
+        if self.reject == "sequence_max" and self.reject_estimator == "k1":
+            raise ValueError("sequence_max needs an estimate that is never negative: k2 or k3")
+        return self
+
+
+class ObjectiveOptions(KlOptions):
+    """Options that every loss of ours has: subclass it for a loss that ends in `finish_loss`."""
+
+    correction: CorrectionOptions = Field(default_factory=CorrectionOptions)
+    """Weights and masks against the difference between sampler and trainer."""
+
+    def needs_sampler(self) -> bool:
+        """Return True if the correction or the penalty uses the sampler's log-probs."""
+        return self.correction.is_active or super().needs_sampler()
+
+
+class ClipOptions(ObjectiveOptions):
     """Options of a loss whose importance ratio is clipped on both sides."""
 
     epsilon_low: float = Field(default=0.2, gt=0, lt=1)
@@ -62,14 +125,14 @@ class ClipOptions(KlOptions):
         return 1.0 + self.epsilon_high
 
 
-class PolicyGradientOptions(KlOptions):
+class PolicyGradientOptions(ObjectiveOptions):
     """Options of `policy_gradient`."""
 
     ratio_cap: float = Field(default=2.0, gt=0)
     """Largest importance ratio; larger ones are truncated to it. 2 lets it at most double a token's say."""
 
 
-class CispoOptions(KlOptions):
+class CispoOptions(ObjectiveOptions):
     """Options of `cispo`."""
 
     epsilon_low: float = Field(default=1.0, gt=0, le=1)
@@ -106,6 +169,115 @@ class GspoOptions(SequenceClipOptions):
     (GSPO-token), for advantages that differ within a sequence."""
 
 
+class GmpoOptions(ObjectiveOptions):
+    """Options of `gmpo`."""
+
+    epsilon_low: float = Field(default=0.4, gt=0)
+    """The log-ratio of a token is clipped from below at -epsilon_low, under a negative advantage."""
+    epsilon_high: float = Field(default=0.4, gt=0)
+    """The log-ratio of a token is clipped from above at epsilon_high, under a positive advantage."""
+
+
+class SapoOptions(ObjectiveOptions):
+    """Options of `sapo`."""
+
+    temperature_positive: float = Field(default=1.0, gt=0)
+    """How fast the gradient falls as the ratio leaves 1, under a positive advantage."""
+    temperature_negative: float = Field(default=1.05, gt=0)
+    """The same under a negative advantage, where leaving is less stable."""
+
+
+class VespoOptions(ObjectiveOptions):
+    """Options of `vespo`: a sequence's weight is e^rate w^power e^(-rate w), w its importance ratio."""
+
+    power_positive: float = Field(default=2.0, gt=0)
+    """Power under an advantage that is not negative."""
+    rate_positive: float = Field(default=3.0, gt=0)
+    """Rate under an advantage that is not negative."""
+    power_negative: float = Field(default=3.0, gt=0)
+    """Power under a negative advantage."""
+    rate_negative: float = Field(default=2.0, gt=0)
+    """Rate under a negative advantage."""
+
+
+class DppoTvOptions(ObjectiveOptions):
+    """Options of `dppo_tv`."""
+
+    epsilon_low: float = Field(default=0.2, gt=0)
+    """Under a negative advantage a token is masked once its probability fell by more."""
+    epsilon_high: float = Field(default=0.2, gt=0)
+    """Under a positive advantage a token is masked once its probability rose by more."""
+    ratio_cap: float = Field(default=20.0, gt=0)
+    """Largest importance weight; larger ones are truncated to it."""
+
+
+class DppoKlOptions(ObjectiveOptions):
+    """Options of `dppo_kl`."""
+
+    epsilon_low: float = Field(default=0.05, gt=0)
+    """Under a negative advantage a token that became rarer is masked beyond this binary KL, in nats."""
+    epsilon_high: float = Field(default=0.05, gt=0)
+    """Under a positive advantage a token that became likelier is masked beyond this binary KL, in nats."""
+    ratio_cap: float = Field(default=20.0, gt=0)
+    """Largest importance weight; larger ones are truncated to it."""
+
+
+class PenalizedOptions(ObjectiveOptions):
+    """Options of a loss with a penalty on the difference between trainer and sampler."""
+
+    mismatch_penalty: float = Field(default=1e-3, ge=0)
+    """Weight of the squared log-ratio of trainer and sampler, of every trained token."""
+
+    def trains_without_advantage(self) -> bool:
+        """Return True if a sequence without any advantage has a gradient."""
+        return self.mismatch_penalty > 0 or self.has_penalty()
+
+
+class PrimeOptions(PenalizedOptions):
+    """Options of `prime`."""
+
+    epsilon_low: float = Field(default=0.2, gt=0)
+    """Under a negative advantage a token is masked once its probability fell by more."""
+    epsilon_high: float = Field(default=0.2, gt=0)
+    """Under a positive advantage a token is masked once its probability rose by more."""
+
+
+class IpoOptions(PenalizedOptions):
+    """Options of `ipo`."""
+
+    epsilon: float = Field(default=0.1, gt=0)
+    """A token is masked once its probability changed by more, in either direction."""
+
+
+class DecoupledPpoOptions(ClipOptions):
+    """Options of `decoupled_ppo`."""
+
+    ratio_cap: float | None = Field(default=None, gt=0)
+    """Largest weight of the proximal policy against the sampler's; larger ones are truncated to it. None: not
+    bounded."""
+
+
+class ClipCovOptions(ClipOptions):
+    """Options of `clip_cov`."""
+
+    covariance_share: float = Field(default=2e-4, gt=0, le=1)
+    """Largest share of the step's trained tokens that lose their gradient; at least one token."""
+    covariance_low: float = 1.0
+    """Only tokens whose covariance of advantage and log-prob is above it."""
+    covariance_high: float = 5.0
+    """Only tokens whose covariance of advantage and log-prob is below it."""
+
+
+class KlCovOptions(ObjectiveOptions):
+    """Options of `kl_cov`."""
+
+    covariance_share: float = Field(default=2e-4, gt=0, le=1)
+    """Share of the step's trained tokens, those of the largest covariance, that are penalised; at least
+    one."""
+    covariance_penalty: float = Field(default=1.0, gt=0)
+    """Weight of their penalty, the absolute log-ratio of trainer and sampler."""
+
+
 class StdOptions(Options):
     """Options of estimators that divide by a standard deviation."""
 
@@ -121,11 +293,22 @@ class LengthShapingOptions(Options):
 
 
 LOSS_OPTIONS: Final[dict[str, type[Options]]] = {
-    "weighted_sft": KlOptions,
+    "weighted_sft": ObjectiveOptions,
     "policy_gradient": PolicyGradientOptions,
     "ppo_clip": PpoClipOptions,
     "gspo": GspoOptions,
     "cispo": CispoOptions,
+    "decoupled_ppo": DecoupledPpoOptions,
+    "sapo": SapoOptions,
+    "gmpo": GmpoOptions,
+    "luspo": SequenceClipOptions,
+    "vespo": VespoOptions,
+    "dppo_tv": DppoTvOptions,
+    "dppo_kl": DppoKlOptions,
+    "prime": PrimeOptions,
+    "ipo": IpoOptions,
+    "clip_cov": ClipCovOptions,
+    "kl_cov": KlCovOptions,
 }
 ESTIMATOR_OPTIONS: Final[dict[str, type[Options]]] = {
     "group_norm": StdOptions,

@@ -266,6 +266,10 @@ def test_an_all_zero_mask_gives_zero_with_zero_gradients(loss: Loss[Any]) -> Non
 @pytest.mark.parametrize("sizes", [(1,) * 6, (2, 4), (5, 1), (3, 3)])
 def test_micro_batches_add_up_under_a_common_denominator(loss: Loss[Any], sizes: tuple[int, ...]) -> None:
     whole = make_inputs(shape=(6, 9))
+    bound = loss.bind(loss.options())
+    if bound.step_statistics is not None:  # what a run takes once, of the whole step
+        statistics = bound.step_statistics(whole, bound.options)
+        whole = LossInputs(**(vars_of(whole) | {"statistics": statistics}))
     count = whole.loss_mask.sum().item()
     expected_value, expected_gradient = value_and_gradient(
         loss, LossInputs(**(vars_of(whole) | {"denominator": count})), kl_coefficient=0.1
@@ -275,7 +279,7 @@ def test_micro_batches_add_up_under_a_common_denominator(loss: Loss[Any], sizes:
     for rows in torch.arange(6).split(list(sizes)):
         part = {name: value[rows] for name, value in vars_of(whole).items() if isinstance(value, Tensor)}
         part["logprobs"] = part["logprobs"].detach().requires_grad_()
-        inputs = LossInputs(**part, denominator=count)
+        inputs = LossInputs(**part, denominator=count, statistics=whole.statistics)
         value, gradient = value_and_gradient(loss, inputs, kl_coefficient=0.1)
         values.append(value)
         gradients.append(gradient)
@@ -360,7 +364,7 @@ def test_a_bound_loss_is_the_function_with_its_options(name: str) -> None:
     assert bound.trains_without_advantage
     without = loss.bind(loss.options())
     assert not without.needs_ref_logprobs
-    assert not without.trains_without_advantage
+    assert without.trains_without_advantage == (name in ("prime", "ipo", "kl_cov"))
     assert bound.needs_inference_logprobs == (name != "weighted_sft")
 
 

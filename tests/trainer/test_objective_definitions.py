@@ -111,6 +111,135 @@ def ppo_clip(each: Sequence, dual: float = math.inf, two_sided: float = math.inf
     return terms, slopes
 
 
+def decoupled_ppo(each: Sequence) -> Terms:
+    """In the only update of a batch: the ratio is 1, and only weighs by the sampler's."""
+    weights = [min(math.exp(difference), 5.0) for difference in each.differences]
+    slopes = [-weight * advantage for weight, advantage in zip(weights, each.advantages, strict=True)]
+    return slopes, slopes
+
+
+def sapo(each: Sequence) -> Terms:
+    terms, slopes = [], []
+    for difference, advantage in zip(each.differences, each.advantages, strict=True):
+        ratio, temperature = math.exp(difference), 1.0 if advantage > 0 else 1.05
+        gate = 1 / (1 + math.exp(-temperature * (ratio - 1)))
+        terms.append(-4 / temperature * gate * advantage)
+        slopes.append(-4 * gate * (1 - gate) * ratio * advantage)
+    return terms, slopes
+
+
+def gmpo(each: Sequence) -> Terms:
+    inside, clipped = [], []
+    for difference, advantage in zip(each.differences, each.advantages, strict=True):
+        bounded = min(difference, 0.3) if advantage > 0 else max(difference, -0.2)
+        clipped.append(bounded)
+        inside.append(bounded == difference)
+    length = len(clipped)
+    term = -sum(each.advantages) / length * math.exp(sum(clipped) / length)
+    return [term] * length, [term if is_inside else 0.0 for is_inside in inside]
+
+
+def luspo(each: Sequence) -> Terms:
+    terms, slopes = gspo(each)
+    return [len(terms) * term for term in terms], [len(terms) * slope for slope in slopes]
+
+
+def vespo(each: Sequence) -> Terms:
+    weight = math.exp(clip(sum(each.differences), math.log(1e-8), 20))
+    slopes = []
+    for advantage in each.advantages:
+        power, rate = (2, 3) if advantage >= 0 else (3, 2)
+        slopes.append(-math.exp(rate + power * math.log(weight) - rate * weight) * advantage)
+    return [slope * policy for slope, policy in zip(slopes, each.policy, strict=True)], slopes
+
+
+def binary_kl(before: float, now: float) -> float:
+    others = (1 - math.exp(before) + 1e-8) / (1 - math.exp(now) + 1e-8)
+    return math.exp(before) * (before - now) + (1 - math.exp(before)) * math.log(others)
+
+
+def dppo_kl_keeps(policy: float, sampler: float, advantage: float) -> bool:
+    toward = policy > sampler if advantage > 0 else policy < sampler
+    return not toward or binary_kl(sampler, policy) <= 0.05
+
+
+def tv_keeps(policy: float, sampler: float, advantage: float) -> bool:
+    change = math.exp(policy) - math.exp(sampler)
+    return change <= 0.15 if advantage > 0 else change >= -0.1
+
+
+def ipo_keeps(policy: float, sampler: float, advantage: float) -> bool:
+    return abs(math.exp(policy) - math.exp(sampler)) <= 0.1
+
+
+def masked_policy_gradient(each: Sequence, keeps: Callable[[float, float, float], bool]) -> Terms:
+    slopes = [
+        -min(math.exp(policy - sampler), 20.0) * advantage if keeps(policy, sampler, advantage) else 0.0
+        for policy, sampler, advantage in zip(each.policy, each.sampler, each.advantages, strict=True)
+    ]
+    return [slope * policy for slope, policy in zip(slopes, each.policy, strict=True)], slopes
+
+
+def penalized_surrogate(each: Sequence, keeps: Callable[[float, float, float], bool]) -> Terms:
+    terms, slopes = [], []
+    for policy, sampler, advantage in zip(each.policy, each.sampler, each.advantages, strict=True):
+        kept = -math.exp(policy - sampler) * advantage if keeps(policy, sampler, advantage) else 0.0
+        terms.append(kept + 0.01 * (policy - sampler) ** 2)
+        slopes.append(kept + 0.02 * (policy - sampler))
+    return terms, slopes
+
+
+def weighted(each: Sequence, weights: list[float]) -> Terms:
+    """Advantage-weighted cross-entropy times a correction."""
+    slopes = [-weight * advantage for weight, advantage in zip(weights, each.advantages, strict=True)]
+    return [slope * policy for slope, policy in zip(slopes, each.policy, strict=True)], slopes
+
+
+def icepop(each: Sequence) -> Terms:
+    ratios = [math.exp(difference) for difference in each.differences]
+    return weighted(each, [ratio if 0.5 <= ratio <= 2 else 0.0 for ratio in ratios])
+
+
+def sequence_tis(each: Sequence) -> Terms:
+    return weighted(each, [min(math.exp(sum(each.differences)), 1.7)] * len(each.policy))
+
+
+def token_tis(each: Sequence) -> Terms:
+    return weighted(each, [min(math.exp(difference), 1.7) for difference in each.differences])
+
+
+ESTIMATES: dict[str, Callable[[float], float]] = {
+    "k1": lambda d: -d,
+    "k2": lambda d: d * d / 2,
+    "k3": lambda d: math.exp(d) - 1 - d,
+}
+
+
+def rejection(level: str, estimator: str) -> Callable[[Sequence], Terms]:
+    def terms(each: Sequence) -> Terms:
+        estimates = [ESTIMATES[estimator](difference) for difference in each.differences]
+        length = len(estimates)
+        if level == "sequence_sum":
+            estimates = [sum(estimates)] * length
+        elif level == "sequence_mean":
+            estimates = [sum(estimates) / length] * length
+        elif level == "sequence_max":
+            estimates = [max(estimates)] * length
+        lowest = -0.2 if estimator == "k1" else -math.inf
+        return weighted(each, [float(lowest <= estimate <= 0.3) for estimate in estimates])
+
+    return terms
+
+
+def off_policy_mask(each: Sequence) -> Terms:
+    near = -each.mean_difference <= 0.1
+    return weighted(each, [float(near or advantage >= 0) for advantage in each.advantages])
+
+
+def corrected(**correction: object) -> tuple[str, dict[str, object]]:
+    return "weighted_sft", {"correction": correction}
+
+
 MODES: dict[str, tuple[str, dict[str, object], Callable[[Sequence], Terms]]] = {
     "ppo_clip": ("ppo_clip", {"epsilon_high": 0.3}, ppo_clip),
     "dual clip": (
@@ -124,6 +253,34 @@ MODES: dict[str, tuple[str, dict[str, object], Callable[[Sequence], Terms]]] = {
     "gspo": ("gspo", {"epsilon_low": 0.1, "epsilon_high": 0.2}, gspo),
     "gspo, token form": ("gspo", {"epsilon_low": 0.1, "epsilon_high": 0.2, "form": "token"}, gspo_token),
     "cispo": ("cispo", {"epsilon_low": 0.5, "epsilon_high": 0.5}, cispo),
+    "decoupled_ppo": ("decoupled_ppo", {"ratio_cap": 5.0}, decoupled_ppo),
+    "sapo": ("sapo", {}, sapo),
+    "gmpo": ("gmpo", {"epsilon_low": 0.2, "epsilon_high": 0.3}, gmpo),
+    "luspo": ("luspo", {"epsilon_low": 0.1, "epsilon_high": 0.2}, luspo),
+    "vespo": ("vespo", {}, vespo),
+    "dppo_tv": (
+        *("dppo_tv", {"epsilon_low": 0.1, "epsilon_high": 0.15}),
+        lambda each: masked_policy_gradient(each, tv_keeps),
+    ),
+    "dppo_kl": ("dppo_kl", {}, lambda each: masked_policy_gradient(each, dppo_kl_keeps)),
+    "prime": (
+        *("prime", {"epsilon_low": 0.1, "epsilon_high": 0.15, "mismatch_penalty": 0.01}),
+        lambda each: penalized_surrogate(each, tv_keeps),
+    ),
+    "ipo": ("ipo", {"mismatch_penalty": 0.01}, lambda each: penalized_surrogate(each, ipo_keeps)),
+    "token TIS": (*corrected(weight="token_tis", ratio_cap=1.7), token_tis),
+    "sequence TIS": (*corrected(weight="sequence_tis", ratio_cap=1.7), sequence_tis),
+    "IcePop": (*corrected(weight="icepop", icepop_low=0.5, icepop_high=2.0), icepop),
+    "off-policy sequence mask": (*corrected(off_policy_limit=0.1), off_policy_mask),
+    **{
+        f"rejection by {level} {estimator}": (
+            *corrected(reject=level, reject_estimator=estimator, reject_above=0.3, **bound),
+            rejection(level, estimator),
+        )
+        for level in ("token", "sequence_sum", "sequence_mean", "sequence_max")
+        for estimator, bound in (("k1", {"reject_below": -0.2}), ("k2", {}), ("k3", {}))
+        if (level, estimator) != ("sequence_max", "k1")
+    },
 }
 
 
@@ -180,3 +337,59 @@ def test_the_penalty_towards_the_reference_is_the_estimate_that_was_chosen(
     assert (value - plain).item() == pytest.approx(0.3 * total / 7, rel=1e-10)
     assert gradient.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-14)
     assert metrics["kl_ref"].item() == pytest.approx(metric, rel=1e-10)
+
+
+def covariances(batch: list[Sequence]) -> list[float]:
+    advantages = [advantage for each in batch for advantage in each.advantages]
+    logprobs = [logprob for each in batch for logprob in each.policy]
+    mean_advantage, mean_logprob = sum(advantages) / len(advantages), sum(logprobs) / len(logprobs)
+    return [(a - mean_advantage) * (b - mean_logprob) for a, b in zip(advantages, logprobs, strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.001, 0.2])
+def test_the_tokens_of_the_largest_covariance_are_held_back(seed: int, share: float) -> None:
+    batch = ragged_batch(seed)
+    covariance = covariances(batch)
+    count = max(1, int(share * len(covariance)))
+    plain = Sequence([], [], [], [])
+    for each in batch:
+        for name in vars(plain):
+            getattr(plain, name).extend(getattr(each, name))
+    # kl_cov: the largest are penalised
+    largest = sorted(covariance)[-count]
+    slopes = [-math.exp(d) * a for d, a in zip(plain.differences, plain.advantages, strict=True)]
+    for index, difference in enumerate(plain.differences):
+        if covariance[index] >= largest:
+            slopes[index] += 0.5 * math.copysign(1, difference)
+    inputs = loss_inputs(batch, denominator=7.0)
+    value, metrics = resolve_loss("kl_cov", covariance_share=share, covariance_penalty=0.5)(inputs)
+    (gradient,) = torch.autograd.grad(value, inputs.logprobs)
+    assert gradient.tolist() == pytest.approx([slope / 7 for slope in slopes], rel=1e-10, abs=1e-14)
+    assert metrics["penalized"].item() == count
+    # clip_cov: the largest that the clip leaves, within bounds, lose their gradient
+    terms, slopes = ppo_clip(plain)
+    able = [0.1 < c < 1.0 and slope != 0 for c, slope in zip(covariance, slopes, strict=True)]
+    among = sorted(c for c, is_able in zip(covariance, able, strict=True) if is_able)[-count:]
+    for index, is_able in enumerate(able):
+        if is_able and covariance[index] >= among[0]:
+            terms[index] = slopes[index] = 0.0
+    bounds = {"covariance_low": 0.1, "covariance_high": 1.0, "epsilon_high": 0.3}
+    value, metrics = resolve_loss("clip_cov", covariance_share=share, **bounds)(inputs)
+    (gradient,) = torch.autograd.grad(value, inputs.logprobs)
+    assert value.item() == pytest.approx(sum(terms) / 7, rel=1e-10)
+    assert gradient.tolist() == pytest.approx([slope / 7 for slope in slopes], rel=1e-10, abs=1e-14)
+    assert metrics["masked"].item() == len(among)
+
+
+def test_a_mask_of_the_correction_takes_the_term_and_leaves_the_penalty_and_the_denominator() -> None:
+    batch = ragged_batch(1)
+    inputs = loss_inputs(batch, denominator=7.0)
+    correction = {"reject": "token", "reject_estimator": "k2", "reject_above": 1e-30}
+    value, metrics = resolve_loss("weighted_sft", kl_coefficient=0.5, correction=correction)(inputs)
+    assert metrics["masked"].item() == inputs.loss_mask.sum().item()
+    assert value.item() == pytest.approx(0.5 * metrics["kl_ref"].item() / 7)
+    both = {"weight": "token_tis", **correction, "reject_above": 0.05}
+    _, metrics = resolve_loss("dppo_tv", correction=both)(inputs)
+    _, of_loss = resolve_loss("dppo_tv")(inputs)
+    assert metrics["masked"] > of_loss["masked"]

@@ -219,9 +219,10 @@ class LossSettings(Section):
     """weighted_sft: cross-entropy times advantage. policy_gradient: the same with a truncated importance
     ratio between trainer and sampler. ppo_clip: the clipped surrogate of PPO. Others: see docs/losses.md. Or
     your own, as module:function; see docs/extending.md."""
-    reduction: Literal["token", "sequence", "constant"] = "token"
+    reduction: Literal["token", "sequence", "constant", "token_sum"] = "token"
     """Denominator of the step's loss. token: the step's trained tokens. sequence: each sequence's own trained
-    tokens, then the number of sequences (GRPO). constant: sequences x constant_length (Dr. GRPO)."""
+    tokens, then the number of sequences (GRPO). constant: sequences x constant_length (Dr. GRPO).
+    token_sum: 1, so that a step with more tokens has a larger gradient."""
     constant_length: int = Field(default=1024, gt=0)
     """Tokens a sequence counts for with reduction = constant."""
     apply_temperature: bool | None = None

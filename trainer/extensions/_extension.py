@@ -34,6 +34,17 @@ BUILT_IN_LOSSES: Mapping[str, str] = MappingProxyType(
         "ppo_clip": "trainer.losses:ppo_clip",
         "gspo": "trainer.losses:gspo",
         "cispo": "trainer.losses:cispo",
+        "decoupled_ppo": "trainer.losses:decoupled_ppo",
+        "sapo": "trainer.losses:sapo",
+        "gmpo": "trainer.losses:gmpo",
+        "luspo": "trainer.losses:luspo",
+        "vespo": "trainer.losses:vespo",
+        "dppo_tv": "trainer.losses:dppo_tv",
+        "dppo_kl": "trainer.losses:dppo_kl",
+        "prime": "trainer.losses:prime",
+        "ipo": "trainer.losses:ipo",
+        "clip_cov": "trainer.losses:clip_cov",
+        "kl_cov": "trainer.losses:kl_cov",
     }
 )
 
@@ -159,8 +170,10 @@ class Loss(Extension[O]):
         needs_inference_logprobs: Need[O],
         needs_ref_logprobs: Need[O],
         trains_without_advantage: Need[O] | None,
+        step_statistics: Callable[[LossInputs, O], Any] | None,
     ) -> None:
         super().__init__(function, options)
+        self._step_statistics = step_statistics
         self._needs_inference_logprobs = needs_inference_logprobs
         self._needs_ref_logprobs = needs_ref_logprobs
         self._trains_without_advantage = (
@@ -185,6 +198,7 @@ class Loss(Extension[O]):
             needs_inference_logprobs=_applies(self._needs_inference_logprobs, options),
             needs_ref_logprobs=_applies(self._needs_ref_logprobs, options),
             trains_without_advantage=_applies(self._trains_without_advantage, options),
+            step_statistics=self._step_statistics,
         )
 
 
@@ -201,6 +215,8 @@ class BoundLoss:
     """Groups without a reference model's log-probs are set aside."""
     trains_without_advantage: bool
     """Sequences whose advantages are all 0 are computed too, because they have a gradient all the same."""
+    step_statistics: Callable[[LossInputs, Any], Any] | None = None
+    """See `loss`."""
 
     def __call__(self, inputs: LossInputs) -> LossResult:
         """Return the loss (0-dim) and the metric sums.
@@ -223,6 +239,7 @@ def loss(
     needs_inference_logprobs: Need[O] = False,
     needs_ref_logprobs: Need[O] = False,
     trains_without_advantage: Need[O] | None = None,
+    step_statistics: Callable[[LossInputs, O], Any] | None = None,
 ) -> Callable[[Callable[[LossInputs, O], LossResult]], Loss[O]]:
     """Make a loss of a function of `trainer.losses.LossInputs` and its options.
 
@@ -235,6 +252,9 @@ def loss(
         needs_ref_logprobs: It uses a reference model's log-probs.
         trains_without_advantage: A sequence without any advantage has a gradient all the same, because of a
             KL penalty or an entropy bonus, say. None: as `needs_ref_logprobs`.
+        step_statistics: Computes what a token's term needs of the whole step's tokens: called once a step,
+            before any is computed, with the sampler's log-probs in the place of the trainer's; what it
+            returns is `LossInputs.statistics`.
     """
     return lambda function: Loss(
         function,
@@ -242,6 +262,7 @@ def loss(
         needs_inference_logprobs=needs_inference_logprobs,
         needs_ref_logprobs=needs_ref_logprobs,
         trains_without_advantage=trains_without_advantage,
+        step_statistics=step_statistics,
     )
 
 

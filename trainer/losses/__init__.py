@@ -17,29 +17,46 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.extensions import BoundLoss, Loss
-from trainer.losses._clipped import ppo_clip
+from trainer.losses._clipped import decoupled_ppo, ppo_clip, sapo
+from trainer.losses._corrections import correction_weights
+from trainer.losses._covariance import clip_cov, kl_cov
 from trainer.losses._divergences import k3, log_ratio, reference_kl
 from trainer.losses._importance_weighted import cispo, policy_gradient
 from trainer.losses._inputs import LossInputs
-from trainer.losses._sequence_level import gspo
+from trainer.losses._sequence_level import gmpo, gspo, luspo, vespo
 from trainer.losses._terms import finish_loss, policy_metrics
+from trainer.losses._trust_region import dppo_kl, dppo_tv, ipo, prime
 from trainer.losses._weighted_sft import weighted_sft
-from trainer.options import ClipOptions, KlOptions
+from trainer.options import ClipOptions, CorrectionOptions, KlOptions, ObjectiveOptions
 
 __all__ = [
     "ClipOptions",
+    "CorrectionOptions",
     "KlOptions",
     "LossInputs",
+    "ObjectiveOptions",
     "cispo",
+    "clip_cov",
+    "correction_weights",
+    "decoupled_ppo",
+    "dppo_kl",
+    "dppo_tv",
     "finish_loss",
+    "gmpo",
     "gspo",
+    "ipo",
     "k3",
+    "kl_cov",
     "log_ratio",
+    "luspo",
     "policy_gradient",
     "policy_metrics",
     "ppo_clip",
+    "prime",
     "reference_kl",
     "resolve_loss",
+    "sapo",
+    "vespo",
     "weighted_sft",
 ]
 

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from trainer.extensions import loss
+from trainer.losses._divergences import log_ratio
 from trainer.losses._inputs import LossInputs
 from trainer.losses._terms import (
     LogMetrics,
     clip_counts,
+    clipped_surrogate,
     finish_loss,
     sampler_log_ratio,
 )
-from trainer.options import KlOptions, PpoClipOptions
+from trainer.options import DecoupledPpoOptions, KlOptions, PpoClipOptions, SapoOptions
 
 
 @loss(PpoClipOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
@@ -52,3 +54,74 @@ def ppo_clip(inputs: LossInputs, options: PpoClipOptions) -> tuple[Tensor, LogMe
     if limits:
         counts = {**counts, "clipped_dual": inputs.weighted_sum((ratio > min(limits)) & (advantages < 0))}
     return finish_loss(inputs, options, terms, counts)
+
+
+@loss(DecoupledPpoOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
+def decoupled_ppo(inputs: LossInputs, options: DecoupledPpoOptions) -> tuple[Tensor, LogMetrics]:
+    """PPO's clip around a proximal policy, weighted by that policy's ratio to the sampler's.
+
+    ``loss = sum_t mask_t * (-w_t min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
+    [+ kl_coefficient * KL_t]) / denominator`` with ``r_t = exp(logprob_t - proximal_logprob_t)`` and ``w_t =
+    min(exp(proximal_logprob_t - inference_logprob_t), ratio_cap)``, held constant in the gradient.
+
+    The proximal policy is that of the weights before the batch's first update; in that update it is the
+    policy itself, so ``r_t`` is 1 with a gradient: staleness never clips, it only weighs.
+
+    Source: Hilton et al. 2021, "Batch size-invariance for policy optimization", arXiv 2110.00641; AReaL,
+    arXiv 2505.24298.
+
+    Args:
+        inputs: Token-aligned; ``inference_logprobs`` are required; ``proximal_logprobs`` None: those of now.
+        options: See there.
+
+    Returns:
+        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
+        ``clipped_low``, ``clipped_high``, ``clipped``, and where known ``kl_ref``.
+
+    Raises:
+        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    """
+    sampler = inputs.sampler_logprobs("decoupled_ppo")
+    logprobs = inputs.at_trained_tokens(inputs.logprobs)
+    proximal = logprobs
+    if inputs.proximal_logprobs is not None:
+        proximal = inputs.at_trained_tokens(inputs.proximal_logprobs)
+    proximal = proximal.detach()
+    weight = torch.exp(log_ratio(proximal, sampler))
+    if options.ratio_cap is not None:
+        weight = torch.clamp(weight, max=options.ratio_cap)
+    ratio = torch.exp(log_ratio(logprobs, proximal))
+    advantages = inputs.at_trained_tokens(inputs.advantages)
+    terms = weight * clipped_surrogate(ratio, advantages, options)
+    return finish_loss(inputs, options, terms, clip_counts(inputs, ratio, advantages, options))
+
+
+@loss(SapoOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
+def sapo(inputs: LossInputs, options: SapoOptions) -> tuple[Tensor, LogMetrics]:
+    """Surrogate whose gradient fades smoothly as the ratio leaves 1, where PPO's clip cuts it off.
+
+    ``loss = sum_t mask_t * (-4 / tau * sigmoid(tau (r_t - 1)) A_t [+ kl_coefficient * KL_t]) / denominator``
+    with ``r_t = exp(logprob_t - inference_logprob_t)`` and ``tau`` one of two temperatures, by the sign of
+    the advantage. On policy the gradient is that of the plain surrogate. The paper averages over each
+    sequence, then over sequences: `loss.reduction: sequence`.
+
+    Source: Soft Adaptive Policy Optimization, arXiv 2511.20347.
+
+    Args:
+        inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
+        options: See there.
+
+    Returns:
+        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
+        ``gate`` (what is left of each gradient, 1 on policy), and where known ``kl_ref``.
+
+    Raises:
+        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    """
+    ratio = torch.exp(sampler_log_ratio(inputs, "sapo"))
+    advantages = inputs.at_trained_tokens(inputs.advantages)
+    positive = torch.full_like(ratio, options.temperature_positive)
+    temperature = torch.where(advantages > 0, positive, options.temperature_negative)
+    soft = torch.sigmoid(temperature * (ratio - 1.0))
+    counts = {"gate": inputs.weighted_sum(4.0 * soft * (1.0 - soft)).detach()}
+    return finish_loss(inputs, options, -4.0 / temperature * soft * advantages, counts)

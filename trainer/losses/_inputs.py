@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class LossInputs:
             two calls. None: each row of ``[B, T]`` is one.
         sequence_count: How many sequences there are. None: one more than the largest of ``sequence_ids``,
             which is looked up, and an accelerator is waited for.
+        statistics: What the loss's ``step_statistics`` made of the whole step. None: it makes them of these
+            tokens.
 
     Raises:
         ShapeMismatchError: if the tensors do not share one shape.
@@ -62,6 +65,7 @@ class LossInputs:
     proximal_logprobs: Tensor | None = None
     sequence_ids: Tensor | None = None
     sequence_count: int | None = None
+    statistics: Any = None
 
     def __post_init__(self) -> None:
         self._refuse_unequal_shapes()
@@ -115,10 +119,10 @@ class LossInputs:
         Raises:
             DataError: if tokens are packed in one row and ``sequence_ids`` is None.
         """
-        index, count = self._sequences  # [N], N tokens of any shape
+        ids, count = self._sequences  # [N], N tokens of any shape
         values = self.at_trained_tokens(per_token)
-        sums = values.new_zeros(count).index_add(0, index, values.flatten())
-        return sums.index_select(0, index).view_as(values)
+        sums = values.new_zeros(count).index_add(0, ids, values.flatten())
+        return sums.index_select(0, ids).view_as(values)
 
     def sequence_mean(self, per_token: Tensor) -> Tensor:
         """Give each token the mean of ``per_token`` over the trained tokens of its own sequence; same shape.
@@ -129,6 +133,19 @@ class LossInputs:
             DataError: if tokens are packed in one row and ``sequence_ids`` is None.
         """
         return self.sequence_sum(per_token) / self.sequence_sum(self.trained).clamp(min=1)
+
+    def sequence_max(self, per_token: Tensor) -> Tensor:
+        """Give each token the maximum of ``per_token`` over the trained tokens of its sequence; same shape.
+
+        Values are 0 or more; 0 where a sequence has no trained token.
+
+        Raises:
+            DataError: if tokens are packed in one row and ``sequence_ids`` is None.
+        """
+        ids, count = self._sequences
+        values = self.at_trained_tokens(per_token)
+        largest = values.new_zeros(count).scatter_reduce(0, ids, values.flatten(), "amax")
+        return largest.index_select(0, ids).view_as(values)
 
     @cached_property
     def _sequences(self) -> tuple[Tensor, int]:

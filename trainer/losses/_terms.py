@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trainer.losses._corrections import correction_weights
 from trainer.losses._divergences import k3, log_ratio, reference_kl
 from trainer.losses._inputs import LossInputs
-from trainer.options import ClipOptions, KlOptions
+from trainer.options import ClipOptions, CorrectionOptions, KlOptions, ObjectiveOptions
 
 LogMetrics = dict[str, Tensor]
 """Sums over trained tokens, weighted by the mask, detached, 0-dim: add them up, divide by the count once."""
@@ -49,29 +50,47 @@ def clip_counts(
 
 
 def finish_loss(
-    inputs: LossInputs, options: KlOptions, terms: Tensor, counts: Mapping[str, Tensor] | None = None
+    inputs: LossInputs,
+    options: KlOptions,
+    terms: Tensor,
+    counts: Mapping[str, Tensor] | None = None,
+    *,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, LogMetrics]:
-    """Add the KL penalty to the terms, reduce them, and measure what every loss measures.
+    """Correct the terms, add the KL penalty, reduce the sum, and measure what every loss measures.
 
     Args:
         inputs: Those of the loss.
-        options: Its options.
+        options: Its options; the correction is applied if they are `ObjectiveOptions`.
         terms: What is minimised, per token, in the inputs' shape, with gradient.
         counts: The loss's own sums for the metrics.
+        kept: False where the loss itself masks a token, for the metric; None: it masks none.
 
     Returns:
-        The loss (0-dim), and sums over trained tokens: those of `policy_metrics`, ``kl_ref`` where known, and
-        ``counts``.
+        The loss (0-dim), and sums over trained tokens: those of `policy_metrics`, ``kl_ref`` where known,
+        ``counts``, ``masked`` (tokens without gradient) if there is any mask, and ``correction_weight`` if
+        there is a correction.
 
     Raises:
-        MissingLogProbsError: if ``ref_logprobs`` is None and a KL penalty is asked for.
+        MissingLogProbsError: if the correction needs ``inference_logprobs`` or the penalty ``ref_logprobs``,
+            and they are None.
     """
+    metrics = policy_metrics(inputs) | dict(counts or {})
+    correction = options.correction if isinstance(options, ObjectiveOptions) else CorrectionOptions()
+    if correction.is_active:
+        weights = correction_weights(inputs, correction)
+        terms = terms * weights
+        metrics["correction_weight"] = inputs.weighted_sum(weights)
+        if correction.masks:
+            kept = weights > 0 if kept is None else kept & (weights > 0)
+    if kept is not None:
+        metrics["masked"] = inputs.weighted_sum(~kept)
     penalty, kl_metrics = reference_kl(
         inputs, options.kl_coefficient, estimator=options.kl_estimator, cap=options.kl_cap
     )
     if penalty is not None:
         terms = terms + penalty
-    return inputs.reduce(terms), policy_metrics(inputs) | kl_metrics | dict(counts or {})
+    return inputs.reduce(terms), metrics | kl_metrics
 
 
 @torch.no_grad()

@@ -7,22 +7,27 @@ from torch import Tensor
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
 from trainer.losses._terms import LogMetrics, finish_loss
-from trainer.options import KlOptions
+from trainer.options import KlOptions, ObjectiveOptions
 
 
-@loss(KlOptions, needs_inference_logprobs=KlOptions.needs_sampler, needs_ref_logprobs=KlOptions.has_penalty)
-def weighted_sft(inputs: LossInputs, options: KlOptions) -> tuple[Tensor, LogMetrics]:
+@loss(
+    ObjectiveOptions,
+    needs_inference_logprobs=ObjectiveOptions.needs_sampler,
+    needs_ref_logprobs=KlOptions.has_penalty,
+)
+def weighted_sft(inputs: LossInputs, options: ObjectiveOptions) -> tuple[Tensor, LogMetrics]:
     """Cross-entropy of each token, weighted by its advantage.
 
     ``loss = sum_t mask_t * (-logprob_t * advantage_t [+ kl_coefficient * KL_t]) / denominator``
 
     With advantages of 1 this is supervised fine-tuning; with on-policy samples its gradient is REINFORCE's.
-    It corrects for no difference between sampler and trainer. Source: the Atropos integration for VERL,
-    "token-level advantage-weighted SFT"; :func:`trainer.compute_advantage_weighted_sft_loss` is the same loss
-    with the model's forward pass in front.
+    It corrects for no difference between sampler and trainer unless `correction` says so. Source: the
+    Atropos integration for VERL, "token-level advantage-weighted SFT";
+    :func:`trainer.compute_advantage_weighted_sft_loss` is the same loss with the model's forward pass in
+    front.
 
     Args:
-        inputs: Token-aligned; ``inference_logprobs`` are only measured.
+        inputs: Token-aligned; without a correction ``inference_logprobs`` are only measured.
         options: See there.
 
     Returns:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -201,6 +202,7 @@ class StepRunner:
             raise StepAborted
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
+        statistics = self._step_statistics(micro_batches)
         sums: dict[str, Tensor] = {}
         if any(micro_batch.ref_logprobs is not None for micro_batch in (*micro_batches, *share)):
             # Micro-batches without them do not report it, and all processes must add up the same names.
@@ -212,7 +214,7 @@ class StepRunner:
             last = index == len(share) - 1
             # Gradients are exchanged between processes once a step, with the last micro-batch.
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
-                for name, value in self._backward(micro_batch).items():
+                for name, value in self._backward(micro_batch, statistics).items():
                     sums[name] = sums[name] + value if name in sums else value
         return sums
 
@@ -229,7 +231,24 @@ class StepRunner:
         costs = process_costs([each.cost for each in micro_batches], self._accelerator.num_processes)
         return max(costs) * len(costs) / sum(costs)
 
-    def _backward(self, batch: MicroBatch) -> dict[str, Tensor]:
+    def _step_statistics(self, micro_batches: list[MicroBatch]) -> Any:
+        """What the loss computes from the whole step's tokens beforehand; None for most losses."""
+        if self._loss.step_statistics is None:
+            return None
+
+        def column(name: str) -> Tensor:
+            return torch.cat([getattr(micro_batch, name) for micro_batch in micro_batches])
+
+        sampler = column("inference_logprobs")
+        tokens = LossInputs(
+            logprobs=sampler,
+            advantages=column("advantages"),
+            loss_mask=column("loss_mask"),
+            inference_logprobs=sampler,
+        )
+        return self._loss.step_statistics(tokens, self._loss.options)
+
+    def _backward(self, batch: MicroBatch, statistics: Any) -> dict[str, Tensor]:
         """Forward and backward; returns loss, token count and metrics as sums, 0-dim, detached."""
         with self._accelerator.autocast():
             scores = token_logprobs(
@@ -248,6 +267,7 @@ class StepRunner:
             denominator=batch.denominator,
             sequence_ids=batch.sequence_ids,
             sequence_count=batch.sequence_count,
+            statistics=statistics,
         )
         loss, metrics = self._loss(inputs)
         loss, bonus_metrics = self._entropy_bonus.add(loss, inputs, scores.entropy)

@@ -146,6 +146,8 @@ def _denominators(trained: Sequence[float], loss: LossSettings) -> list[float]:
     """Denominator of each sample's token losses, given its trained tokens; see `loss.reduction`."""
     if loss.reduction == "token":
         return [sum(trained)] * len(trained)
+    if loss.reduction == "token_sum":
+        return [1.0] * len(trained)
     sequences = sum(tokens > 0 for tokens in trained)
     if loss.reduction == "sequence":
         return [sequences * tokens for tokens in trained]

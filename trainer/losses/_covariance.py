@@ -1,0 +1,153 @@
+"""Objectives that hold back the few tokens which cost the policy most of its entropy.
+
+Those are the tokens of the largest covariance of advantage and log-prob (Cui et al. 2025, "The Entropy
+Mechanism of Reinforcement Learning", arXiv 2505.22617). Means and threshold are those of the whole step; in a
+run they are taken with the sampler's log-probs, which are known before any micro-batch is computed, so that
+they do not depend on how the step is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.extensions import loss
+from trainer.losses._inputs import LossInputs
+from trainer.losses._terms import (
+    LogMetrics,
+    clip_counts,
+    clipped_surrogate,
+    finish_loss,
+    sampler_log_ratio,
+)
+from trainer.options import ClipCovOptions, KlCovOptions, KlOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCovariance:
+    """What the covariance of a token is computed from, and which ones are large."""
+
+    mean_advantage: Tensor
+    """0-dim, over the step's trained tokens."""
+    mean_logprob: Tensor
+    """0-dim, over the step's trained tokens."""
+    threshold: Tensor
+    """0-dim: tokens whose covariance is at least this are held back."""
+
+    def of_tokens(self, inputs: LossInputs) -> Tensor:
+        """``(advantage - mean) (logprob - mean)`` per token, without gradient."""
+        advantages = inputs.at_trained_tokens(inputs.advantages)
+        logprobs = inputs.at_trained_tokens(inputs.logprobs).detach()
+        return (advantages - self.mean_advantage.to(advantages)) * (logprobs - self.mean_logprob.to(logprobs))
+
+
+@torch.no_grad()
+def _step_covariance(
+    inputs: LossInputs, options: ClipCovOptions | KlCovOptions, eligible: Tensor | None = None
+) -> StepCovariance:
+    """Take the statistics of a step, and the threshold that `covariance_share` of its tokens reach.
+
+    Args:
+        inputs: All trained tokens of the step.
+        options: See there.
+        eligible: False for tokens that cannot be held back; None: all that are trained can.
+    """
+    count = inputs.mask.sum()
+    means = StepCovariance(
+        mean_advantage=inputs.weighted_sum(inputs.advantages) / count,
+        mean_logprob=inputs.weighted_sum(inputs.logprobs) / count,
+        threshold=count.new_tensor(math.inf),
+    )
+    covariance = means.of_tokens(inputs)
+    candidates = inputs.trained if eligible is None else inputs.trained & eligible
+    if isinstance(options, ClipCovOptions):
+        candidates = (
+            candidates & (covariance > options.covariance_low) & (covariance < options.covariance_high)
+        )
+    values = covariance[candidates]
+    held_back = min(len(values), max(1, int(options.covariance_share * int(inputs.trained.sum()))))
+    if not held_back:
+        return means
+    threshold = torch.topk(values, held_back).values[-1]
+    return StepCovariance(
+        mean_advantage=means.mean_advantage, mean_logprob=means.mean_logprob, threshold=threshold
+    )
+
+
+@loss(
+    ClipCovOptions,
+    needs_inference_logprobs=True,
+    needs_ref_logprobs=KlOptions.has_penalty,
+    step_statistics=_step_covariance,
+)
+def clip_cov(inputs: LossInputs, options: ClipCovOptions) -> tuple[Tensor, LogMetrics]:
+    """PPO's clipped surrogate without the tokens of the largest covariance of advantage and log-prob.
+
+    ``loss = sum_t mask_t * (-keep_t min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
+    [+ kl_coefficient * KL_t]) / denominator``; ``keep_t`` is 0 for the `covariance_share` of the step's
+    tokens whose covariance is largest between `covariance_low` and `covariance_high`. The paper draws among
+    those in between at random; here it is always the largest.
+
+    Source: arXiv 2505.22617, equation 11.
+
+    Args:
+        inputs: Token-aligned; ``inference_logprobs`` are required; without ``statistics`` these tokens are
+            the whole step.
+        options: See there.
+
+    Returns:
+        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
+        ``clipped_low``, ``clipped_high``, ``clipped``, ``masked``, and where known ``kl_ref``.
+
+    Raises:
+        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    """
+    ratio = torch.exp(sampler_log_ratio(inputs, "clip_cov"))
+    advantages = inputs.at_trained_tokens(inputs.advantages)
+    terms = clipped_surrogate(ratio, advantages, options)
+    stopped = terms > -ratio * advantages
+    statistics = inputs.statistics or _step_covariance(inputs, options, ~stopped)
+    covariance = statistics.of_tokens(inputs)
+    held_back = (covariance >= statistics.threshold) & (covariance < options.covariance_high) & ~stopped
+    counts = clip_counts(inputs, ratio, advantages, options)
+    terms = torch.where(held_back, torch.zeros_like(terms), terms)
+    return finish_loss(inputs, options, terms, counts, kept=~held_back)
+
+
+@loss(
+    KlCovOptions,
+    needs_inference_logprobs=True,
+    needs_ref_logprobs=KlOptions.has_penalty,
+    trains_without_advantage=True,
+    step_statistics=_step_covariance,
+)
+def kl_cov(inputs: LossInputs, options: KlCovOptions) -> tuple[Tensor, LogMetrics]:
+    """Plain surrogate with a penalty on the tokens of the largest covariance of advantage and log-prob.
+
+    ``loss = sum_t mask_t * (-r_t A_t + covariance_penalty |d_t| large_t [+ kl_coefficient * KL_t]) /
+    denominator`` with ``d_t = logprob_t - inference_logprob_t`` and ``r_t = exp(d_t)``; ``large_t`` is 1 for
+    the `covariance_share` of the step's tokens whose covariance is largest.
+
+    Source: arXiv 2505.22617, equation 12.
+
+    Args:
+        inputs: Token-aligned; ``inference_logprobs`` are required; without ``statistics`` these tokens are
+            the whole step.
+        options: See there.
+
+    Returns:
+        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
+        ``penalized``, and where known ``kl_ref``.
+
+    Raises:
+        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    """
+    difference = sampler_log_ratio(inputs, "kl_cov")
+    statistics = inputs.statistics or _step_covariance(inputs, options)
+    large = statistics.of_tokens(inputs) >= statistics.threshold
+    terms = -torch.exp(difference) * inputs.at_trained_tokens(inputs.advantages)
+    terms = terms + options.covariance_penalty * difference.abs() * large
+    return finish_loss(inputs, options, terms, {"penalized": inputs.weighted_sum(large)})
