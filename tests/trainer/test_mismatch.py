@@ -42,7 +42,10 @@ def test_the_numbers_are_those_of_a_reference_over_the_tokens_that_count() -> No
     assert found.mean_difference == pytest.approx(math.fsum(map(abs, logs)) / 3)
     assert found.kl == pytest.approx(math.fsum(math.exp(log) - 1 - log for log in logs) / 3, rel=1e-5)
     assert found.large_share == pytest.approx(1 / 3)
-    assert found.ratio == pytest.approx(math.fsum(map(math.exp, logs)) / 3)
+    ratios = [math.exp(log) for log in logs]
+    assert found.ratio == pytest.approx(math.fsum(ratios) / 3)
+    squared = math.fsum(ratio * ratio for ratio in ratios)
+    assert found.effective_share == pytest.approx(math.fsum(ratios) ** 2 / (3 * squared), rel=1e-5)
 
 
 def test_tokens_without_log_probs_do_not_count_and_without_any_there_is_no_mismatch() -> None:

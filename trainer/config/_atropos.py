@@ -244,6 +244,13 @@ class LossSettings(Section):
     """Train only on this share of a step's trained tokens, those with the highest entropy; the others have
     advantage 0. Needs one more pass, without gradient. 1: all."""
 
+    max_staleness: int | None = Field(default=None, ge=0)
+    """Skip a batch whose samples may be more versions old than this; its groups count in stale_groups_total.
+    A batch is as old as the version that was served when it arrived; one of an unknown version is trained.
+    None: any age."""
+    staleness_discount: float = Field(default=1.0, gt=0, le=1)
+    """The loss of a batch is multiplied by this to the power of its age in versions. 1: not."""
+
     @field_validator("name")
     @classmethod
     def _is_a_loss(cls, name: str) -> str:

@@ -52,6 +52,7 @@ ON_RESUME: Final[Mapping[str, OnResume]] = {
     "train.resume_changes": OnResume.FREE,
     "train.device": OnResume.FREE,
     "train.mismatch_*": OnResume.FREE,
+    "train.masked_alarm": OnResume.FREE,
     "train.max_consecutive_skips": OnResume.FREE,
     "train.set_aside_*": OnResume.FREE,
     "train.*": OnResume.NAMED,

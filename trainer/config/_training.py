@@ -95,6 +95,9 @@ class TrainSettings(Section):
     mismatch_action: Literal["warn", "stop"] = "warn"
     """What an alarm does. warn: a line in the log, and mismatch_alarms_total. stop: the batch is set aside
     before the weights change, and the run ends."""
+    masked_alarm: float | None = Field(default=0.5, gt=0, le=1)
+    """Share of a step's trained tokens without gradient, because the loss or its correction masks them, past
+    which there is a warning, once a run, and a count in masked_alarms_total. None: never."""
     max_consecutive_skips: int = Field(default=10, gt=0)
     """Stop after so many batches in a row that could not be trained (nothing usable, not finite)."""
 

@@ -179,6 +179,40 @@ class BatchTracker:
             logger.warning(message, *values)
         self._warned.add(about)
 
+    def note_masked(self, share: float | None) -> None:
+        """Count and, once a run, warn of a step most of whose tokens had no gradient.
+
+        Args:
+            share: Of its trained tokens; None: its loss masks none.
+        """
+        limit = self._settings.masked_alarm
+        if share is None or limit is None or share <= limit:
+            return
+        self.counters["masked_alarms_total"] += 1
+        self._warn_once(
+            "masked",
+            "Batch %d: the loss and its correction mask %.0f%% of the trained tokens (train.masked_alarm "
+            "%g): the sampler's policy is far from the trainer's. Widen the bounds, or take fresher batches "
+            "(atropos.prefetch, atropos.batch_size); further steps are counted in masked_alarms_total",
+            self.batch,
+            100 * share,
+            limit,
+        )
+
+    def skip_stale(self, incoming: IncomingBatch, batch: PreparedBatch, limit: int | None) -> bool:
+        """Skip a batch that is older than `limit` versions; return True if it is.
+
+        Raises:
+            TooManySkippedBatches: It is one of too many in a row.
+        """
+        age = self.step - incoming.served_version
+        if limit is None or incoming.served_version < 0 or age <= limit:
+            return False
+        self.counters["stale_groups_total"] += batch.groups
+        reason = f"it is {count_of(age, 'version')} old (loss.max_staleness {limit})"
+        self.skip(incoming, batch, reason, counter="batches_stale")
+        return True
+
     def note_trained(self, batch: PreparedBatch) -> None:
         """The batch at hand was trained on: one more step."""
         self._skips_in_a_row = 0

@@ -63,7 +63,8 @@ def mismatch_sums(logprobs: Tensor, sampled: Tensor, loss_mask: Tensor, entropy:
         f"{_PREFIX}difference": logs.abs().sum(),
         f"{_PREFIX}kl": k3(logs).sum(),
         f"{_PREFIX}large": (logs.abs() > LARGE_DIFFERENCE).sum().to(logprobs.dtype),
-        f"{_PREFIX}ratio": torch.where(known, logs.exp(), torch.zeros_like(logs)).sum(),
+        f"{_PREFIX}ratio": torch.where(known, logs.exp(), zeros).sum(),
+        f"{_PREFIX}ratio_squared": torch.where(known, (2 * logs).exp(), zeros).sum(),
         f"{_PREFIX}squared": logs.square().sum(),
         f"{_PREFIX}surplus_squared": surplus.square().sum(),
         f"{_PREFIX}product": -(logs * surplus).sum(),
@@ -83,6 +84,9 @@ class Mismatch:
     """Share of tokens that differ by more than `LARGE_DIFFERENCE`."""
     ratio: float
     """Mean of the trainer's probability over the sampler's."""
+    effective_share: float = 1.0
+    """Effective sample size of the tokens under these ratios as weights, over their number (Kish 1965): 1 if
+    all are equal, near 0 if few tokens outweigh all others."""
     fitted_temperature: float = 1.0
     """Sampling temperature over the assumed one that fits the differences best; 1 where none fits."""
     explained_share: float = 0.0
@@ -96,13 +100,13 @@ class Mismatch:
             "mismatch_kl": self.kl,
             "mismatch_large_share": self.large_share,
             "ratio": self.ratio,
+            "effective_sample_share": self.effective_share,
         }
 
 
 def take_mismatch(totals: dict[str, float]) -> Mismatch | None:
     """Take the sums of all micro-batches out of a step's totals; None if no token has log-probs."""
-    names = ("tokens", "difference", "kl", "large", "ratio", "squared", "surplus_squared", "product")
-    sums = {name: totals.pop(_PREFIX + name) for name in names}
+    sums = {name.removeprefix(_PREFIX): totals.pop(name) for name in list(totals) if name.startswith(_PREFIX)}
     tokens = sums["tokens"]
     if not tokens:
         return None
@@ -116,6 +120,7 @@ def take_mismatch(totals: dict[str, float]) -> Mismatch | None:
         kl=sums["kl"] / tokens,
         large_share=sums["large"] / tokens,
         ratio=sums["ratio"] / tokens,
+        effective_share=sums["ratio"] ** 2 / (tokens * sums["ratio_squared"]),
         fitted_temperature=1 / (1 + slope) if slope > -1 else 1.0,
         explained_share=explained if slope > -1 else 0.0,
     )

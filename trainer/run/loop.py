@@ -264,6 +264,8 @@ class Trainer:
         if batch.empty_reason is not None:
             self._tracker.skip(incoming, batch, batch.empty_reason, counter="batches_without_signal")
             return
+        if self._tracker.skip_stale(incoming, batch, self._config.loss.max_staleness):
+            return
         result = self._steps.train_on(
             prepared.micro_batches,
             step=self.step,
@@ -277,6 +279,7 @@ class Trainer:
             reason = f"loss {result.loss} or gradient norm {result.grad_norm} is not finite"
             self._tracker.skip(incoming, batch, reason, counter="batches_not_finite")
             return
+        self._tracker.note_masked(result.per_token.get("masked"))
         self._tracker.note_trained(batch)
         self._conclude(incoming, prepared, result, waited=waited, trained=time.monotonic() - started)
 
