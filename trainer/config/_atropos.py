@@ -217,7 +217,7 @@ class LossSettings(Section):
 
     name: str = "weighted_sft"
     """weighted_sft: cross-entropy times advantage. policy_gradient: the same with a truncated importance
-    ratio between trainer and sampler. ppo_clip: the clipped surrogate of PPO. Others: see docs/losses.md. Or
+    ratio between trainer and sampler. ppo_clip: the clipped surrogate of PPO. All: docs/objectives.md. Or
     your own, as module:function; see docs/extending.md."""
     reduction: Literal["token", "sequence", "constant", "token_sum"] = "token"
     """Denominator of the step's loss. token: the step's trained tokens. sequence: each sequence's own trained

@@ -8,8 +8,8 @@ other processes, or logs.
 
     log-probs, advantages, mask ─> LossInputs ─> a loss's term for each token ─> finish_loss ─> (loss, sums)
 
-Each is a :class:`trainer.extensions.Loss`, as a user's own is. Every definition, with a worked example, is in
-``docs/losses.md``.
+Each is a :class:`trainer.extensions.Loss`, as a user's own is. Every definition is in
+``docs/objectives.md``, a worked example in ``docs/losses.md``.
 """
 
 from __future__ import annotations
