@@ -1,4 +1,4 @@
-"""The worked example in docs/losses.md, recomputed by the library and by hand."""
+"""The worked example in docs/losses.md, recomputed; and that every objective has a row in its page."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from schemas import ScoredGroup
-from trainer.extensions import Options
-from trainer.losses import LossInputs, policy_gradient, ppo_clip, weighted_sft
+from trainer.config import LossSettings
+from trainer.extensions import BUILT_IN_LOSSES, Options
+from trainer.losses import CorrectionOptions, KlOptions, LossInputs, policy_gradient, ppo_clip, weighted_sft
 from trainer.model.weighted_sft_call import compute_advantage_weighted_sft_loss
 from trainer.samples.advantages import group_center, token_advantages
 
@@ -101,3 +103,21 @@ def test_the_function_has_its_documented_value_under_each_alignment(
         alignment=alignment,
     )
     assert loss.item() == pytest.approx(documented_loss(row), abs=1e-6)
+
+
+def choices(model: type[BaseModel], field: str) -> set[str]:
+    return set(get_args(model.model_fields[field].annotation)) - {"none"}
+
+
+def test_the_page_of_objectives_has_a_row_for_every_choice() -> None:
+    page = (Path(__file__).parents[2] / "docs/objectives.md").read_text(encoding="utf-8")
+    first_cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("|"))
+    wanted = {
+        *BUILT_IN_LOSSES,
+        *choices(LossSettings, "reduction"),
+        *choices(KlOptions, "kl_estimator"),
+        *choices(CorrectionOptions, "weight"),
+        *choices(CorrectionOptions, "reject"),
+    }
+    assert wanted - set(re.findall(r"\w+", first_cells)) == set()
+    assert BUILT_IN_LOSSES.keys() <= set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
