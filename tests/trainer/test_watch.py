@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,6 @@ import trainer.monitoring.server as server_module
 from tests.forked import PROCESSES
 from tests.trainer.batches import make_body
 from trainer.config import TrainerConfig, load_config
-from trainer.errors import ConfigurationError
 from trainer.monitoring import (
     HealthServer,
     PageReply,
@@ -60,13 +59,9 @@ def test_an_outer_phase_does_not_count_the_time_of_an_inner_one() -> None:
         assert progress.status.serial != outer
         began = time.monotonic() - progress.status.seconds()
         assert began > progress.status.since - 0.1
-    assert progress.status.phase is RunPhase.STARTING
-
-
-def test_an_exception_leaves_a_phase_too() -> None:
-    progress = Progress()
-    with pytest.raises(ValueError, match="x"), progress.phase(RunPhase.TRAINING, "the computation"):
-        raise ValueError("x")
+        with contextlib.suppress(ValueError), progress.phase(RunPhase.PUBLISHING, "the servers"):
+            raise ValueError
+        assert progress.status.phase is RunPhase.TRAINING, "an exception leaves a phase too"
     assert progress.status.phase is RunPhase.STARTING
 
 
@@ -222,7 +217,7 @@ def test_a_client_that_sends_nothing_is_sent_away(
 def test_a_thousand_idle_connections_take_no_more_descriptors_than_the_bound(server: HealthServer) -> None:
     port = int(server.url.rpartition(":")[2])
     before, most = len(list(Path("/proc/self/fd").iterdir())), 0
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         for count in range(1, 1001):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE))
             if count % 20 == 0:
@@ -237,12 +232,6 @@ def test_a_page_that_fails_is_a_500() -> None:
 
     with HealthServer("127.0.0.1", 0, {"/health": fail}) as server:
         assert ask(server, b"GET /health HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 500 ")
-
-
-def test_a_port_in_use_is_a_clear_error(server: HealthServer) -> None:
-    port = int(server.url.rpartition(":")[2])
-    with pytest.raises(ConfigurationError, match=f"health.port: cannot listen on 127.0.0.1:{port}"):
-        HealthServer("127.0.0.1", port, {})
 
 
 def until(condition: object) -> None:

@@ -12,9 +12,8 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from trainer.errors import ConfigurationError
 
@@ -30,8 +29,7 @@ MAX_REQUEST_BYTES: Final = 8192
 _JOIN_SECONDS: Final = 5.0
 
 
-@dataclass(frozen=True)
-class PageReply:
+class PageReply(NamedTuple):
     """The answer of a page."""
 
     status: HTTPStatus
@@ -124,7 +122,11 @@ class HealthServer:
             raise
         try:
             async with asyncio.timeout(CONNECTION_SECONDS):
-                writer.write(_encode(self._answer(await _read_head(reader))))
+                try:
+                    reply = self._answer(await reader.readuntil(b"\r\n\r\n"))
+                except asyncio.LimitOverrunError:
+                    reply = _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+                writer.write(_encode(reply))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
@@ -133,9 +135,7 @@ class HealthServer:
         finally:
             writer.transport.abort()
 
-    def _answer(self, head: bytes | None) -> PageReply:
-        if head is None:
-            return _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    def _answer(self, head: bytes) -> PageReply:
         words = head.partition(b"\r\n")[0].split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             return _refusal(HTTPStatus.BAD_REQUEST)
@@ -149,14 +149,6 @@ class HealthServer:
         except Exception:
             logger.exception("A report could not be made")
             return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
-
-
-async def _read_head(reader: asyncio.StreamReader) -> bytes | None:
-    """Everything up to the empty line; None if that is too much."""
-    try:
-        return await reader.readuntil(b"\r\n\r\n")
-    except asyncio.LimitOverrunError:
-        return None
 
 
 def _refusal(status: HTTPStatus) -> PageReply:
