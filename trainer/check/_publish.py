@@ -70,7 +70,7 @@ def _publish_unchanged(config: TrainerConfig) -> Iterator[CheckResult]:
         return
     prepared = prepare_run(config)
     with prepared.joined:
-        version = prepared.checkpoint.state.policy_version if prepared.checkpoint is not None else 0
+        version = prepared.state.policy_version
         publisher = build_publisher(config, prepared)
         if publisher is None:
             yield warned(_NAME, "publish.transport is none: nothing is published", "set publish.transport")

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from trainer.cli._logging import configure_logging
+from trainer.cli._logging import configure_logging, escape
 from trainer.cli._settings import add_settings, read_settings
-from trainer.cli._text import escape
 from trainer.config import TrainerConfig
 from trainer.launch import launched_rank
 

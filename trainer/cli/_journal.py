@@ -15,9 +15,8 @@ from atropos_client import JournalDamaged
 from atropos_client.journal import Journal, LedgerEntry, export_batches
 from schemas import count_of
 from trainer.cli._journal_show import OUTCOME_COLORS, format_time, show_batches
-from trainer.cli._logging import configure_logging
+from trainer.cli._logging import configure_logging, escape
 from trainer.cli._settings import path_argument
-from trainer.cli._text import escape
 
 _PIPE_WIDTH = 250
 

@@ -16,7 +16,7 @@ from atropos_client import parse_batch
 from atropos_client.errors import InvalidReply
 from atropos_client.journal import Journal
 from schemas import IGNORE_INDEX, ScoredGroup
-from trainer.cli._text import escape
+from trainer.cli._logging import escape
 from trainer.errors import CheckpointError
 
 OUTCOME_COLORS = {"received": "yellow", "trained": "green", "set_aside": "red", "skipped": "magenta"}

@@ -6,8 +6,10 @@ import logging
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape as escape_markup
 
 from atropos_client.log_lines import PrintableFormatter, line_formatter
+from schemas import printable
 from trainer.launch import launched_rank
 
 # One line a request, and tokens in URLs, are nothing for a run of days.
@@ -46,3 +48,8 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def escape(text: str, *, lines: bool = False) -> str:
+    """Text as it stands, for a console that reads markup: nothing in it acts; for `lines` see `printable`."""
+    return escape_markup(printable(text, lines=lines))

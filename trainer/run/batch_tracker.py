@@ -78,12 +78,12 @@ class BatchTracker:
         self._rows = rows
         self._progress = progress
         state = prepared.state
-        self.step = state.step if state else 0
+        self.step = state.step
         """Optimizer steps done, one for each batch trained on."""
-        self.batch = state.batches if state else 0
+        self.batch = state.batches
         """Number of the newest batch received."""
-        self._position = state.position if state else ""
-        self.counters = Counter(state.counters if state else {})
+        self._position = state.position
+        self.counters = Counter(state.counters)
         """Counts of what was set aside, by reason; see also `all_counters`."""
         self.normalizer = prepared.normalizer.state_dict()
         """State of the advantage normalizer after the newest batch that was trained on or skipped: what a
@@ -91,7 +91,7 @@ class BatchTracker:
         self._skips_in_a_row = 0
         self._warned: set[str] = set()
         self._store = QuarantineStore(self._directory, max_bytes=config.train.set_aside_max_bytes)
-        self._share = QuarantineRate(config.train, state.set_aside_window if state else None)
+        self._share = QuarantineRate(config.train, state.set_aside_window)
         self.settled = self._counts()
         """Up to the newest batch whose outcome is known: what a checkpoint has. Later ones come again."""
         if self._is_main_process:

@@ -104,11 +104,10 @@ def build_trainer(
                     accept_loss=config.journal.accept_loss,
                 )
                 closed_on_failure.enter_context(journal)
-            counted = prepared.checkpoint.state.batches if prepared.checkpoint is not None else 0
             source = AtroposSource(
                 config,
                 journal,
-                after=counted if journal is not None else 0,
+                after=prepared.state.batches if journal is not None else 0,
                 served_version=served_version,
                 step=step,
                 prepare=steps.prepare,

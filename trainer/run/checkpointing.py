@@ -57,7 +57,7 @@ class CheckpointWriter:
         self._progress = progress
         self._disk = f"the disk of {config.train.output_dir}"
         self._directory = checkpoint_directory(config)
-        self._step = prepared.state.step if prepared.state else -1
+        self._step = prepared.state.step if prepared.checkpoint is not None else -1
         self._settled_batch = tracker.settled.batches
         # Of what is loaded: the environment on the disk may change, or go, while a run lasts.
         self._versions = library_versions()

@@ -81,11 +81,12 @@ class RowWriter:
         self._accelerator = prepared.accelerator
         self._on_row = on_row
         state = prepared.state
-        self._resumed_step = state.step if state else None
+        self._is_new = prepared.checkpoint is None
+        self._first_step = state.step
         self._path = config.train.output_dir / "metrics.jsonl"
         if self._accelerator.is_main_process:
             self._path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
-            drop_later_rows(self._path, step=state.step if state else 0, batch=state.batches if state else 0)
+            drop_later_rows(self._path, step=state.step, batch=state.batches)
 
     def start_trackers(self) -> None:
         """Open the configured experiment trackers with the settings of the run; a resumed run goes on there.
@@ -103,7 +104,7 @@ class RowWriter:
             self._accelerator.init_trackers(settings.project, init_kwargs=self._tracker_options())
             for tracker in self._accelerator.trackers:
                 # TensorBoard makes a further run of each configuration.
-                if self._resumed_step is None or tracker.name != "tensorboard":
+                if self._is_new or tracker.name != "tensorboard":
                     tracker.store_init_configuration(flat)
         except Exception as error:
             raise ConfigurationError(
@@ -113,10 +114,10 @@ class RowWriter:
 
     def _tracker_options(self) -> dict[str, dict[str, Any]]:
         """Options with which each tracker goes on with the same run, from the step after the checkpoint's."""
-        run = _tracker_run(self._config.train.output_dir, new=self._resumed_step is None)
+        run = _tracker_run(self._config.train.output_dir, new=self._is_new)
         group = {"group": self._config.logging.group} if self._config.logging.group else {}
         return {
-            "tensorboard": {"purge_step": (self._resumed_step or 0) + 1},
+            "tensorboard": {"purge_step": self._first_step + 1},
             "wandb": {"id": run, "resume": "allow", **group},
             "trackio": {"name": run, "resume": "allow"},
         }

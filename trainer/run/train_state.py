@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +29,10 @@ from trainer.run.entropy_bonus import EntropyBonus
 from trainer.run.processes import JoinedRun, join_run
 from trainer.run.start import Accept, accept_any, find_checkpoint
 from trainer.samples.advantages import AdvantageNormalizer
+
+_BEFORE_THE_FIRST_STEP: Final = CheckpointState(
+    step=0, policy_version=0, batches=0, counters={}, normalizer={}, stored_dtype="", parameter_names=[]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +62,9 @@ class PreparedRun:
         return self.joined.accelerator
 
     @property
-    def state(self) -> CheckpointState | None:
-        """The counts that the run goes on from; None: it starts."""
-        return self.checkpoint.state if self.checkpoint is not None else None
+    def state(self) -> CheckpointState:
+        """The counts that the run goes on from; all 0 where it starts."""
+        return self.checkpoint.state if self.checkpoint is not None else _BEFORE_THE_FIRST_STEP
 
 
 def prepare_run(
