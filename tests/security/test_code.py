@@ -22,7 +22,7 @@ from tests.forked import run_module
 from tests.test_architecture import ROOMS, ROOT
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import run
-from trainer.check import check_model
+from trainer.check._local import check_model
 from trainer.checkpoints.manifest import read_manifest, write_manifest
 from trainer.checkpoints.retention import find_newest_whole
 from trainer.config import load_config

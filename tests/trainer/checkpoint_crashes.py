@@ -86,7 +86,7 @@ def number_in(checkpoint: Checkpoint) -> int:
         AssertionError: It bears several.
     """
     found = {checkpoint.state.batches, checkpoint.manifest.configuration["number"]}
-    for tensor in load_file(checkpoint.model_path / "model.safetensors").values():
+    for tensor in load_file(checkpoint.path / "model/model.safetensors").values():
         found |= set(tensor.unique().tolist())
     for name, tensor in load_file(checkpoint.path / "optimizer.safetensors").items():
         if name.endswith("/exp_avg"):

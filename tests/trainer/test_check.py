@@ -17,7 +17,7 @@ from schemas import EnvironmentRegistration, ScoredGroup
 from tests.conftest import RunningInferenceServer
 from tests.trainer.test_cli import atropos_train
 from trainer import load_config
-from trainer.check import check_api
+from trainer.check._api import check_api
 from trainer.sources.live import make_registration
 
 

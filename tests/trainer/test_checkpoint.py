@@ -19,8 +19,8 @@ from trainer.checkpoints.retention import list_checkpoints
 def test_the_model_part_is_an_ordinary_directory(tiny_model_directory: Path, tmp_path: Path) -> None:
     run(tiny_model_directory, tmp_path, make_bodies(2), steps=2)
     checkpoint = read_checkpoint(tmp_path / "checkpoints/step-000002")
-    AutoModelForCausalLM.from_pretrained(checkpoint.model_path)
-    AutoTokenizer.from_pretrained(checkpoint.model_path)
+    AutoModelForCausalLM.from_pretrained(checkpoint.path / "model")
+    AutoTokenizer.from_pretrained(checkpoint.path / "model")
     assert checkpoint.state.policy_version == 2
     assert checkpoint.manifest.configuration["train"]["steps"] == 2
 

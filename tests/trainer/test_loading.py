@@ -35,7 +35,7 @@ from transformers import (
 
 from tests.trainer.batches import VOCABULARY, make_bodies
 from tests.trainer.runs import rows, run
-from trainer.check import check_model, check_start
+from trainer.check._local import check_model, check_start
 from trainer.config import load_config
 from trainer.errors import ConfigurationError
 from trainer.model.load import dropout_rates, inspect_model, load_policy

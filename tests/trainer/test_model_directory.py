@@ -23,7 +23,7 @@ from tests.trainer import architectures
 from tests.trainer.batches import make_bodies
 from tests.trainer.models import base_of, stream_of, tiny_model
 from tests.trainer.runs import run
-from trainer.check import check_model
+from trainer.check._local import check_model
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigurationError
 from trainer.export.hf_model import capture_model, write_model_directory

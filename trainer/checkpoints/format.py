@@ -88,30 +88,18 @@ class Checkpoint:
     state: CheckpointState
     manifest: Manifest
 
-    @property
-    def model_path(self) -> Path:
-        """The Hugging Face directory."""
-        return self.path / "model"
-
-    @property
-    def adapter_path(self) -> Path | None:
-        """The PEFT directory, if the run trained adapters."""
-        adapter = self.path / "adapter"
-        return adapter if adapter.is_dir() else None
-
     def trained_path(self, *, adapters: bool) -> Path:
         """Where the trained weights lie: the whole model, or the adapters alone.
 
         Raises:
             CheckpointError: It holds no adapters.
         """
-        if not adapters:
-            return self.model_path
-        if self.adapter_path is None:
+        found = self.path / ("adapter" if adapters else "model")
+        if adapters and not found.is_dir():
             raise CheckpointError(
                 f"{self.path} holds no adapters, but model.lora is set; resume with the settings of the run"
             )
-        return self.adapter_path
+        return found
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -60,9 +60,7 @@ class Manifest(BaseModel):
     """SHA-256 of the rest of the manifest: as JSON with sorted keys, `,` and `:` without spaces."""
 
 
-def write_manifest(
-    directory: Path, *, configuration: Mapping[str, Any], versions: Mapping[str, str]
-) -> Manifest:
+def write_manifest(directory: Path, *, configuration: Mapping[str, Any], versions: Mapping[str, str]) -> None:
     """Write the manifest of all files that lie in `directory` now.
 
     Args:
@@ -86,7 +84,6 @@ def write_manifest(
     }
     content["checksum"] = _checksum(content)
     (directory / MANIFEST_NAME).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return Manifest.model_validate(content)
 
 
 def read_manifest(directory: Path) -> Manifest:
