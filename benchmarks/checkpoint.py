@@ -19,7 +19,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer.checkpoints.format import RunState, trained_parameter_names, verify_checkpoint, write_checkpoint
+from trainer.checkpoints.format import (
+    CheckpointState,
+    trained_parameter_names,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from trainer.checkpoints.manifest import forget_cached_pages, verify_files, write_manifest
 from trainer.model.base_checkpoint import read_base
 
@@ -53,7 +58,7 @@ def measure(scratch: Path, times: int) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    state = RunState(
+    state = CheckpointState(
         step=1,
         policy_version=1,
         batches=1,

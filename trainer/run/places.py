@@ -52,7 +52,7 @@ def _in_the_way_of_directory(path: Path) -> str | None:
             continue
         except OSError as error:
             return f"{existing}: {error.strerror}; choose another place"
-        return None if _may(existing, os.W_OK | os.X_OK) else _denied(existing)
+        return _denied(existing, os.W_OK | os.X_OK)
     return None
 
 
@@ -64,14 +64,13 @@ def _in_the_way_of_file(path: Path) -> str | None:
     if not path.is_file():
         kind = "it is a directory" if path.is_dir() else "it is no ordinary file"
         return f"{path} is in the way: {kind}; move it away"
-    return None if _may(path, os.R_OK | os.W_OK) else _denied(path)
+    return _denied(path, os.R_OK | os.W_OK)
 
 
-def _may(path: Path, access: int) -> bool:
-    return os.access(path, access, effective_ids=os.access in os.supports_effective_ids)
-
-
-def _denied(path: Path) -> str:
+def _denied(path: Path, access: int) -> str | None:
+    """Why this user has no such access; None if there is."""
+    if os.access(path, access, effective_ids=os.access in os.supports_effective_ids):
+        return None
     found = path.stat()
     if os.statvfs(path).f_flag & os.ST_RDONLY:
         return f"{path} lies on a file system that is read-only; choose another place"
