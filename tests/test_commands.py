@@ -167,4 +167,5 @@ def test_a_check_says_what_is_missing_and_a_replay_trains(
         assert "http://127.0.0.1:9" in capsys.readouterr().out
     (replay,) = {tuple(words_of(command, directory)[1:]) for command in select("atropos-train replay ")}
     assert main(replay) == 0
-    assert "the model is" in capsys.readouterr().err
+    assert "Done after 1 optimizer step: the model is" in capsys.readouterr().err
+    assert (directory / "again/final/model.safetensors").is_file()

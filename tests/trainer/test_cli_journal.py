@@ -1,4 +1,4 @@
-"""`atropos-train journal` and `atropos-train replay` as a user meets them."""
+"""`atropos-train journal` as a user meets it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from atropos_client.journal import Journal
 from tests.trainer.batches import make_bodies
-from tests.trainer.test_cli import atropos_train
 from trainer.checkpoints.manifest import write_manifest
 from trainer.cli import main
 
@@ -143,17 +142,3 @@ def test_skip_has_a_batch_set_aside_unread(output: Path, capsys: pytest.CaptureF
     with Journal.read_only(output / "journal") as journal:
         assert journal.entry(3).skip_reason is not None
         assert journal.verify().problems == ()
-
-
-@pytest.mark.slow
-def test_replay_trains_from_the_command_line(tiny_model_directory: Path, tmp_path: Path) -> None:
-    with Journal.open(tmp_path / "run" / "journal") as journal:
-        for body in make_bodies(2):
-            journal.append(body)
-    done = atropos_train(
-        *("replay", "--replay.from", str(tmp_path / "run"), "--model.path", str(tiny_model_directory)),
-        *("--train.output_dir", str(tmp_path / "again"), "--train.device", "cpu"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Done after 2 optimizer steps" in done.stderr
-    assert (tmp_path / "again" / "final" / "model.safetensors").is_file()
