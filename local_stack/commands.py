@@ -18,6 +18,7 @@ MAX_MODEL_LENGTH = 512
 """Longest sequence, in tokens, that the demonstration's inference server holds."""
 MAX_SEQUENCES_AT_ONCE = 128
 """Sequences that the inference server generates at once: a training batch (96) and some."""
+_EVALUATIONS = "--env.data_dir_to_save_evals"
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VLLM_PLUGINS = Path(__file__).resolve().parent.parent / "inference_plugins"
 """What vLLM loads from us: single files, found through `PYTHONPATH`."""
@@ -146,14 +147,15 @@ def serve_command(
 
     With a directory for `evaluations`, it first measures the held-out score of the untrained model.
     """
-    before = () if evaluations is None else ("--env.evaluate_before_training", "true", *_into(evaluations))
-    return [
+    command = [
         *(python, "-m", "local_stack.environment", "serve"),
         *("--env.rollout_server_url", api.url),
         *("--env.seed", str(seed)),
         *_sampling(inference, model),
-        *before,
     ]
+    if evaluations is not None:
+        command += ["--env.evaluate_before_training", "true", _EVALUATIONS, str(evaluations)]
+    return command
 
 
 def evaluate_command(
@@ -163,7 +165,7 @@ def evaluate_command(
     return [
         *(python, "-m", "local_stack.environment", "evaluate"),
         *_sampling(inference, model),
-        *_into(evaluations),
+        *(_EVALUATIONS, str(evaluations)),
     ]
 
 
@@ -207,7 +209,3 @@ def _sampling(inference: Address, model: str) -> tuple[str, ...]:
         *("--openai.tokenizer_name", model),
         *("--openai.server_type", "vllm"),
     )
-
-
-def _into(evaluations: Path) -> tuple[str, str]:
-    return ("--env.data_dir_to_save_evals", str(evaluations))

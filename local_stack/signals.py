@@ -7,7 +7,6 @@ that process would be left behind.
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
 from typing import Any, Self
 
 from local_stack.errors import StoppedByUserError
@@ -29,9 +28,7 @@ class StopRequests:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -45,5 +42,5 @@ class StopRequests:
         """Whether there was more than one request: do not wait for anything any more."""
         return self.count > 1
 
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self, *_: object) -> None:
         self.count += 1

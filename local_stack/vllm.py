@@ -46,14 +46,8 @@ def require_vllm(python: Path) -> None:
             timeout=_CHECK_TIMEOUT,
             check=False,
         )
-    except OSError as error:
-        raise EngineMissingError(
-            f"vLLM's Python, {python}, cannot be run: {error.strerror}. {advice}"
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise EngineMissingError(
-            f"{python} did not say within {_CHECK_TIMEOUT:g} s whether it has vLLM"
-        ) from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EngineMissingError(f"vLLM's Python, {python}, cannot be run: {error}. {advice}") from error
     if done.returncode:
         raise EngineMissingError(f"{python} has no package vllm. {advice}")
 

@@ -1,8 +1,8 @@
 """Which sequences run: queue, rows of the model, and one step of generation.
 
 Sequences that were started together are a cohort, with rows of the model of its own. Before a step, waiting
-sequences become a cohort if half of the rows are free: so a new request need not wait for a long one, and a
-full batch is not split into many small ones. Runs in the thread of the engine; knows nothing of HTTP.
+sequences become a cohort if all of them fit, or half of the rows are free: a new request need not wait for a
+long one, and a long queue is not started in many small parts. Runs in the engine's thread; knows no HTTP.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Batch:
 
     def _admit(self) -> None:
         free = self._settings.max_num_seqs - len(self.running)
-        if self._waiting and 2 * free >= self._settings.max_num_seqs:
+        if self._waiting and (len(self._waiting) <= free or 2 * free >= self._settings.max_num_seqs):
             count = min(free, len(self._waiting))
             self._cohorts.append(_Cohort([self._waiting.popleft() for _ in range(count)]))
 

@@ -85,6 +85,16 @@ def test_pause_keep_freezes_a_request_that_ends_unchanged_after_resume(
     assert len(late.result()) == 1
 
 
+def test_a_short_request_does_not_wait_for_long_ones(
+    inference_server: RunningInferenceServer, clients: ThreadPoolExecutor
+) -> None:
+    job = start_long_request(inference_server, clients, n=40)  # of 64 that can run at once
+    assert len(inference_server.complete(PROMPT, max_tokens=1)) == 1
+    assert not job.done()
+    inference_server.post("/pause")
+    assert len(job.result()) == 40
+
+
 def test_pause_abort_ends_requests_with_what_they_have(
     inference_server: RunningInferenceServer, clients: ThreadPoolExecutor
 ) -> None:
