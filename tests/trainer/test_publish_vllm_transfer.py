@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import threading
@@ -23,6 +24,7 @@ from trainer.publish import Phase, PhaseDeadlineExceeded, ServerFailure, VllmRou
 from trainer.publish.engines.vllm.nccl_sender import TransferGroup, build_engine, require_vllm
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 from trainer.publish.interfaces import StagedWeights
+from trainer.publish.transports import rendezvous
 
 HANDSHAKE = [
     "/atropos/adapter",
@@ -171,18 +173,6 @@ def test_a_refusal_that_comes_before_anybody_waits_is_heard_too(
         assert any(each.name.startswith("connect ") for each in set(threading.enumerate()) - before)
 
 
-def test_a_server_without_the_routes_is_told_the_variable_that_adds_them(
-    model: Any, server: Receiver
-) -> None:
-    for route in HANDSHAKE:
-        server.faults[route] = (404, {"detail": "Not Found"})
-    with (
-        Side(model, server) as side,
-        pytest.raises(ServerFailure, match=r"connect failed.*VLLM_SERVER_DEV_MODE=1"),
-    ):
-        side.connect()
-
-
 def test_workers_that_never_join_end_in_the_deadline_and_do_not_spoil_the_next_attempt(
     model: Any, server: Receiver
 ) -> None:
@@ -301,63 +291,48 @@ def test_an_update_that_a_trainer_before_us_left_half_done_is_ended_first(
     assert_arrived(server, model)
 
 
-def test_workers_that_do_not_leave_their_former_group_are_reported(model: Any, server: Receiver) -> None:
-    server.faults["/shutdown_weight_transfer_engine"] = server.hang
-    with (
-        Side(model, server, pause_timeout=0.3) as side,
-        pytest.raises(PhaseDeadlineExceeded, match="only a restart of the server helps"),
-    ):
-        side.connect()
-
-
-def test_a_server_that_is_gone_fails_the_handshake(model: Any) -> None:
-    receiver = Receiver(other_model())
-    with serving(receiver):
-        pass
-    with Side(model, receiver) as side, pytest.raises(ServerFailure, match=r"connect failed.*no connection"):
-        side.connect()
-
-
-def test_an_address_that_is_not_ours_and_ports_that_are_all_taken_are_named(
-    model: Any, server: Receiver
+@pytest.mark.parametrize(
+    ("options", "what", "found"),
+    [
+        ({}, "lacks its routes", r"connect failed.*VLLM_SERVER_DEV_MODE=1"),
+        ({}, "is gone", r"connect failed.*no connection"),
+        ({"pause_timeout": 0.3}, "hangs", r"connect failed.*only a restart of the server helps"),
+        ({"group_address": "192.0.2.1"}, "", r"publish\.group_address has to be an address of this machine"),
+        ({}, "finds no port", r"all taken; set another publish\.group_port"),
+        ({"backend": "ipc"}, "has two workers", r"connect failed.*it has 2 workers"),
+    ],
+)
+def test_a_handshake_that_cannot_succeed_says_why(
+    options: dict[str, Any],
+    what: str,
+    found: str,
+    model: Any,
+    server: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with (
-        Side(model, server, group_address="192.0.2.1") as side,
-        pytest.raises(
-            ServerFailure,
-            match=r"connect failed.*publish\.group_address has to be an address of this machine",
-        ),
-    ):
-        side.connect()
-    sockets: list[socket.socket] = []
-    try:
-        with Side(model, server) as side:
-            first = side.settings.group_port
-            for port in range(first, first + 8):
-                try:
-                    sockets.append(socket.create_server(("127.0.0.1", port)))
-                except OSError:  # taken by somebody else is as good
-                    continue
-            with pytest.raises(
-                ServerFailure, match=r"connect failed.*all taken; set another publish\.group_port"
-            ):
-                side.connect()
-    finally:
-        for taken in sockets:
-            taken.close()
+    with contextlib.ExitStack() as stack:
+        side = stack.enter_context(Side(model, server, **options))
+        match what:
+            case "lacks its routes":
+                server.faults = {route: (404, {"detail": "Not Found"}) for route in HANDSHAKE}
+            case "is gone":
+                side.routes[0] = VllmRoutes("http://127.0.0.1:1", side.settings)
+            case "hangs":
+                server.faults["/shutdown_weight_transfer_engine"] = server.hang
+            case "finds no port":
+                monkeypatch.setattr(rendezvous, "PORT_ATTEMPTS", 1)
+                stack.enter_context(socket.create_server(("127.0.0.1", side.settings.group_port)))
+            case "has two workers":
+                server.workers = 2
+        with pytest.raises(ServerFailure, match=found):
+            side.connect()
 
 
-def test_ipc_refuses_a_server_elsewhere_and_one_with_several_workers(model: Any, server: Receiver) -> None:
-    server.workers = 2
-    with (
-        Side(model, server, backend="ipc") as side,
-        pytest.raises(ServerFailure, match=r"connect failed.*it has 2 workers"),
-    ):
-        side.connect()
+def test_ipc_refuses_a_server_elsewhere(model: Any) -> None:
     for elsewhere in ("http://192.0.2.7:8000", "http://gpu.example:8000"):
         settings = PublishSettings(transport="ipc", servers=[elsewhere])
         with pytest.raises(ConfigurationError, match="not a loopback address"):
-            VllmTransferTransport("ipc", side.stream, settings, build=build_engine)
+            VllmTransferTransport("ipc", stream_of(model), settings, build=build_engine)
 
 
 def test_ipc_names_the_variable_that_the_server_needs(model: Any, server: Receiver) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
 import signal
 import socket
-import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
-import psutil
 
+from local_stack.processes import ChildProcess, wait_until
 from tests.compose import ROOT
 
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -30,7 +24,6 @@ _LORA_FLAGS = (
     *("--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--lora-target-modules"),
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 )
-_MARK = "ATROPOS_VLLM_TEST"
 
 
 class VllmServer:
@@ -44,7 +37,7 @@ class VllmServer:
         lora: Whether adapters can be loaded at run time.
         api_key: What callers of `/v1/...` have to present; None for nothing.
         flags: Further words of the command line.
-        environment: Further environment variables; None removes one.
+        environment: Further environment variables; None leaves one out that is set here.
         middleware: Import path of the class that adds `/generate`; PYTHONPATH has to fit.
     """
 
@@ -68,8 +61,7 @@ class VllmServer:
         self._flags = [*(_LORA_FLAGS if lora else ()), *flags]
         self._environment = environment or {}
         self._middleware = middleware
-        self._mark = secrets.token_hex(8)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: ChildProcess | None = None
 
     @property
     def url(self) -> str:
@@ -97,76 +89,45 @@ class VllmServer:
         values = [line.rsplit(" ", 1) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
         return sum(float(value) for head, value in values if labels in head)
 
-    def start(self, *, wait: bool = True) -> Self:
-        """Start it and, unless told otherwise, wait until it is ready and warm."""
-        assert self._process is None, "it was started already"
-        with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=self.log.parent,
-                env=self._child_environment(),
-                start_new_session=True,
-            )
-        if wait:
-            self.wait_until_ready()
+    def start(self) -> Self:
+        """Start it and wait until it is ready and warm."""
+        self._child = ChildProcess(
+            "vLLM server",
+            self._command(),
+            log_path=self.log,
+            environment=self._child_environment(),
+            stop_signal=signal.SIGINT,
+            has_children=True,
+        )
+        wait_until(
+            self._child,
+            self._is_healthy,
+            timeout=START_TIMEOUT,
+            what="become healthy",
+            watch=self._child.require_healthy,
+        )
+        # vLLM compiles its kernels for the first token and its log-probs.
+        first = {"model": SERVED_NAME, "prompt": [1, 2], "max_tokens": 1, "prompt_logprobs": 0}
+        with self.client(timeout=START_TIMEOUT) as client:
+            reply = client.post("/v1/completions", json=first)
+        said = f"{reply.text}\n{self._child.log_tail(60)}"
+        assert reply.status_code == 200, f"the first completion failed: {said}"
         return self
 
-    def wait_until_ready(self, timeout: float = START_TIMEOUT) -> None:
-        """Wait for `/health`, then for a first token and log-probs: vLLM compiles its kernels for that.
-
-        Raises:
-            AssertionError: It ended or took too long; the message has the end of its log.
-        """
-        self._wait_until(self._is_healthy, timeout, "was healthy")
-        first = {"model": SERVED_NAME, "prompt": [1, 2], "max_tokens": 1, "prompt_logprobs": 0}
-        with self.client(timeout=timeout) as client:
-            reply = client.post("/v1/completions", json=first)
-        assert reply.status_code == 200, f"the first completion failed: {reply.text}\n{self.log_end()}"
-
     def kill(self) -> None:
-        """SIGKILL to the whole group at once, the process that computes included; wait until it is gone."""
-        if self._process is None:
-            return
-        left = self._processes()
-        with contextlib.suppress(ProcessLookupError):  # all of it is gone already
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(_STOP_TIMEOUT)
-        psutil.wait_procs(left, timeout=_STOP_TIMEOUT)
-        left = self._processes()
-        for process in left:
-            process.kill()
-        self._process = None
-        assert not left, f"these left vLLM's process group and had to be killed one by one: {left}"
-
-    def restart(self, *, wait: bool = True) -> Self:
-        """Kill what may still run and start it again on the same port, with the model it began with."""
-        self.kill()
-        return self.start(wait=wait)
+        """SIGKILL to the whole group at once, the process that computes included."""
+        assert self._child is not None
+        self._child.kill()
 
     def close(self) -> None:
         """Ask it to stop, as an operator does, and kill what does not."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_TIMEOUT)
-            self.kill()
-
-    def log_end(self, lines: int = 60) -> str:
-        """The last lines of its output."""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        if self._child is not None:
+            self._child.stop(_STOP_TIMEOUT)
 
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _command(self) -> list[str]:
@@ -181,8 +142,6 @@ class VllmServer:
 
     def _child_environment(self) -> dict[str, str]:
         settings: dict[str, str | None] = {
-            **os.environ,
-            _MARK: self._mark,
             "PYTHONPATH": str(ROOT / "inference_plugins"),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -201,25 +160,6 @@ class VllmServer:
         try:
             return self.get("/health").status_code == 200
         except httpx.TransportError:
-            return False
-
-    def _wait_until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
-        assert self._process is not None, "it was not started"
-        deadline = time.monotonic() + timeout
-        while not condition():
-            status = self._process.poll()
-            assert status is None, f"vLLM ended with {status} before it {what}:\n{self.log_end()}"
-            assert time.monotonic() < deadline, f"{timeout:.0f} s until vLLM {what}:\n{self.log_end()}"
-            time.sleep(0.2)
-
-    def _processes(self) -> list[psutil.Process]:
-        """Everything that inherited our mark, whatever group it is in."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get(_MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:  # it ended meanwhile, or is somebody else's
             return False
 
 
