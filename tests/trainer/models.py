@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
@@ -233,3 +234,22 @@ def base_of(model: nn.Module, dtype: torch.dtype | None = None) -> BaseCheckpoin
 def stream_of(model: nn.Module, dtype: torch.dtype | None = None, **options: Any) -> WeightStream:
     """Return the stream of a model, written like a base of its own in `dtype`."""
     return WeightStream(model, base_of(model, dtype), **options)
+
+
+def with_adapter(model: nn.Module | None = None, **options: Any) -> Any:
+    """A model, or a tiny one, with an adapter as training begins with: the second factor is zero."""
+    peft = pytest.importorskip("peft", reason="adapters need the optional peft")
+    torch.manual_seed(1)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    model = tiny_model("llama", dtype=torch.float32) if model is None else model
+    return peft.get_peft_model(model, peft.LoraConfig(**(settings | options)))
+
+
+def change_adapter(model: nn.Module, seed: int) -> None:
+    """Give a model other weights, in its adapter only."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)

@@ -21,7 +21,7 @@ from schemas.inference import (
     UnloadAdapterRequest,
 )
 from tests.trainer.inference_stand_in import PROBES, Answer, StandIn, serving
-from tests.trainer.models import stream_of, tiny_model
+from tests.trainer.models import change_adapter, stream_of, tiny_model, with_adapter
 from tests.trainer.publishing import eventually
 from trainer.config import PublishSettings, load_config
 from trainer.errors import CheckpointError, ConfigurationError
@@ -41,26 +41,6 @@ from trainer.publish import (
 )
 
 peft = pytest.importorskip("peft", reason="adapters need the optional peft")
-
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def with_adapter(**options: Any) -> Any:
-    """A tiny model with an adapter as training begins with: the second factor is zero."""
-    torch.manual_seed(1)
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    model = tiny_model("llama", dtype=torch.float32)
-    return peft.get_peft_model(model, peft.LoraConfig(**(settings | options)))
-
-
-def step(model: nn.Module, seed: int) -> None:
-    """Other weights, in the adapter only."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-
 
 METRICS = b"""# HELP vllm:lora_requests_info Running
 vllm:lora_requests_info{max_lora="2",running_lora_adapters="",waiting_lora_adapters=""} 1.8e+09
@@ -189,11 +169,11 @@ def directories(directory: Path) -> list[str]:
 
 
 def test_the_directory_is_what_peft_writes_and_reads(model: Any, tmp_path: Path) -> None:
-    step(model, 1)
+    change_adapter(model, 1)
     captured = capture_adapter(model)
     before = score_with_model(model, PROBES.texts, "cpu")
     model.save_pretrained(tmp_path / "theirs")
-    step(model, 2)  # which what is captured does not follow
+    change_adapter(model, 2)  # which what is captured does not follow
     captured.write(tmp_path / "ours")
     ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
@@ -208,7 +188,7 @@ def test_the_directory_is_what_peft_writes_and_reads(model: Any, tmp_path: Path)
 
 
 def test_the_wrapper_of_a_compiled_model_is_stripped_and_the_type_is_cast(model: Any, tmp_path: Path) -> None:
-    step(model, 1)
+    change_adapter(model, 1)
     plain = capture_adapter(model)
     wrapped = capture_adapter(torch.compile(model, backend="eager"), dtype=torch.bfloat16)  # type: ignore[arg-type]
     assert wrapped.weights.keys() == plain.weights.keys()
@@ -260,7 +240,7 @@ def test_the_configuration_refuses_adapters_that_are_not_trained() -> None:
 def test_loads_proves_and_only_then_activates_without_a_pause(
     publisher: Publisher, model: Any, server: AdapterStandIn
 ) -> None:
-    step(model, 1)
+    change_adapter(model, 1)
     report = publisher.publish(1)
     (name,) = [name for name in server.adapters if name.endswith("-v000001")]
     assert [path for path in server.sent() if path != "/v1/completions"] == [
@@ -301,11 +281,11 @@ def test_without_metrics_no_directory_that_was_loaded_is_deleted(
 def test_a_stale_adapter_under_the_new_name_is_caught_and_never_activated(
     publisher: Publisher, model: Any, server: AdapterStandIn
 ) -> None:
-    step(model, 1)
+    change_adapter(model, 1)
     publisher.publish(1)
     current = server.current
     server.reads = lambda path: server.paths_read[-1]
-    step(model, 2)
+    change_adapter(model, 2)
     with pytest.raises(VerificationFailed) as caught:
         publisher.publish(2)
     assert caught.value.comparison is not None
@@ -320,7 +300,7 @@ def test_a_failed_try_is_repeated_under_another_name(
 ) -> None:
     answers = iter([(500, {"error": "lost"})])
     server.faults["/v1/completions"] = lambda: next(answers, None)
-    step(model, 1)
+    change_adapter(model, 1)
     assert publisher.publish(1).attempts == 2
     assert str(server.current.name).endswith("-v000001-2")
     # The first try is forgotten.
@@ -349,7 +329,7 @@ def test_an_adapter_that_cannot_be_unloaded_costs_memory_only(
 def test_a_server_that_was_restarted_gets_the_current_adapter_again(
     publisher: Publisher, model: Any, server: AdapterStandIn
 ) -> None:
-    step(model, 1)
+    change_adapter(model, 1)
     publisher.publish(1)
     server.restart()
     eventually(lambda: server.current.weight_version == "1" and server.label == "1")
@@ -430,7 +410,7 @@ def test_each_server_gets_what_it_takes(model: Any, tmp_path: Path) -> None:
     make_lack(plain, "--enable-lora")
     with serving(taking, plain), publishing(model, tmp_path, taking, plain) as publisher:
         publisher.start(0)
-        step(model, 1)
+        change_adapter(model, 1)
         report = publisher.publish(1)
     assert all(outcome.comparison is not None for outcome in report.servers)
     assert [outcome.pause_seconds > 0 for outcome in report.servers] == [False, True]
@@ -447,7 +427,7 @@ def test_a_server_that_lost_its_ability_gets_merged_weights_from_the_next_versio
     server.restart()
     # Asked for the second time since, so that the first answer has been taken to heart.
     eventually(lambda: server.calls.count("GET /server_info?config_format=json") > 2)
-    step(model, 1)
+    change_adapter(model, 1)
     report = publisher.publish(1)
     assert report.servers[0].pause_seconds > 0
     assert server.label == "1"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.trainer.models import VOCABULARY, cast_weights, stream_of, tiny_model
+from tests.trainer.models import VOCABULARY, cast_weights, change_adapter, stream_of, tiny_model, with_adapter
 from trainer.errors import CheckpointError
 from trainer.model.weight_stream import WeightStream
 from trainer.model.wrappers import unwrap_training
@@ -43,18 +43,11 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, other[name]), name
 
 
-def with_adapter(model: nn.Module, **options: Any) -> Any:
-    peft = pytest.importorskip("peft", reason="adapters need the optional peft")
-    targets = options.pop("target_modules", ["q_proj", "v_proj", "down_proj"])
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **options)
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return adapted
+def adapted(model: nn.Module, **options: Any) -> nn.Module:
+    """A model with an adapter that changes it."""
+    result: nn.Module = with_adapter(model, **options)
+    change_adapter(result, 1)
+    return result
 
 
 def mixture() -> nn.Module:
@@ -79,8 +72,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tied": lambda: tiny_model("llama", dtype=torch.float32),
     "transposed": lambda: tiny_model("gpt2", dtype=torch.float32),
     "compiled": lambda: torch.compile(tiny_model("llama", dtype=torch.float32), backend="eager"),
-    "adapted": lambda: with_adapter(tiny_model("llama", dtype=torch.float32)),
-    "adapted in half precision": lambda: with_adapter(tiny_model("qwen2", dtype=torch.bfloat16)),
+    "adapted": lambda: adapted(tiny_model("llama", dtype=torch.float32)),
+    "adapted in half precision": lambda: adapted(tiny_model("qwen2", dtype=torch.bfloat16)),
     "experts": mixture,
 }
 
@@ -95,20 +88,6 @@ def test_the_stream_is_what_transformers_writes(kind: str, dtype: torch.dtype | 
         torch.testing.assert_close(collect(stream), expected, rtol=2**-7, atol=2**-9)
     else:
         assert_same(collect(stream), expected)
-
-
-def test_a_data_parallel_model_is_unwrapped(tmp_path: Path) -> None:
-    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = tiny_model("llama", dtype=torch.float32)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            parallel = nn.parallel.DistributedDataParallel(model)
-        streamed = collect(stream_of(parallel))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert_same(streamed, written(model, tmp_path / "out", None))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -142,7 +121,7 @@ def test_the_weights_are_read_when_they_are_asked_for() -> None:
 
 
 def test_an_adapter_stays_apart_from_the_weights_it_adapts() -> None:
-    model = with_adapter(tiny_model("llama", dtype=torch.float32))
+    model = adapted(tiny_model("llama", dtype=torch.float32))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     collect(stream_of(model, torch.bfloat16))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -163,7 +142,7 @@ def allocated_peak(action: Callable[[], object]) -> int:
     return peak
 
 
-def wide_model(*, adapted: bool = False) -> nn.Module:
+def wide_model(*, adapter: bool = False) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -177,12 +156,12 @@ def wide_model(*, adapted: bool = False) -> nn.Module:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    return with_adapter(model) if adapted else model
+    return adapted(model) if adapter else model
 
 
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapted"])
-def test_the_memory_beside_the_model_is_one_weight(adapted: bool) -> None:
-    model = wide_model(adapted=adapted)
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapted"])
+def test_the_memory_beside_the_model_is_one_weight(adapter: bool) -> None:
+    model = wide_model(adapter=adapter)
     stream = stream_of(model, torch.bfloat16)
     whole = stream.total_bytes
     assert whole > 10 * MIB
@@ -194,7 +173,7 @@ def test_the_memory_beside_the_model_is_one_weight(adapted: bool) -> None:
     everything = allocated_peak(lambda: collect(stream))
     assert everything >= whole  # the measurement sees what is held
     largest_in_memory = 2 * stream.largest_bytes  # float32
-    merging = 3 * largest_in_memory if adapted else 0  # the difference, its product's own, the sum
+    merging = 3 * largest_in_memory if adapter else 0  # the difference, its product's own, the sum
     assert allocated_peak(send) <= 2 * stream.largest_bytes + merging + 4096
 
 
@@ -217,7 +196,7 @@ def test_a_layer_that_was_exchanged_is_noticed() -> None:
 
 
 def test_adapters_that_cannot_be_merged_by_adding_are_refused() -> None:
-    model = with_adapter(tiny_model("llama", dtype=torch.float32), use_dora=True)
+    model = adapted(tiny_model("llama", dtype=torch.float32), use_dora=True)
     with pytest.raises(CheckpointError, match="DoRA"):
         collect(stream_of(model))
 
@@ -225,7 +204,7 @@ def test_adapters_that_cannot_be_merged_by_adding_are_refused() -> None:
 def test_a_tied_weight_that_only_one_of_its_names_adapts_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = with_adapter(tiny_model("llama", dtype=torch.float32), target_modules=["lm_head"])
+        model = adapted(tiny_model("llama", dtype=torch.float32), target_modules=["lm_head"])
     with pytest.raises(CheckpointError, match=r"lm_head.weight.* tied"):
         stream_of(model)
 
@@ -244,16 +223,16 @@ def test_on_a_gpu_the_stream_is_what_the_directory_holds(kind: str, tmp_path: Pa
 
 
 @needs_cuda
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "adapted"])
-def test_on_a_gpu_the_memory_beside_the_model_is_one_weight(adapted: bool) -> None:
-    model = wide_model(adapted=adapted).to("cuda")
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapted"])
+def test_on_a_gpu_the_memory_beside_the_model_is_one_weight(adapter: bool) -> None:
+    model = wide_model(adapter=adapter).to("cuda")
     stream = stream_of(model, torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for _name, _tensor in stream.weights():
         pass
     extra = torch.cuda.max_memory_allocated() - before
-    merging = 6 * stream.largest_bytes if adapted else 0
+    merging = 6 * stream.largest_bytes if adapter else 0
     rounding = 512 * len(stream.entries())  # the allocator's granularity
     assert extra <= 2 * stream.largest_bytes + merging + rounding
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.trainer.models import change_adapter
 from tests.vllm.launching import VllmServer
 from trainer.config import PublishSettings
 from trainer.export.hf_model import capture_model
@@ -74,15 +75,6 @@ def publishing(model: Any, directory: Path, server: VllmServer, **options: Any) 
         yield publisher
 
 
-def step(model: nn.Module, seed: int) -> None:
-    """Other weights, in the adapter only."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
 def loaded(server: VllmServer) -> list[str]:
     """The adapters that requests can name."""
     return [card["id"] for card in server.get("/v1/models").json()["data"] if card["parent"] is not None]
@@ -127,7 +119,7 @@ def test_five_versions_are_each_served_as_the_trainer_has_them(
         assert not publisher.start(0).already_served
         assert served_scores(server, loaded(server)[0]) == pytest.approx(before, abs=TOLERANCE)
         for version in range(1, 6):
-            step(model, version)
+            change_adapter(model, version)
             report = publisher.publish(version)
             names.append(server.get("/atropos/adapter").json()["name"])
 
@@ -168,7 +160,7 @@ def test_a_rollout_in_flight_ends_with_the_adapter_that_it_began_with(
 
     with publishing(model, tmp_path, server, keep=1) as publisher:
         publisher.start(0)
-        step(model, 1)
+        change_adapter(model, 1)
         publisher.publish(1)
         # Alone it might be over before the first publish: how fast the two are depends on the machine.
         company = threading.Thread(target=keep_company)
@@ -177,7 +169,7 @@ def test_a_rollout_in_flight_ends_with_the_adapter_that_it_began_with(
         rollout.start()
         overtaking = 0
         for version in range(2, 7):
-            step(model, version)
+            change_adapter(model, version)
             publisher.publish(version)
             overtaking += rollout.is_alive()
             if rollout.is_alive():
@@ -189,7 +181,7 @@ def test_a_rollout_in_flight_ends_with_the_adapter_that_it_began_with(
         assert not any(path.name.endswith("-v000001") for path in tmp_path.iterdir())
     assert overtaking >= 2, "the rollout was over before the directory's turn came"
     assert answers[0]["weight_version"] == "1"
-    step(model, 1)
+    change_adapter(model, 1)
     tokens, logprobs = sampled(answers[0])
     assert len(tokens) == 1200
     assert logprobs == pytest.approx(trainers_logprobs(model, tokens), abs=TOLERANCE)
@@ -197,11 +189,11 @@ def test_a_rollout_in_flight_ends_with_the_adapter_that_it_began_with(
 
 
 def test_a_trainer_that_starts_anew_takes_over(model: Any, server: VllmServer, tmp_path: Path) -> None:
-    step(model, 1)
+    change_adapter(model, 1)
     with publishing(model, tmp_path, server) as publisher:
         publisher.start(1)
     (first,) = loaded(server)
-    step(model, 2)  # another run reached other weights under the same number
+    change_adapter(model, 2)  # another run reached other weights under the same number
     with publishing(model, tmp_path, server) as publisher:
         publisher.start(1)
     (second,) = loaded(server)
