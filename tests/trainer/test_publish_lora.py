@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from schemas.inference import (
 )
 from tests.trainer.inference_stand_in import PROBES, Answer, StandIn, serving
 from tests.trainer.models import change_adapter, stream_of, tiny_model, with_adapter
-from tests.trainer.publishing import eventually
+from tests.trainer.publishing import eventually, publishing_adapters
 from trainer.config import PublishSettings, load_config
 from trainer.errors import CheckpointError, ConfigurationError
 from trainer.export.hf_model import capture_model
@@ -129,24 +129,11 @@ def model() -> Any:
     return with_adapter()
 
 
-@contextmanager
-def publishing(model: Any, directory: Path, *servers: AdapterStandIn, **options: Any) -> Iterator[Publisher]:
-    options.setdefault("on_failure", "abort")
-    settings = PublishSettings(transport="lora", servers=[server.url for server in servers], **options)
-
-    with Publisher(
-        settings,
-        transport=LoraTransport(
-            directory,
-            lambda: capture_adapter(model),
-            keep=settings.keep,
-            merged=DiskTransport(directory, lambda: capture_model(stream_of(model)), keep=settings.keep),
-        ),
-        servers=[VllmRoutes(server.url, settings) for server in servers],
-        probes=PROBES,
-        score=lambda probes: score_probes(model, probes, "cpu"),
-    ) as publisher:
-        yield publisher
+def publishing(
+    model: Any, directory: Path, *servers: AdapterStandIn, **options: Any
+) -> AbstractContextManager[Publisher]:
+    urls = [server.url for server in servers]
+    return publishing_adapters(model, directory, *urls, stream=stream_of(model), probes=PROBES, **options)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.trainer.models import change_adapter
+from tests.trainer.publishing import publishing_adapters
 from tests.vllm.launching import VllmServer
-from trainer.config import PublishSettings
-from trainer.export.hf_model import capture_model
-from trainer.export.peft_adapter import capture_adapter
 from trainer.model.base_checkpoint import read_base
 from trainer.model.weight_stream import WeightStream
 from trainer.publish import (
-    DiskTransport,
-    LoraTransport,
     Publisher,
-    VllmRoutes,
     make_probes,
-    score_probes,
     score_with_model,
 )
 
@@ -54,25 +48,17 @@ def server(vllm_server: VllmServer) -> Iterator[VllmServer]:
         vllm_server.post("/v1/unload_lora_adapter", {"lora_name": name})
 
 
-@contextmanager
-def publishing(model: Any, directory: Path, server: VllmServer, **options: Any) -> Iterator[Publisher]:
-    settings = PublishSettings(transport="lora", servers=[server.url], on_failure="abort", **options)
-    tokenizer = AutoTokenizer.from_pretrained(server.model)
-    stream = WeightStream(model, read_base(str(server.model)))
-
-    with Publisher(
-        settings,
-        transport=LoraTransport(
-            directory,
-            lambda: capture_adapter(model),
-            keep=settings.keep,
-            merged=DiskTransport(directory, lambda: capture_model(stream), keep=settings.keep),
-        ),
-        servers=[VllmRoutes(server.url, settings)],
-        probes=make_probes(tokenizer, context=2048),
-        score=lambda probes: score_probes(model, probes, "cpu"),
-    ) as publisher:
-        yield publisher
+def publishing(
+    model: Any, directory: Path, server: VllmServer, **options: Any
+) -> AbstractContextManager[Publisher]:
+    return publishing_adapters(
+        model,
+        directory,
+        server.url,
+        stream=WeightStream(model, read_base(str(server.model))),
+        probes=make_probes(AutoTokenizer.from_pretrained(server.model), context=2048),
+        **options,
+    )
 
 
 def loaded(server: VllmServer) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +10,19 @@ import httpx
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.trainer.publishing import ModelRun
 from tests.trainer.test_cli import atropos_train
 from tests.vllm.conftest import StartVllm
 from tests.vllm.launching import VllmServer
-from trainer.config import PublishSettings
-from trainer.export.hf_model import capture_model
-from trainer.model.base_checkpoint import read_base
-from trainer.model.weight_stream import WeightStream
 from trainer.publish import (
     Comparison,
-    DiskTransport,
     LogprobKind,
     LogprobPolicy,
     Publisher,
     Verdict,
     VerificationFailed,
     VllmRoutes,
-    make_probes,
-    score_probes,
 )
 from trainer.publish.interfaces import NextToken
 
@@ -45,60 +36,9 @@ def server(vllm_model_directory: Path, start_vllm: StartVllm) -> VllmServer:
     return start_vllm(vllm_model_directory, flags=[*WORKER, "--enable-prompt-tokens-details"])
 
 
-class Run:
-    """A model that changes, as a trainer holds it."""
-
-    def __init__(self, server: VllmServer, directory: Path) -> None:
-        torch.manual_seed(0)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(server.model, dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(server.model)
-        self.server = server
-        self.directory = directory
-        self.sent: dict[str, Tensor] | None = None
-        """What is published instead of the model's own tensors."""
-
-    @contextmanager
-    def publishing(
-        self,
-        routes: Callable[..., VllmRoutes] = VllmRoutes,
-        *,
-        logprobs: LogprobPolicy | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Iterator[Publisher]:
-        settings = PublishSettings(transport="disk", servers=[self.server.url], on_failure="abort")
-
-        def capture() -> Callable[[Path], None]:
-            model = self.model
-            if self.sent is not None:
-                model = copy.deepcopy(model)
-                model.load_state_dict(self.sent, strict=False)
-            base = read_base(str(self.server.model)).declaring(dtype)
-            return capture_model(WeightStream(model, base, dtype=dtype))
-
-        with Publisher(
-            settings,
-            transport=DiskTransport(self.directory, capture, keep=2),
-            servers=[routes(self.server.url, settings)],
-            probes=make_probes(self.tokenizer, context=2048),
-            score=lambda probes: score_probes(self.model, probes, "cpu"),
-            logprobs=logprobs,
-        ) as publisher:
-            yield publisher
-
-    def settle(self) -> None:
-        """Bring the server to this run's weights, whatever the test before left there."""
-        with self.publishing() as publisher:
-            publisher.start(0)
-
-    def train(self, size: float) -> None:
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter += size * torch.randn_like(parameter)
-
-
 @pytest.fixture
-def run(server: VllmServer, tmp_path: Path) -> Run:
-    return Run(server, tmp_path / "published")
+def run(server: VllmServer, tmp_path: Path) -> ModelRun:
+    return ModelRun(server.model, server.url, tmp_path / "published")
 
 
 class KeepsItsCache(VllmRoutes):
@@ -121,6 +61,12 @@ class DoesNotTell(KeepsItsCache):
         return NextToken(logprobs=said.logprobs)
 
 
+def settle(run: ModelRun) -> None:
+    """Bring the server to this run's weights, whatever the test before left there."""
+    with run.publishing() as publisher:
+        publisher.start(0)
+
+
 def failure(publisher: Publisher, version: int) -> Comparison:
     with pytest.raises(VerificationFailed) as caught:
         publisher.publish(version)
@@ -129,7 +75,7 @@ def failure(publisher: Publisher, version: int) -> Comparison:
 
 
 def test_float32_is_told_apart_down_to_small_steps_and_its_noise_is_a_hundredth_of_the_tolerance(
-    run: Run,
+    run: ModelRun,
 ) -> None:
     with run.publishing() as publisher:
         publisher.start(0)
@@ -145,8 +91,8 @@ def test_float32_is_told_apart_down_to_small_steps_and_its_noise_is_a_hundredth_
             assert comparison.logprob_kind is LogprobKind.RAW
 
 
-def test_blocks_of_old_weights_are_found_by_the_servers_own_count(run: Run) -> None:
-    run.settle()
+def test_blocks_of_old_weights_are_found_by_the_servers_own_count(run: ModelRun) -> None:
+    settle(run)
     with run.publishing(KeepsItsCache) as publisher:
         assert publisher.start(0).already_served
         comparison = failure(publisher, 1)  # even though the weights are the same
@@ -154,8 +100,8 @@ def test_blocks_of_old_weights_are_found_by_the_servers_own_count(run: Run) -> N
     assert comparison.cached_tokens == 128
 
 
-def test_blocks_of_old_weights_are_found_in_the_numbers_where_nothing_is_counted(run: Run) -> None:
-    run.settle()
+def test_blocks_of_old_weights_are_found_in_the_numbers_where_nothing_is_counted(run: ModelRun) -> None:
+    settle(run)
     with run.publishing(DoesNotTell) as publisher:
         assert publisher.start(0).already_served
         run.train(1e-2)
@@ -176,23 +122,23 @@ def test_blocks_of_old_weights_are_found_in_the_numbers_where_nothing_is_counted
     ],
 )
 def test_one_broken_tensor_among_fresh_ones_is_found(
-    name: str, broken: Callable[[Tensor], Tensor], run: Run
+    name: str, broken: Callable[[Tensor], Tensor], run: ModelRun
 ) -> None:
     with run.publishing() as publisher:
         publisher.start(0)
         run.train(1e-4)
         run.sent = {name: broken(run.model.state_dict()[name])}
         assert failure(publisher, 1).verdict in (Verdict.OVER_TOLERANCE, Verdict.STALE)
-        run.sent = None
+        run.sent = {}
         assert publisher.publish(2).verified
 
 
-def test_the_self_test_passes_and_says_what_kind_of_server_it_is(run: Run, tmp_path: Path) -> None:
+def test_the_self_test_passes_and_says_what_kind_of_server_it_is(server: VllmServer, tmp_path: Path) -> None:
     done = atropos_train(
         "check",
         "--publish",
-        *("--model.path", str(run.server.model), "--train.device", "cpu"),
-        *("--publish.transport", "disk", "--publish.servers", run.server.url),
+        *("--model.path", str(server.model), "--train.device", "cpu"),
+        *("--publish.transport", "disk", "--publish.servers", server.url),
         *("--train.output_dir", str(tmp_path / "run")),
     )
     assert "failed   publish self-test" not in done.stdout, done.stdout + done.stderr
@@ -200,7 +146,7 @@ def test_the_self_test_passes_and_says_what_kind_of_server_it_is(run: Run, tmp_p
     assert "did not move at all" in done.stdout
     assert "its log-probs are raw" in done.stdout
     assert "tells how much of a prompt comes from the prefix cache" in done.stdout
-    assert run.server.get("/is_paused").json() == {"is_paused": False}
+    assert server.get("/is_paused").json() == {"is_paused": False}
 
 
 def test_bfloat16_raises_no_false_alarm_and_processed_log_probs_are_scaled(
@@ -209,7 +155,7 @@ def test_bfloat16_raises_no_false_alarm_and_processed_log_probs_are_scaled(
     server = start_vllm(
         vllm_model_directory, dtype="bfloat16", flags=[*WORKER, "--logprobs-mode", "processed_logprobs"]
     )
-    run = Run(server, tmp_path / "published")
+    run = ModelRun(server.model, server.url, tmp_path / "published")
     policy = LogprobPolicy(required="scaled", fitting=LogprobKind.SCALED)
     with run.publishing(logprobs=policy, dtype=torch.bfloat16) as publisher:
         publisher.start(0)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from dataclasses import dataclass, replace
-from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +25,7 @@ from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
 from trainer.publish.errors import PublishError
 from trainer.publish.fleet import Fleet
-from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.interfaces import InferenceServer, WeightTransport
 from trainer.publish.member import Job
 from trainer.publish.report import PublishReport
 from trainer.publish.verification.compare_logprobs import TOLERANCES, ProbeScores
@@ -55,9 +54,8 @@ class _Capture:
     """When its publish began, on the monotonic clock."""
     seconds: float
     """Seconds that training stood still for it."""
-    stage: Callable[[], tuple[StagedWeights, float]]
-    """Finishes staging; also returns the seconds that it took."""
-    expectation: Expectation | None
+    stage: Callable[[], Job]
+    """Finishes staging."""
 
 
 class Publisher:
@@ -108,7 +106,6 @@ class Publisher:
         self._needs_repair = threading.Event()
         self._busy = threading.Lock()  # the servers are spoken to by one thread at a time
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="publisher")
-        self._stager = ThreadPoolExecutor(1, thread_name_prefix="stager")
         self._watcher = threading.Thread(target=self._watch, name="publish-watch", daemon=True)
         self._under_way: Future[object] | None = None
         self._under_way_version = -1
@@ -233,7 +230,6 @@ class Publisher:
         """End the threads, waiting for a publish under way (no longer for its retries); close connections."""
         self._cancelled.set()
         self._worker.shutdown(wait=True)
-        self._stager.shutdown(wait=True)
         if self._watcher.is_alive():
             self._watcher.join()
         self._fleet.close()
@@ -253,7 +249,7 @@ class Publisher:
         # "Close" is not enough to skip a publish: the server may hold a neighbouring version. A server
         # that rounds more than float32 does therefore gets the weights once more, which settles it.
         strictest = min(tolerance_for("float32", self._settings.tolerance), TOLERANCES["float32"])
-        expectation = self._expect(version, strictest)
+        expectation = Expectation(version=version, scores=self._score(self._probes), tolerance=strictest)
         with self._busy:
             report = self._fleet.check_served(expectation)
         if report is None:
@@ -269,7 +265,7 @@ class Publisher:
         capture = self._capture(version)
 
         def remember() -> None:
-            job = self._job(capture.stage()[0], capture.expectation)
+            job = capture.stage()
             with self._busy:
                 self._current = job
 
@@ -282,23 +278,24 @@ class Publisher:
     def _capture(self, version: int) -> _Capture:
         """Take all that has to see the model before the next step changes it."""
         started = time.monotonic()
-        stage: Callable[[], tuple[StagedWeights, float]] = partial(_timed, self._transport.capture(version))
-        expectation = None
-        if self._settings.verify:
-            if self._transport.overlaps:  # the copy is written while the probes are scored
-                stage = self._stager.submit(stage).result
-            expectation = self._expect(version, tolerance_for(None, self._settings.tolerance))
-        seconds = time.monotonic() - started
-        return _Capture(started=started, seconds=seconds, stage=stage, expectation=expectation)
+        stage = self._transport.capture(version)
+        scores = self._score(self._probes) if self._settings.verify else None
 
-    def _expect(self, version: int, tolerance: float) -> Expectation:
-        """Score the probes with the trainer's own weights, as they are now."""
-        return Expectation(version=version, scores=self._score(self._probes), tolerance=tolerance)
+        def job() -> Job:
+            staged = stage()
+            expectation = None
+            if scores is not None:
+                tolerance = tolerance_for(staged.dtype, self._settings.tolerance)
+                expectation = Expectation(version=version, scores=scores, tolerance=tolerance)
+            return Job(staged=staged, expectation=expectation)
+
+        return _Capture(started=started, seconds=time.monotonic() - started, stage=job)
 
     def _complete(self, capture: _Capture, *, patient: bool) -> PublishReport:
         """Stage, publish and report, in whatever thread."""
-        staged, stage_seconds = capture.stage()
-        job = self._job(staged, capture.expectation)
+        staging = time.monotonic()
+        job = capture.stage()
+        stage_seconds = time.monotonic() - staging
         with self._busy:
             report = self._fleet.bring(job, patient=patient)
             self._current = job
@@ -311,12 +308,6 @@ class Publisher:
             total_seconds=time.monotonic() - capture.started,
         )
         return self._keep(report)
-
-    def _job(self, staged: StagedWeights, expectation: Expectation | None) -> Job:
-        if expectation is not None:
-            tolerance = tolerance_for(staged.dtype, self._settings.tolerance)
-            expectation = replace(expectation, tolerance=tolerance)
-        return Job(staged=staged, expectation=expectation)
 
     def _keep(self, report: PublishReport) -> PublishReport:
         logger.info("%s", report.describe())
@@ -346,9 +337,3 @@ class Publisher:
                 member.repair(job)
             else:
                 self._needs_repair.set()
-
-
-def _timed(stage: Callable[[], StagedWeights]) -> tuple[StagedWeights, float]:
-    started = time.monotonic()
-    staged = stage()
-    return staged, time.monotonic() - started

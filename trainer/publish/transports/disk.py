@@ -39,7 +39,7 @@ class DiskTransport(WeightTransport):
     def __init__(
         self,
         directory: Path,
-        capture: Callable[[], Callable[[Path], None]],
+        capture: Callable[[], Callable[[Path], object]],
         *,
         keep: int,
         mode: int = PRIVATE_DIRECTORY,
@@ -92,7 +92,7 @@ class DiskTransport(WeightTransport):
             self._written.discard(version)
             remove_leftovers(path)
 
-    def _write(self, version: int, path: Path, write: Callable[[Path], None]) -> StagedWeights:
+    def _write(self, version: int, path: Path, write: Callable[[Path], object]) -> StagedWeights:
         try:
             make_run_directory(self._directory, mode=self._mode)
             if path.exists():
