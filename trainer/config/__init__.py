@@ -2,6 +2,7 @@
 
 from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings, plain_url
 from trainer.config._base import expand_home
+from trainer.config._distillation import DistillationSettings
 from trainer.config._fields import ConfigField, config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
 from trainer.config._publish import PublishSettings
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointSettings",
     "ConfigField",
     "DataSettings",
+    "DistillationSettings",
     "HealthSettings",
     "JournalSettings",
     "LoggingSettings",

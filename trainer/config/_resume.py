@@ -45,6 +45,7 @@ ON_RESUME: Final[Mapping[str, OnResume]] = {
     "data.tokens_per_micro_batch": OnResume.FREE,
     "data.*": OnResume.NAMED,
     "loss.*": OnResume.NAMED,
+    "distillation.*": OnResume.NAMED,
     "optimizer.*": OnResume.NAMED,
     "train.steps": OnResume.FREE,
     "train.output_dir": OnResume.FREE,

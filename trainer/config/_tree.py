@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
 from trainer.config._base import Section
+from trainer.config._distillation import DistillationSettings
 from trainer.config._publish import PublishSettings
 from trainer.config._training import (
     CheckpointSettings,
@@ -33,6 +34,8 @@ class TrainerConfig(Section):
     """From scored groups to micro-batches."""
     loss: LossSettings = Field(default_factory=LossSettings)
     """The objective."""
+    distillation: DistillationSettings = Field(default_factory=DistillationSettings)
+    """Learning from a teacher's candidate tokens, which environments send as distill_token_ids."""
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     """AdamW, its schedule, and clipping."""
     train: TrainSettings = Field(default_factory=TrainSettings)

@@ -20,6 +20,7 @@ from trainer.extensions import BoundLoss, Loss
 from trainer.losses._clipped import decoupled_ppo, ppo_clip, sapo
 from trainer.losses._corrections import correction_weights
 from trainer.losses._covariance import clip_cov, kl_cov
+from trainer.losses._distillation import teacher_divergence
 from trainer.losses._divergences import k3, log_ratio, reference_kl
 from trainer.losses._importance_weighted import cispo, policy_gradient
 from trainer.losses._inputs import LossInputs
@@ -56,6 +57,7 @@ __all__ = [
     "reference_kl",
     "resolve_loss",
     "sapo",
+    "teacher_divergence",
     "vespo",
     "weighted_sft",
 ]

@@ -33,6 +33,9 @@ class TokenLogProbs:
     entropy: Tensor
     """[N] float32: entropy of the distribution each token was predicted from, in nats; with gradient where it
     was asked for."""
+    candidates: Tensor | None = None
+    """[N, K] float32, with gradient: log-probs of the teacher's candidates, 0 where there is none. None: the
+    micro-batch has no candidates."""
 
 
 def token_logprobs(
@@ -57,12 +60,16 @@ def token_logprobs(
         ValueError: `head` is given and the model's forward does not call its head as it did when chosen.
     """
     predictions = _predictions(batch, use_temperature)
+    targets = _Targets.of(batch, predictions)
     if head is None:
-        scores = _from_logits(model, batch, predictions, entropy_gradient)
+        scores = _from_logits(model, batch, predictions, targets, entropy_gradient)
     else:
-        scores = _from_hidden_states(model, batch, predictions, head)
+        scores = _from_hidden_states(model, batch, predictions, targets, head)
     entropy = scores.entropy if entropy_gradient else scores.entropy.detach()
-    return TokenLogProbs(logprobs=scores.logprobs, entropy=_take(entropy, predictions.entry_rows))
+    logprobs, candidates = targets.apart(scores.logprobs)
+    return TokenLogProbs(
+        logprobs=logprobs, entropy=_take(entropy, predictions.entry_rows), candidates=candidates
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,34 @@ class _Predictions:
     column: Tensor  # [U]
     temperature: Tensor | None  # [U]; None if all are 1
     entry_rows: Tensor  # [N] into U
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Targets:
+    """What is scored: the N trained tokens, and after them the candidates that there are."""
+
+    rows: Tensor  # [N + M] into U
+    token_ids: Tensor  # [N + M]
+    known: Tensor | None  # [N, K] bool, M of them true
+
+    @classmethod
+    def of(cls, batch: MicroBatch, predictions: _Predictions) -> _Targets:
+        rows, candidates = predictions.entry_rows, batch.teacher_token_ids
+        if candidates is None:
+            return cls(rows=rows, token_ids=batch.targets, known=None)
+        known = candidates >= 0
+        return cls(
+            rows=torch.cat([rows, rows[:, None].expand_as(known)[known]]),
+            token_ids=torch.cat([batch.targets, candidates[known]]),
+            known=known,
+        )
+
+    def apart(self, logprobs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the log-probs of the trained tokens [N], and of the candidates [N, K]."""
+        if self.known is None:
+            return logprobs, None
+        own, others = logprobs[: len(self.known)], logprobs[len(self.known) :]
+        return own, others.new_zeros(self.known.shape).masked_scatter(self.known, others)
 
 
 def _predictions(batch: MicroBatch, use_temperature: bool) -> _Predictions:
@@ -97,7 +132,7 @@ def _unique(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_hidden_states(
-    model: nn.Module, batch: MicroBatch, predictions: _Predictions, head: LogitTransform
+    model: nn.Module, batch: MicroBatch, predictions: _Predictions, targets: _Targets, head: LogitTransform
 ) -> HeadScores:
     """Take the hidden states that predict, and do the head's work ourselves."""
     inner = unwrap(model)
@@ -107,15 +142,19 @@ def _from_hidden_states(
         _take(hidden.flatten(0, 1), predictions.row * hidden.shape[1] + predictions.column),  # [U, H]
         module.weight,
         module.bias,
-        predictions.entry_rows,
-        batch.targets,
+        targets.rows,
+        targets.token_ids,
         temperature=predictions.temperature,
         transform=head,
     )
 
 
 def _from_logits(
-    model: nn.Module, batch: MicroBatch, predictions: _Predictions, entropy_gradient: bool
+    model: nn.Module,
+    batch: MicroBatch,
+    predictions: _Predictions,
+    targets: _Targets,
+    entropy_gradient: bool,
 ) -> HeadScores:
     """Take the model's own logits at every column where any row predicts: [B, K, V]."""
     inner = unwrap(model)
@@ -131,7 +170,7 @@ def _from_logits(
         rows = rows / predictions.temperature[:, None]
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = rows.logsumexp(dim=-1) - (rows.softmax(dim=-1) * rows).sum(dim=-1)
-    return HeadScores(selected_logprobs(rows, predictions.entry_rows, batch.targets), entropy)
+    return HeadScores(selected_logprobs(rows, targets.rows, targets.token_ids), entropy)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

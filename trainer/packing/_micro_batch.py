@@ -70,6 +70,10 @@ class MicroBatch:
     """Columns that hold no token."""
     cost: float
     """Estimated floating-point operations of its forward and backward pass."""
+    teacher_token_ids: Tensor | None = None
+    """[N, K] int64: a teacher's candidates for each token, -1 beyond those of a token. None: not wanted."""
+    teacher_logprobs: Tensor | None = None
+    """[N, K] float32, minus infinity where there is no candidate."""
 
     @property
     def computed_tokens(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from trainer.packing._arrays import Array, Integers, as_array
 from trainer.samples.sample import Sample
+from trainer.samples.teacher import NO_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class TrainedTokens:
                 fields[name] = gather([_or_nan(value, length) for value, length in pairs])
             else:
                 fields[name] = np.full(len(where), np.nan, dtype=np.float32)
+        if all(sample.teacher is not None for sample in samples):
+            fields |= _teacher_fields(samples, where, offsets, first)
         return cls(first=first, position=where - np.repeat(offsets[:-1], counts), fields=fields, sent=sent)
 
     def position_of(self, sample: int) -> Integers:
@@ -102,6 +106,21 @@ class TrainedTokens:
         if (np.diff(chosen) == 1).all():  # neighbours, as those of a group are
             return slice(int(self.first[chosen[0]]), int(self.first[chosen[-1] + 1]))
         return np.concatenate([np.arange(self.first[one], self.first[one + 1]) for one in chosen.tolist()])
+
+
+def _teacher_fields(
+    samples: Sequence[Sample], where: Integers, offsets: Integers, first: Integers
+) -> dict[str, Array]:
+    """[N, K] candidates of the trained tokens, K the most that any sample has."""
+    rows = [sample.teacher for sample in samples if sample.teacher is not None]
+    candidates = max(row.token_ids.shape[1] for row in rows)
+    token_ids = np.full((len(where), candidates), NO_TOKEN, dtype=np.int64)
+    logprobs = np.full((len(where), candidates), -np.inf, dtype=np.float32)
+    for row, offset, (start, end) in zip(rows, offsets[:-1], pairwise(first.tolist()), strict=True):
+        places, width = where[start:end] - offset, row.token_ids.shape[1]
+        token_ids[start:end, :width] = as_array(row.token_ids)[places]
+        logprobs[start:end, :width] = as_array(row.logprobs)[places]
+    return {"teacher_token_ids": token_ids, "teacher_logprobs": logprobs}
 
 
 def _or_nan(values: Tensor | None, length: int) -> Array:

@@ -30,11 +30,10 @@ from trainer.sources.incoming import BatchLedger, BatchSource, IncomingBatch
 
 logger = logging.getLogger(__name__)
 
-_IGNORED_FIELDS = (
-    "images",
-    "distill_token_ids",
-    "distill_logprobs",
-)  # of groups; nothing is computed with them
+_IGNORED_FIELDS = {
+    "images": "is not supported",
+    "distill_token_ids": "is not used, because distillation.mode is none",
+}  # of groups, and why nothing is computed with them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,11 @@ class BatchTracker:
     ) -> None:
         self._settings = config.train
         self._compares_log_probs = config.loss.needs_inference_logprobs
+        self._ignored_fields = {
+            name: reason
+            for name, reason in _IGNORED_FIELDS.items()
+            if name == "images" or config.distillation.mode == "none"
+        }
         self._directory = config.train.output_dir / "set_aside"
         self._is_main_process = prepared.accelerator.is_main_process
         self._source = source
@@ -163,15 +167,16 @@ class BatchTracker:
     def _warn_of_ignored_fields(self, incoming: IncomingBatch) -> None:
         """One warning a field and run: training without it is not what the environment wants."""
         for group in incoming.reply.groups:
-            for name in _IGNORED_FIELDS:
+            for name, reason in self._ignored_fields.items():
                 if getattr(group, name) is not None:
                     self._warn_once(
                         name,
-                        "Batch %d, environment %s: %s is not supported, and the groups are trained as if it "
-                        "were not there.",
+                        "Batch %d, environment %s: %s %s, and the groups are trained as if it were not "
+                        "there.",
                         self.batch,
                         group.env_id,
                         name,
+                        reason,
                     )
 
     def _warn_once(self, about: str, message: str, *values: object) -> None:

@@ -25,6 +25,7 @@ from trainer.model.token_logprobs import token_logprobs
 from trainer.model.wrappers import unwrap
 from trainer.packing import MicroBatch, PassCost, pack, process_costs
 from trainer.run.logprob_mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
+from trainer.run.objective import Objective
 from trainer.run.step_scores import StepScores
 from trainer.run.train_state import PreparedRun
 from trainer.samples.prepare import PreparedBatch, prepare_batch
@@ -85,6 +86,7 @@ class StepRunner:
         self._loss = config.loss.bound
         self._scores = StepScores(config.loss, prepared)
         self._entropy_bonus = prepared.entropy_bonus
+        self._objective = Objective(config, prepared.entropy_bonus)
         self._cost = PassCost.of_config(unwrap(prepared.model).config.get_text_config())
         self._idle_since: float | None = None
         self.weights_whole = True
@@ -103,6 +105,7 @@ class StepRunner:
             data=self._config.data,
             loss=self._config.loss,
             normalizer=self._prepared.normalizer,
+            distillation=self._config.distillation,
         )
         micro_batches = self.pack(batch) if batch.samples else []
         return PreparedStep(batch=batch, micro_batches=micro_batches, seconds=time.monotonic() - started)
@@ -261,28 +264,15 @@ class StepRunner:
                 batch,
                 use_temperature=self._config.loss.uses_temperature,
                 head=self._prepared.head,
-                entropy_gradient=self._entropy_bonus.coefficient > 0,
+                entropy_gradient=self._objective.differentiates_entropy,
             )
-        inputs = LossInputs(
-            logprobs=scores.logprobs,
-            advantages=batch.advantages,
-            loss_mask=batch.loss_mask,
-            inference_logprobs=batch.inference_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            denominator=batch.denominator,
-            sequence_ids=batch.sequence_ids,
-            sequence_count=batch.sequence_count,
-            statistics=statistics,
-        )
-        loss, metrics = self._loss(inputs)
-        loss, bonus_metrics = self._entropy_bonus.add(loss, inputs, scores.entropy)
+        loss, inputs, metrics = self._objective(batch, scores, statistics)
         loss = loss * weight
         entropy = scores.entropy.detach()
         # Data parallelism averages gradients over processes; ours are shares of a sum.
         self._accelerator.backward(loss * self._accelerator.num_processes)
         return {
             **drop_own_comparison(metrics),
-            **bonus_metrics,
             **mismatch_sums(
                 scores.logprobs.detach(), batch.known_inference_logprobs, batch.loss_mask, entropy
             ),

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from schemas import BatchReply
-from trainer.config import DataSettings, LossSettings
-from trainer.samples.advantages import AdvantageNormalizer, has_signal, token_advantages
+from schemas import BatchReply, ScoredGroup
+from trainer.config import DataSettings, DistillationSettings, LossSettings
+from trainer.samples.advantages import AdvantageNormalizer, has_signal, tensor_of, token_advantages
 from trainer.samples.quarantine_rate import kind_of_reason, name_reasons
 from trainer.samples.sample import Sample, samples_of_groups, token_columns
+from trainer.samples.teacher import sampled_token_logprobs, teacher_reason
 from trainer.samples.validation import (
     ModelLimits,
     QuarantinedGroup,
@@ -79,11 +81,13 @@ def prepare_batch(
     data: DataSettings,
     loss: LossSettings,
     normalizer: AdvantageNormalizer,
+    distillation: DistillationSettings | None = None,
 ) -> PreparedBatch:
     """Prepare one optimizer step.
 
     Every process calls it with the same batch and gets the same answer; they divide the work afterwards.
     """
+    distillation = distillation or DistillationSettings()
     groups, set_aside = split_batch(
         reply,
         lambda group: (
@@ -93,6 +97,7 @@ def prepare_batch(
                 needs_inference_logprobs=loss.bound.needs_inference_logprobs,
                 needs_ref_logprobs=loss.needs_ref_logprobs_of_groups,
             )
+            or teacher_reason(group, distillation, vocabulary_size=limits.vocabulary_size)
             or implausible_reason(
                 group,
                 estimator=data.bound_estimator,
@@ -110,6 +115,8 @@ def prepare_batch(
     advantages = normalizer(advantages, columns.loss_mask)
     if data.advantage_clip is not None:
         advantages = advantages.clamp(*data.advantage_clip)
+    if distillation.mode == "sampled_token":
+        advantages = _with_teacher(advantages, groups, columns.loss_mask, distillation)
     samples = samples_of_groups(
         groups,
         columns,
@@ -117,6 +124,7 @@ def prepare_batch(
         default_temperature=lambda env_id: data.sampling_temperature_of.get(
             -1 if env_id is None else env_id, data.sampling_temperature
         ),
+        with_teacher=distillation.is_loss,
     )
     trained = columns.per_sequence(columns.loss_mask)
     totals = columns.per_sequence(advantages)
@@ -126,7 +134,7 @@ def prepare_batch(
     computed = [
         index
         for index, tokens in enumerate(trained)
-        if tokens and (loss.trains_without_advantage or has_gradient[index])
+        if tokens and (loss.trains_without_advantage or distillation.is_loss or has_gradient[index])
     ]
     return PreparedBatch(
         samples=[samples[index] for index in computed],
@@ -140,6 +148,27 @@ def prepare_batch(
         groups_with_binary_masks=sum(group.masks_were_binary for group in groups),
         normalizer=normalizer.state_dict(),
     )
+
+
+def _with_teacher(
+    advantages: Tensor, groups: Sequence[ScoredGroup], loss_mask: Tensor, settings: DistillationSettings
+) -> Tensor:
+    """Add to each trained token's advantage how much likelier the teacher finds it than its sampler, in nats.
+
+    The negative of that difference is an estimate of KL(sampler ‖ teacher) from the tokens that were sampled.
+
+    Args:
+        advantages: [N] of the rewards.
+        groups: Their groups; all have the teacher's and the sampler's log-probs.
+        loss_mask: [N].
+        settings: The two weights.
+    """
+    if not groups:
+        return advantages
+    teacher = torch.cat([sampled_token_logprobs(group) for group in groups])
+    sampler = tensor_of([group.flat.inference_logprobs or b"" for group in groups], torch.float32)
+    difference = (teacher - sampler).masked_fill(loss_mask == 0, 0.0)
+    return settings.reward_coefficient * advantages + settings.coefficient * difference
 
 
 def _denominators(trained: Sequence[float], loss: LossSettings) -> list[float]:

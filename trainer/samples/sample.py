@@ -16,6 +16,7 @@ from torch import Tensor
 
 from schemas import IGNORE_INDEX, ScoredGroup
 from trainer.samples.advantages import tensor_of
+from trainer.samples.teacher import TeacherRows, teacher_rows
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class Sample:
     """Which environment it came from, by the API's number."""
     group_index: int
     """Position of its group in the batch."""
+    teacher: TeacherRows | None = None
+    """A teacher's candidates for each token. None: not wanted."""
 
     @property
     def trained_tokens(self) -> float:
@@ -99,6 +102,7 @@ def samples_of_groups(
     advantages: Tensor,
     *,
     default_temperature: Callable[[int | None], float] = lambda env_id: 1.0,
+    with_teacher: bool = False,
 ) -> list[Sample]:
     """Turn groups into samples; their tensors are views into those given.
 
@@ -107,6 +111,7 @@ def samples_of_groups(
         columns: Their tokens, see `token_columns`.
         advantages: [N] float32, token-aligned, 0 where nothing is trained.
         default_temperature: Temperature of an environment whose groups do not say theirs.
+        with_teacher: Whether the groups' distillation fields, which they then have, go into the samples.
     """
     tokens = torch.split(columns.tokens, columns.lengths)
     loss_masks = torch.split(columns.loss_mask, columns.lengths)
@@ -116,6 +121,7 @@ def samples_of_groups(
         flat = group.flat
         inference_logprobs = _rows(flat.inference_logprobs, flat.lengths)
         ref_logprobs = _rows(flat.ref_logprobs, flat.lengths)
+        teacher = teacher_rows(group) if with_teacher else [None] * len(flat.lengths)
         for index in range(group.sequence_count):
             row = len(samples)
             samples.append(
@@ -129,6 +135,7 @@ def samples_of_groups(
                     score=group.scores[index],
                     env_id=group.env_id,
                     group_index=group_index,
+                    teacher=teacher[index],
                 )
             )
     return samples
