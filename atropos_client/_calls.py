@@ -26,22 +26,16 @@ class Call(Generic[T]):
 
     method: str
     """HTTP method."""
-
     path: str
     """Path below the base URL, with its leading slash."""
-
     parse: Callable[[bytes], T]
     """Turns the decompressed body of a 2xx reply into the result; raises InvalidReply."""
-
     resend: Resend
     """What a second sending would do."""
-
     body: bytes | None = None
     """JSON body, not compressed. None: no body."""
-
     expects_json: bool = True
     """Whether a reply that is not labelled as JSON is refused."""
-
     removes_batch: bool = False
     """Whether the server forgets what it answers: any doubt about the reply is a possible loss."""
 

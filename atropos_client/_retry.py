@@ -37,7 +37,6 @@ class Resend(Enum):
 
     HARMLESS = "harmless"
     """Reads, and writes that change nothing the second time."""
-
     ONLY_IF_NOT_SENT = "only if not sent"
     """It would remove a second batch, or store a group twice."""
 
@@ -48,13 +47,10 @@ class RetryPolicy:
 
     attempts: int = 4
     """Sendings in all, the first included. 1: never repeat."""
-
     wall_clock: float = 30.0
     """Seconds from the first sending after which no further one starts. A restart of the API takes a few."""
-
     first_pause: float = 0.2
     """Seconds before the second sending; doubles each time."""
-
     longest_pause: float = 5.0
     """Seconds that a pause never exceeds."""
 

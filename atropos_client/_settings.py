@@ -29,18 +29,14 @@ class Timeouts:
 
     connect: float = 5.0
     """To open a connection. A live server accepts at once, even while it is busy."""
-
     read: float = 60.0
     """Between two pieces of a reply. The API has one thread and may be building a large batch for another
     request first."""
-
     batch_read: float = 600.0
     """As `read`, for ``GET /batch``: the server removes the batch before it encodes it, so giving up early
     loses data."""
-
     write: float = 60.0
     """Between two pieces of a request body."""
-
     total: float = 1800.0
     """For one whole sending. Ends a reply that keeps dripping and never finishes."""
 
@@ -51,19 +47,14 @@ class ConnectionSettings:
 
     base_url: str
     """Scheme, host, port and possibly a path prefix; no user, password, query or fragment."""
-
     token: SecretStr | None = None
     """Bearer token for the proxy in front of the API. None: none."""
-
     headers: Mapping[str, SecretStr] = field(default_factory=dict)
     """Further headers of every request. All are treated as secrets."""
-
     ca_file: Path | None = None
     """Authorities that vouch for the server's certificate. None: the usual ones."""
-
     timeouts: Timeouts = field(default_factory=Timeouts)
     """Patience."""
-
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     """Largest reply, in bytes, before and after decompression."""
 

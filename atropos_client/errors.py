@@ -16,7 +16,6 @@
     │       └── UnreadableBatch                 a whole reply to GET /batch that is no batch; it was handed on
     ├── BatchPossiblyLost                       GET /batch failed after it may have removed a batch
     ├── BatchNotRecorded (OSError)              the journal refused a body; the message says where it is
-    ├── BatchTimeout (TimeoutError)             Fetcher.get: no batch within the caller's patience
     ├── FetcherStopped (RuntimeError)           Fetcher.get on one that is not running
     ├── FetcherDied (RuntimeError)              the fetching process ended again and again, or never started
     └── JournalError                            the journal on the disk; see atropos_client.journal
@@ -125,10 +124,6 @@ class BatchPossiblyLost(AtroposClientError):
 
 class BatchNotRecorded(AtroposClientError, OSError):
     """The journal did not take a batch that the server no longer has; the message says where it is kept."""
-
-
-class BatchTimeout(AtroposClientError, TimeoutError):
-    """No batch came within the caller's patience; the message says who is late."""
 
 
 class FetcherStopped(AtroposClientError, RuntimeError):

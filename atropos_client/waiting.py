@@ -1,22 +1,17 @@
 """Explains in one line why there is no batch yet, and who is late.
 
 A run that waits must say for whom. `explain_wait` is a pure function of what is known, `ask_environments`
-asks the API for it; `Heartbeat` is the thread that logs a line regularly while somebody is waiting.
+asks the API for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from atropos_client.errors import AtroposClientError, ErrorStatus
 from schemas import EnvironmentStatus, ScoredGroup, StatusReply, count_of
-
-logger = logging.getLogger(__name__)
 
 _MOST_ASKED: Final = 64  # environments; a loop over numbers ends somewhere
 _ALL: Final = 0.999  # of the weights, but for rounding
@@ -28,16 +23,12 @@ class EnvironmentFacts:
 
     registered: int
     """How many have registered since the trainer has."""
-
     without_groups: tuple[int, ...]
     """Numbers of those that have no group in the queue."""
-
     largest_group: int
     """Sequences of the largest group in the queue; 1 if it is empty."""
-
     latest_group: int | None
     """Sequences of the group that reached the queue last. None: none ever did, or it cannot be read."""
-
     reserved: bool
     """Whether an environment asks for a share of every batch (min_batch_allocation)."""
 
@@ -78,31 +69,22 @@ class WaitFacts:
 
     url: str
     """Address of the API, without credentials."""
-
     waited: float
     """Seconds since the last batch, or since the start."""
-
     batch_size: int
     """Sequences that a batch needs."""
-
     max_token_len: int
     """Tokens from which on environments drop a group for one of its sequences."""
-
     batches: int
     """Batches that have come so far."""
-
     group_size: float | None
     """Sequences per group in the last batch. None: none came yet."""
-
     in_flight: float | None
     """Seconds that the current ``GET /batch`` has been waiting for its reply. None: none is under way."""
-
     trouble: str | None
     """What the last request failed of. None: it did not fail."""
-
     status: StatusReply | None
     """The API's own numbers. None: not asked, or no answer."""
-
     environments: EnvironmentFacts | None = None
     """What it knows of the environments. None: not asked, or no answer."""
 
@@ -211,33 +193,3 @@ def _why_no_group(facts: WaitFacts, status: StatusReply) -> str:
         f"{dropped}; and they end by themselves when total_steps batches were formed (1000 unless set, "
         f"{status.current_step} by now): start them again with --env.total_steps -1"
     )
-
-
-class Heartbeat:
-    """Logs a line at a regular interval while there is something to say."""
-
-    def __init__(self, interval: float, describe: Callable[[], str | None]) -> None:
-        """Prepare the thread.
-
-        Args:
-            interval: Seconds between two lines.
-            describe: Returns the line, or None if nobody is late. Must not raise.
-        """
-        self._interval = interval
-        self._describe = describe
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="atropos-heartbeat", daemon=True)
-
-    def start(self) -> None:
-        """Start logging."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop logging. Does not wait: the thread may be asking a server that hangs, and holds nothing."""
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval):
-            line = self._describe()
-            if line is not None and not self._stop.is_set():
-                logger.warning("%s", line)

@@ -20,25 +20,18 @@ class Registration(WireModel):
 
     wandb_group: str = ""
     """Weights & Biases group for the environments' own logs. Empty: none."""
-
     wandb_project: str = ""
     """Weights & Biases project for the environments' own logs. Empty: none."""
-
     batch_size: int = Field(gt=0)
     """Sequences (not groups) per batch."""
-
     max_token_len: int = Field(gt=0)
     """Longest sequence, in tokens, that environments should send."""
-
     checkpoint_dir: str = ""
     """Directory in which environments keep their own checkpoints. Empty: none."""
-
     save_checkpoint_interval: int = -1
     """Batches between two checkpoints of an environment. 0 or less: environments save nothing."""
-
     starting_step: int = Field(default=0, ge=0)
     """Step that environments start to count from; above 0 they load their own checkpoint."""
-
     num_steps: int = Field(ge=-1)
     """Steps of the whole run. -1: unknown."""
 
@@ -55,16 +48,12 @@ class EnvironmentRegistration(WireModel):
 
     max_token_length: int = Field(gt=0)
     """Longest sequence, in tokens, that this environment sends."""
-
     desired_name: str
     """Name in logs; the server appends a number."""
-
     weight: Annotated[float, AllowInfNan(False)] = Field(default=1.0, ge=0)
     """Share of the data wanted from this environment, relative to the others."""
-
     group_size: int = Field(gt=0)
     """Sequences per group."""
-
     min_batch_allocation: Annotated[float, AllowInfNan(False)] | None = Field(default=None, ge=0, le=1)
     """Smallest share of every batch for this environment. None: no guarantee."""
 
@@ -74,22 +63,16 @@ class EnvironmentRegistrationReply(WireModel):
 
     status: str
     """``"success"``, or a text that asks to wait for the trainer."""
-
     env_id: int | None = None
     """Number of the environment; it goes into every group."""
-
     wandb_name: str | None = None
     """Name that the server chose."""
-
     checkpoint_dir: str | None = None
     """As the trainer registered it."""
-
     starting_step: int | None = None
     """Batches formed so far, counted from the trainer's starting step."""
-
     checkpoint_interval: int | None = None
     """As the trainer registered it (``save_checkpoint_interval``)."""
-
     num_steps: int | None = None
     """As the trainer registered it."""
 
@@ -111,19 +94,14 @@ class EnvironmentStatus(WireModel):
 
     current_step: int
     """Batches formed so far; not a policy version."""
-
     queue_size: int
     """Groups waiting, in units of this environment's group size."""
-
     unallocated_fraction: float
     """Share of a batch that no environment has reserved."""
-
     env_weight: float
     """Share of the data wanted from this environment, normalised over the connected ones."""
-
     self_queue_size: int = 0
     """Groups of this environment waiting."""
-
     max_group_size: int = 1
     """Largest group waiting."""
 
@@ -133,7 +111,6 @@ class StatusReply(WireModel):
 
     current_step: int
     """Batches formed (not trained) so far: not a policy version."""
-
     queue_size: int
     """Groups (not sequences) waiting in the queue."""
 
@@ -143,7 +120,6 @@ class InfoReply(WireModel):
 
     batch_size: int
     """Sequences per batch. -1: no trainer has registered."""
-
     max_token_len: int
     """Longest sequence in tokens. -1: no trainer has registered."""
 
@@ -158,12 +134,9 @@ class ScoredDataListReply(WireModel):
 
     status: Literal["received"]
     """Always ``"received"``."""
-
     groups_processed: int
     """Groups in the request."""
-
     buffered: int = 0
     """How many of them wait in a buffer."""
-
     last_buffer_size: int | None = None
     """Sequences waiting in the buffer that was used last. None: none was."""

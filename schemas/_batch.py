@@ -31,13 +31,10 @@ class RejectedGroup:
 
     index: int
     """Position of the group inside its batch, from 0."""
-
     env_id: int | None
     """Number of the environment that sent it. None: not readable."""
-
     reason: str
     """One line, for example ``tokens[3] has 17 entries but masks[3] has 16``."""
-
     raw: Any
     """The parsed JSON value, as it came."""
 
@@ -99,10 +96,8 @@ class BatchReply(WireModel):
         | None
     )
     """The wire field: a list of groups, or null when the server has not enough data. Prefer `groups`."""
-
     status: str | None = None
     """``"error"`` when no trainer is registered, else absent."""
-
     message: str | None = None
     """What the server says about `status`."""
 

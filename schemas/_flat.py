@@ -34,19 +34,14 @@ class FlatGroup:
 
     lengths: list[int]
     """[n] the ``T_i``."""
-
     tokens: bytes
     """[N] int32."""
-
     masks: bytes
     """[N] int32: -100 or the token id."""
-
     advantages: bytes | None
     """[N] float32. None: not sent."""
-
     ref_logprobs: bytes | None
     """[N] float32. None: not sent."""
-
     inference_logprobs: bytes | None
     """[N] float32. None: not sent."""
 

@@ -62,57 +62,43 @@ class ScoredGroup(WireModel):
     # The range of token ids is checked while they are flattened, which costs a tenth of pydantic's ge and le.
     tokens: Annotated[list[_IntRow], Field(fail_fast=True, min_length=1)]
     """[n][T_i] token ids of prompt and answer, in the environment's tokenizer."""
-
     masks: Annotated[list[_IntRow], Field(fail_fast=True)]
     """[n][T_i] -100 where the token is not trained on, else the token id itself.
 
     Masks of 0 and 1 are recognised, converted to this convention, and reported by `masks_were_binary`."""
-
     scores: Annotated[list[FiniteFloat], Field(fail_fast=True)]
     """[n] reward of each sequence, in the environment's own scale."""
-
     advantages: _OptionalFloatRows = None
     """[n][T_i] token-level advantages computed by the environment. None: derive them from the scores."""
-
     ref_logprobs: _OptionalFloatRows = None
     """[n][T_i] log-probs of a reference model, 1.0 where masked. None: no reference."""
-
     inference_logprobs: _OptionalFloatRows = None
     """[n][T_i] log-probs of the model that sampled the tokens, 1.0 where masked. None: not recorded."""
-
     messages: Annotated[list[Any] | None, EmptyMeansNone()] = None
     """[n] the conversations as text, for people. Never trained on, so its shape is not checked."""
-
     generation_params: _OptionalDict = None
     """How the group was sampled, for example ``{"temperature": 0.7}``. None: not recorded."""
-
     overrides: Annotated[
         Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None,
         EmptyMeansNone(),
     ] = None
     """[n] per-sequence wishes of the environment: ``set_advantage_to_zero``, ``temperature``."""
-
     group_overrides: _OptionalDict = None
     """Wishes of the environment for the whole group, for example ``temperature``."""
-
     images: Annotated[Any, EmptyMeansNone()] = None
     """Images of a multimodal group, as the environment sent them; not checked."""
-
     env_id: int | None = None
     """Number that the API gave to the environment. None: the environment never registered."""
-
     distill_token_ids: Annotated[
         Annotated[list[Annotated[list[_CandidateRow], Field(fail_fast=True)]], Field(fail_fast=True)] | None,
         EmptyMeansNone(),
     ] = None
     """[n][T_i][k] the teacher's candidate tokens at each position. None: no distillation."""
-
     distill_logprobs: Annotated[
         Annotated[list[Annotated[list[_FloatRow], Field(fail_fast=True)]], Field(fail_fast=True)] | None,
         EmptyMeansNone(),
     ] = None
     """[n][T_i][k] the teacher's log-probs of those candidates. None: no distillation."""
-
     _masks_were_binary: bool = PrivateAttr(default=False)
     _flat: FlatGroup | None = PrivateAttr(default=None)
 

@@ -16,7 +16,6 @@ from atropos_client._calls import claims_batch, parse_batch
 from atropos_client.clock import running_time
 from atropos_client.errors import (
     AtroposClientError,
-    BatchTimeout,
     FetcherStopped,
     InvalidReply,
     UnreadableBatch,
@@ -25,7 +24,7 @@ from atropos_client.fetcher._process import FetchingProcess
 from atropos_client.fetcher._records import FetchCounters, FetchedBatch, count_groups, warn_of_rejected
 from atropos_client.fetcher._settings import FetcherSettings
 from atropos_client.journal import COUNTED, Journal
-from atropos_client.waiting import Heartbeat, WaitFacts, ask_environments, explain_wait, why_no_batch_is_full
+from atropos_client.waiting import WaitFacts, ask_environments, explain_wait, why_no_batch_is_full
 from schemas import BatchReply, count_of
 
 logger = logging.getLogger(__name__)
@@ -95,7 +94,8 @@ class Fetcher:
         self._process = self._make_process(max_restarts)
         self._listener = threading.Thread(target=self._listen, name="atropos-fetcher", daemon=True)
         self._loader = threading.Thread(target=self._load_all, name="atropos-loader", daemon=True)
-        self._heartbeat = Heartbeat(min(settings.heartbeat, _SOON), self._late_line)
+        self._heartbeat = threading.Thread(target=self._beat, name="atropos-heartbeat", daemon=True)
+        self._stopped = threading.Event()
         self._next_line_at = 0.0  # of the heartbeat's thread alone, as is the next one
         self._said_at_once = False
 
@@ -151,20 +151,7 @@ class Fetcher:
         self._heartbeat.start()
         return self
 
-    def get(self, timeout: float | None = None) -> FetchedBatch:
-        """Take the next batch as `take` does, or say who is late, which the API is asked for.
-
-        Raises:
-            BatchTimeout: If none came in time; the message says who is late.
-            FetcherStopped: See `take`.
-            AtroposClientError: See `take`.
-        """
-        batch = self.take(timeout)
-        if batch is None:
-            raise BatchTimeout(f"no batch within {timeout:g} s: {self.explain_wait()}")
-        return batch
-
-    def take(self, timeout: float | None = None) -> FetchedBatch | None:
+    def get(self, timeout: float | None = None) -> FetchedBatch | None:
         """Take the next batch, waiting for it if there is none.
 
         Args:
@@ -203,7 +190,7 @@ class Fetcher:
             self._changed.notify_all()
         pid = self._process.pid
         self._process.stop()
-        self._heartbeat.stop()
+        self._stopped.set()
         if self._listener.ident is not None:
             self._listener.join(timeout)
             if self._listener.is_alive():
@@ -360,7 +347,6 @@ class Fetcher:
             reply=reply,
             body=batch.body,
             served_version=batch.entry.served_version,
-            received_at=batch.entry.received_at,
             prepared=prepared,
             failure=failure,
             unreadable=unreadable,
@@ -439,6 +425,13 @@ class Fetcher:
         if info.registered:  # perhaps by an earlier trainer, whose numbers stay in force
             facts = dataclasses.replace(facts, batch_size=info.batch_size, max_token_len=info.max_token_len)
         return dataclasses.replace(facts, status=status, environments=environments)
+
+    def _beat(self) -> None:
+        # Nobody waits for this thread to end: it may be asking a server that hangs, and holds nothing.
+        while not self._stopped.wait(min(self._settings.heartbeat, _SOON)):
+            line = self._late_line()
+            if line is not None and not self._stopped.is_set():
+                logger.warning("%s", line)
 
     def _late_line(self) -> str | None:
         """A line at every heartbeat; before the first batch at once, if no waiting can mend it."""

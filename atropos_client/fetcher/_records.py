@@ -16,26 +16,17 @@ class FetchedBatch:
 
     number: int
     """Its number in the journal."""
-
     reply: BatchReply
     """The parsed reply; its state is ``"ready"``. All of its groups may have been rejected. Where the body is
     `unreadable` there is none, and its state is ``"waiting"``."""
-
     body: bytes
     """The JSON that was parsed, decompressed."""
-
     served_version: int
     """Policy version that was served when it arrived; -1: unknown."""
-
-    received_at: float
-    """Seconds since the epoch at which the body was whole."""
-
     prepared: object = None
     """What the `prepare` callable made of the reply."""
-
     failure: Exception | None = None
     """What `prepare` raised instead; for whoever takes the batch to raise when its turn has come."""
-
     unreadable: str | None = None
     """Why the body is no batch at all, to be set aside whole. None: it is one."""
 
@@ -46,40 +37,28 @@ class FetchCounters:
 
     polls: int = 0
     """``GET /batch`` requests begun."""
-
     batches: int = 0
     """Replies with a batch."""
-
     empty_replies: int = 0
     """Replies that said "not enough data yet"."""
-
     groups: int = 0
     """Groups that can be trained on."""
-
     sequences: int = 0
     """Sequences in those groups."""
-
     rejected_groups: int = 0
     """Groups that cannot be trained on."""
-
     binary_mask_groups: int = 0
     """Groups whose 0/1 masks were converted."""
-
     bytes: int = 0
     """Bytes of JSON in replies with a batch."""
-
     possibly_lost: int = 0
     """Polls that failed after the server may have removed a batch."""
-
     unreadable: int = 0
     """Replies that came whole and are no batch at all; each is handed on, to be set aside."""
-
     failed_requests: int = 0
     """Other requests that failed, for example while the API was down."""
-
     registrations: int = 0
     """Successful registrations, the first included."""
-
     re_registrations: int = 0
     """Registrations after the first, because the API had forgotten us."""
 

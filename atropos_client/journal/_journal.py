@@ -1,4 +1,4 @@
-"""Appends bodies, reads them, tracks their outcomes, and keeps the journal within bounds."""
+"""Appends bodies, tracks their outcomes, and keeps the journal within bounds."""
 
 from __future__ import annotations
 
@@ -6,46 +6,29 @@ import hashlib
 import logging
 import shutil
 import sqlite3
-import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
-from atropos_client.errors import (
-    BatchNotRecorded,
-    JournalDamaged,
-    JournalError,
-    JournalFull,
-    JournalMismatch,
-    NoSuchBatch,
-)
+from atropos_client.errors import BatchNotRecorded, JournalError, JournalFull, JournalMismatch
 from atropos_client.journal._database import (
     FILE_NAME,
     check_as_left,
     create_directory,
-    damaged,
     format_of,
     open_database,
     open_read_only,
     translated_errors,
 )
-from atropos_client.journal._ledger import IS_WHOLE, SEAL, count_write, find_problems
+from atropos_client.journal._ledger import SEAL, count_write
 from atropos_client.journal._lock import LOCK_NAME, WriterLock
 from atropos_client.journal._marks import UNCLEAN_ENDS, Marks
-from atropos_client.journal._records import (
-    UNKNOWN_VERSION,
-    JournaledBatch,
-    JournalLimits,
-    JournalUsage,
-    LedgerEntry,
-    Outcome,
-    RewindReport,
-    VerifyReport,
-)
+from atropos_client.journal._reader import JournalReader
+from atropos_client.journal._records import UNKNOWN_VERSION, JournalLimits, Outcome, RewindReport
+from atropos_client.journal._rewind import Extent, extent_of, require_rewind
 from atropos_client.journal._unrecorded import keep_unrecorded, unrecorded_bodies
 from schemas import count_of
 
@@ -54,16 +37,8 @@ logger = logging.getLogger(__name__)
 # A third of the size for a tenth of a second in 13 MB; higher levels gain little more. See the package.
 _COMPRESSION_LEVEL: Final = 1
 
-_ENTRY: Final = (
-    "SELECT number, received_at, served_version, size, sha256, outcome, step, reason, skip_reason, "  # noqa: S608
-    f"length(bodies.zlib), {IS_WHOLE} FROM batches LEFT JOIN bodies USING (number)"
-)
 
-_Extent = tuple[int | None, int, int | None]
-"""The last batch; how many came before the first; the first after a checkpoint whose body is gone."""
-
-
-class Journal:
+class Journal(JournalReader, AbstractContextManager["Journal"]):
     """A directory of batches. Threads may share it; so may the trainer and its fetching process.
 
     Example::
@@ -88,21 +63,15 @@ class Journal:
         accept_loss: bool = False,
     ) -> None:
         """Take over an open database; see `open` and `read_only`."""
-        self.directory = directory
-        """Where it lies."""
+        super().__init__(directory, connection, marks)
         self.limits = limits
         """Its bounds."""
         self.lock = lock
         """The right to write. None: opened for reading."""
-        self._path = directory / FILE_NAME
-        self._connection = connection
-        self.marks = marks
-        """What its processes tell each other, and the next start."""
         self._accept_loss = accept_loss
         self.possibly_lost = 0
         """Batches that nobody could count: whose reply was on its way when all processes of a run ended."""
-        self._guard = threading.RLock()
-        self._largest = int(self._one("SELECT coalesce(max(length(zlib)), 0) FROM bodies")[0])
+        self._largest = self._number("SELECT coalesce(max(length(zlib)), 0) FROM bodies")
 
     @classmethod
     def open(
@@ -184,12 +153,12 @@ class Journal:
             marks.close()
         for _ in unrecorded_bodies(directory):
             pass
-        extent: _Extent = (None, 0, None)
+        extent: Extent = (None, 0, None)
         if path.is_file() and path.stat().st_size:
             with closing(open_read_only(path, may_be_new=True)) as connection, translated_errors(path):
                 if format_of(connection):
-                    extent = _extent(connection, after)
-        _require_rewind(directory, after, extent, accept_loss=accept_loss)
+                    extent = extent_of(connection, after)
+        require_rewind(directory, after, extent, accept_loss=accept_loss)
 
     @classmethod
     def read_only(cls, directory: Path) -> Self:
@@ -216,12 +185,7 @@ class Journal:
                 self.lock.release()
                 self.lock = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # Writing.
@@ -273,7 +237,8 @@ class Journal:
             # A start that died before it deleted the file has recorded it already.
             number = self._row(
                 "SELECT number FROM batches WHERE received_at = ? AND sha256 = ?",
-                (unrecorded.received_at, hashlib.sha256(unrecorded.body).digest()),
+                unrecorded.received_at,
+                hashlib.sha256(unrecorded.body).digest(),
             ) or (
                 self._insert(
                     unrecorded.body,
@@ -386,11 +351,11 @@ class Journal:
                 count_of(unsettled, "batch"),
                 after,
             )
-        return RewindReport(waiting=waiting, undone=undone, unsettled=unsettled)
+        return RewindReport(waiting=waiting, undone=undone)
 
     def _check_rewind(self, connection: sqlite3.Connection, after: int) -> None:
-        extent = _extent(connection, after)
-        if _require_rewind(self.directory, after, extent, accept_loss=self._accept_loss):
+        extent = extent_of(connection, after)
+        if require_rewind(self.directory, after, extent, accept_loss=self._accept_loss):
             return
         logger.warning("The journal %s begins after batch %d.", self.directory, after)
         connection.execute("DELETE FROM sqlite_sequence WHERE name = 'batches'")
@@ -430,17 +395,14 @@ class Journal:
 
     # Bounds.
 
-    def require_room(self, expected_bytes: int | None = None) -> None:
+    def require_room(self) -> None:
         """Make sure, before a batch is taken from the API, that it can be recorded.
-
-        Args:
-            expected_bytes: Stored size of the coming batch. None: see `JournalLimits.expected_bytes`.
 
         Raises:
             JournalFull: It may not fit; the message says what to do.
         """
         usage = self.usage()
-        expected = expected_bytes or max(self.limits.expected_bytes, self._largest)
+        expected = max(self.limits.expected_bytes, self._largest)
         if usage.used + expected > self.limits.max_bytes:
             raise JournalFull(
                 f"the journal {self.directory} uses {_mebibytes(usage.used)} and may use "
@@ -457,174 +419,6 @@ class Journal:
                 "free. No batch was taken from the API; make room and start again"
             )
 
-    def usage(self) -> JournalUsage:
-        """Return the space that it takes."""
-        pages, unused, page_size = (
-            self._one(f"PRAGMA {name}")[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        return JournalUsage(used=(pages - unused) * page_size, reusable=unused * page_size)
-
-    # Reading.
-
-    def read(self, number: int) -> JournaledBatch:
-        """Read a batch and verify its checksum.
-
-        Raises:
-            NoSuchBatch: There is none of this number, or its body was pruned.
-            JournalDamaged: The body is not what was recorded.
-        """
-        entry = self.entry(number)
-        row = self._row(
-            "SELECT zlib FROM bodies WHERE number = ?", (number,), reading=f"the body of batch {number}"
-        )
-        if row is None:
-            raise NoSuchBatch(
-                f"the body of batch {number} ({entry.outcome}) was pruned from {self.directory}"
-            )
-        try:
-            # Bounded: a damaged body must not unfold to any size.
-            body = zlib.decompressobj().decompress(row[0], entry.size + 1)
-        except (zlib.error, TypeError) as error:
-            raise damaged(
-                self._path, f"the body of batch {number} cannot be decompressed ({error})"
-            ) from error
-        if len(body) != entry.size or hashlib.sha256(body).hexdigest() != entry.sha256:
-            raise damaged(self._path, f"the body of batch {number} does not have the checksum it came with")
-        return JournaledBatch(entry=entry, body=body)
-
-    def entry(self, number: int) -> LedgerEntry:
-        """Return the ledger's row of a batch.
-
-        Raises:
-            NoSuchBatch: There is none of this number.
-        """
-        row = self._row(f"{_ENTRY} WHERE number = ?", (number,))
-        if row is None:
-            raise NoSuchBatch(f"the journal {self.directory} has no batch {number}")
-        *fields, is_whole = row
-        if not is_whole:
-            raise damaged(self._path, f"the ledger's row of batch {number} is not what was written")
-        return _entry(fields)
-
-    def numbers_after(self, number: int) -> list[int]:
-        """Return the numbers of all batches after this one, in order of arrival."""
-        rows = self._rows("SELECT number FROM batches WHERE number > ? ORDER BY number", (number,))
-        return [row[0] for row in rows]
-
-    def ledger(self) -> Iterator[LedgerEntry]:
-        """Iterate over all batches without their bodies, in order of arrival."""
-        for number in self.numbers_after(0):
-            yield self.entry(number)
-
-    @property
-    def last_number(self) -> int:
-        """Number of the newest batch; 0: there is none."""
-        return int(self._one("SELECT coalesce(max(number), 0) FROM batches")[0])
-
-    def verify(self) -> VerifyReport:
-        """Check the whole file and every body. Reads all of it."""
-        try:
-            problems = [row[0] for row in self._rows("PRAGMA integrity_check") if row[0] != "ok"]
-            with self._guard, translated_errors(self._path):
-                problems += find_problems(self._connection)
-            written, known = self._one("SELECT writes FROM state")[0], self.marks.get("writes")
-            if written < known:
-                problems.append(f"the last {known - written} of {known} writes are missing")
-            numbers = self.numbers_after(0)
-        except JournalDamaged as error:
-            return VerifyReport(batches=0, bodies=0, problems=(error.found,))
-        bodies = 0
-        for number in numbers:
-            try:
-                entry = self.entry(number)
-                if entry.stored_size is not None:
-                    bodies += 1
-                    self.read(number)
-                elif entry.outcome == "received":
-                    problems.append(f"batch {number} has no outcome and no body")
-            except JournalError as error:
-                problems.append(str(error))
-        return VerifyReport(batches=len(numbers), bodies=bodies, problems=tuple(problems))
-
-    def _row(
-        self, statement: str, values: tuple[Any, ...] = (), *, reading: str = ""
-    ) -> tuple[Any, ...] | None:
-        rows = self._rows(statement, values, reading=reading)
-        return rows[0] if rows else None
-
-    def _one(self, statement: str) -> tuple[Any, ...]:
-        return self._rows(statement)[0]
-
-    def _rows(
-        self, statement: str, values: tuple[Any, ...] = (), *, reading: str = ""
-    ) -> list[tuple[Any, ...]]:
-        with self._guard, translated_errors(self._path, reading):
-            return self._connection.execute(statement, values).fetchall()
-
-
-def _entry(fields: Sequence[Any]) -> LedgerEntry:
-    number, received_at, served_version, size, sha256, outcome, step, reason, skip_reason, stored_size = (
-        fields
-    )
-    return LedgerEntry(
-        number=number,
-        received_at=received_at,
-        served_version=served_version,
-        size=size,
-        sha256=sha256.hex(),
-        outcome=outcome,
-        step=step,
-        reason=reason,
-        skip_reason=skip_reason,
-        stored_size=stored_size,
-    )
-
 
 def _mebibytes(size: int) -> str:
     return f"{size / (1 << 20):.1f} MiB"
-
-
-def _extent(connection: sqlite3.Connection, after: int) -> _Extent:
-    return tuple(
-        connection.execute(
-            "SELECT (SELECT max(number) FROM batches), (SELECT begin FROM state), (SELECT min(number) "
-            "FROM batches WHERE number > ? AND number NOT IN (SELECT number FROM bodies))",
-            (after,),
-        ).fetchone()
-    )
-
-
-def _require_rewind(directory: Path, after: int, extent: _Extent, *, accept_loss: bool) -> bool:
-    """See that a run can go on after batch `after`; returns whether the journal has batches up to there.
-
-    Raises:
-        JournalMismatch: It cannot.
-    """
-    last, begin, pruned = extent
-    remedy = "start once with --journal.accept_loss true"
-    if pruned is not None:
-        counted = (
-            f"the newest checkpoint counts {count_of(after, 'batch')}"
-            if after
-            else "no checkpoint counts a batch"
-        )
-        raise JournalMismatch(
-            f"{counted}, and the journal {directory} has no body of batch {pruned} any more: it was deleted "
-            "behind a later checkpoint. Put back the checkpoints that were beside it; or choose another "
-            f"train.output_dir; or, to go on without these batches, move this journal away and {remedy}"
-        )
-    if after <= (begin if last is None else last):
-        return True
-    if last is not None:
-        raise JournalMismatch(
-            f"the checkpoint counts {count_of(after, 'batch')} but the journal {directory} ends with batch "
-            f"{last}: they are not of the same run. Put back the one that is; or move this one away and "
-            f"{remedy}, to go on from the checkpoint without it"
-        )
-    if not accept_loss:
-        raise JournalMismatch(
-            f"the checkpoint counts {count_of(after, 'batch')} but the journal {directory} is new or "
-            "emptied. Put it back; or, if the run had none or what was fetched after the checkpoint may be "
-            f"lost, {remedy}"
-        )
-    return False

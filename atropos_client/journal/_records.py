@@ -17,19 +17,10 @@ class JournalLimits:
 
     max_bytes: int = 64 << 30
     """Bytes on the disk that the journal may use; space of pruned bodies does not count."""
-
     min_free_bytes: int = 512 << 20
     """Bytes of the file system that stay free: checkpoints need room too."""
-
     expected_bytes: int = 32 << 20
     """Stored bytes that a coming batch may have; the largest one so far counts if it was larger."""
-
-    def __post_init__(self) -> None:
-        if self.max_bytes < 1 or self.min_free_bytes < 0 or self.expected_bytes < 1:
-            raise ValueError(
-                "max_bytes and expected_bytes must be at least 1 and min_free_bytes at least 0, found "
-                f"{self.max_bytes}, {self.expected_bytes} and {self.min_free_bytes}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,31 +29,22 @@ class LedgerEntry:
 
     number: int
     """Position in the order of arrival, from 1; never used twice."""
-
     received_at: float
     """Seconds since the epoch at which the body was whole."""
-
     served_version: int
     """Policy version that was served when it arrived; -1: unknown."""
-
     size: int
     """Bytes of the body, not compressed."""
-
     sha256: str
     """Of the body, not compressed; hexadecimal."""
-
     outcome: Outcome
     """What became of it."""
-
     step: int | None
     """Optimizer step that trained on it. None: none did."""
-
     reason: str | None
     """Why it was set aside or skipped. None: it was not."""
-
     skip_reason: str | None
     """Why it is to be set aside unread when the run comes to it. None: it is read."""
-
     stored_size: int | None
     """Bytes that the compressed body takes. None: it was pruned."""
 
@@ -82,12 +64,8 @@ class RewindReport:
 
     waiting: int
     """Batches after the checkpoint, to be trained next."""
-
     undone: int
     """How many of them had an outcome that the checkpoint does not count."""
-
-    unsettled: int
-    """Batches that the checkpoint counts and that have no outcome. More than 0 hints at a defect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +74,6 @@ class JournalUsage:
 
     used: int
     """Pages in use."""
-
     reusable: int
     """Pages of pruned bodies, used again by the next batches."""
 
@@ -107,9 +84,7 @@ class VerifyReport:
 
     batches: int
     """Rows of the ledger."""
-
     bodies: int
     """Bodies that were read and compared with their checksums."""
-
     problems: tuple[str, ...]
     """One line a problem; empty: there is none."""

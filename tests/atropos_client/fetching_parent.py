@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-from atropos_client import BatchTimeout
 from atropos_client.fetcher import Fetcher, FetcherSettings
 from atropos_client.journal import Journal
 
@@ -29,9 +28,8 @@ def main() -> None:
         Fetcher(journal, settings, after=after, served_version=lambda: 5) as fetcher,
     ):
         while True:
-            try:
-                batch = fetcher.get(timeout=1)
-            except BatchTimeout:
+            batch = fetcher.get(timeout=1)
+            if batch is None:
                 continue
             time.sleep(told["train_seconds"])
             journal.settle(batch.number, "trained", step=batch.number)

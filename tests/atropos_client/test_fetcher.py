@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,6 @@ from atropos_client import (
     AccessDenied,
     ApiUnreachable,
     BatchPossiblyLost,
-    BatchTimeout,
     FetcherStopped,
     JournalError,
     JournalFull,
@@ -79,7 +79,6 @@ def test_batches_come_in_order_from_the_journal_with_number_version_and_body(
     server: MisbehavingServer, journal: Journal
 ) -> None:
     server.script("/batch", NULL, NULL, batch(1.0), batch(2.0), NULL)
-    before = time.time()
     with fetching(journal, server.url, served_version=lambda: 7) as fetcher:
         one, two = fetcher.get(PATIENCE), fetcher.get(PATIENCE)
         counters = fetcher.counters
@@ -88,7 +87,6 @@ def test_batches_come_in_order_from_the_journal_with_number_version_and_body(
     assert [one.served_version, two.served_version] == [7, 7]
     assert one.body == batch(1.0).body == journal.read(1).body
     assert two.reply.groups[0].scores == [2.0, 0.0]
-    assert before <= one.received_at <= two.received_at <= time.time()
     assert (counters.batches, counters.groups, counters.sequences) == (2, 2, 4)
     assert counters.empty_replies >= 2
     assert counters.bytes == len(one.body) + len(two.body)
@@ -420,25 +418,17 @@ def test_waiting_in_vain_says_who_is_late(server: MisbehavingServer, journal: Jo
     server.script("/batch", NULL)
     with fetching(journal, server.url) as fetcher:
         eventually(lambda: fetcher.counters.empty_replies)
-        with pytest.raises(BatchTimeout, match=r"no batch within 0\.1 s: no environment connected"):
-            fetcher.get(0.1)
-
-
-def test_taking_in_vain_asks_nobody_who_is_late(server: MisbehavingServer, journal: Journal) -> None:
-    server.script("/batch", NULL)
-    with fetching(journal, server.url) as fetcher:
-        eventually(lambda: fetcher.counters.empty_replies)
-        assert [fetcher.take(0.01) for _ in range(5)] == [None] * 5
-        paths = {request.path for request in server.seen}
-    assert paths == {"/register", "/info", "/batch"}
+        assert [fetcher.get(0.01) for _ in range(5)] == [None] * 5
+        assert {request.path for request in server.seen} == {"/register", "/info", "/batch"}
+        assert fetcher.explain_wait().startswith("no environment connected")
 
 
 def test_waiting_while_the_api_fails_says_of_what(server: MisbehavingServer, journal: Journal) -> None:
     server.script("/batch", LOST)
     with fetching(journal, server.url) as fetcher:
         eventually(lambda: fetcher.counters.possibly_lost)
-        with pytest.raises(BatchTimeout, match=r"API at http://\S+ fails: GET \S+/batch: .* status 500"):
-            fetcher.get(0.1)
+        said = fetcher.explain_wait()
+    assert re.search(r"API at http://\S+ fails: GET \S+/batch: .* status 500", said), said
 
 
 def test_the_heartbeat_logs_the_queue_while_we_wait_and_is_silent_while_a_batch_lies_ready(

@@ -25,9 +25,8 @@ from atropos_client.errors import (
     ReplyTooLarge,
     ServerError,
 )
-from atropos_client.waiting import EnvironmentFacts, Heartbeat, WaitFacts, explain_wait
+from atropos_client.waiting import EnvironmentFacts, WaitFacts, explain_wait
 from schemas import StatusReply
-from tests.atropos_client.misbehaving_server import eventually
 
 POLICY = RetryPolicy(attempts=4, wall_clock=30.0)
 
@@ -161,12 +160,3 @@ def among(**changes: object) -> EnvironmentFacts:
 )
 def test_the_heartbeat_line_names_who_is_late(changes: dict[str, object], said: str) -> None:
     assert said in explain_wait(dataclasses.replace(FACTS, **changes))  # type: ignore[arg-type]
-
-
-def test_a_heartbeat_beats_until_it_is_stopped(caplog: pytest.LogCaptureFixture) -> None:
-    lines = iter(["one is late", None, "two are late"])
-    heartbeat = Heartbeat(0.01, lambda: next(lines, None))
-    heartbeat.start()
-    eventually(lambda: "two are late" in caplog.text)
-    heartbeat.stop()
-    assert [record.getMessage() for record in caplog.records] == ["one is late", "two are late"]

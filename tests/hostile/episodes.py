@@ -12,10 +12,10 @@ import pytest
 
 from atropos_client import AtroposClient, parse_batch
 from schemas import Registration
-from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
+from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
 from tests.atropos_client.test_real_api import RealApi
 from tests.hostile.case import AFTER, BASE, NEIGHBOUR, EpisodeCase, Group, Stage
-from tests.hostile.harness import PATIENCE, beside, eventually, push, script_api
+from tests.hostile.harness import PATIENCE, beside, push, script_api
 from trainer import RunSummary
 
 FIRST = [NEIGHBOUR, BASE]

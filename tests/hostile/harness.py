@@ -15,7 +15,8 @@ from atropos_client import RetryPolicy, Timeouts
 from atropos_client.fetcher import Fetcher, FetcherSettings
 from atropos_client.journal import Journal
 from tests.atropos_client.in_thread import ThreadFetcher
-from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
+from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
+from tests.hostile.case import Case
 from trainer import RunSummary, TrainerConfig, load_config
 from trainer.run.build import build_trainer
 from trainer.sources.live import AtroposSource
@@ -29,19 +30,24 @@ MAX_BODY_BYTES = 16 << 20
 NO_DATA = Answer(body=b'{"batch":null}')
 
 
+def impatient(settings: FetcherSettings) -> FetcherSettings:
+    """The trainer's own settings, with the pauses and the patience of a test."""
+    patience = settings.timeouts.batch_read
+    changes = {
+        "timeouts": Timeouts(batch_read=patience, total=patience),
+        "retries": RetryPolicy(attempts=2, first_pause=0.01, longest_pause=0.01),
+        "first_pause": 0.01,
+        "longest_pause": 0.05,
+        "longest_failure_pause": 0.05,
+    }
+    return settings.model_copy(update=changes)
+
+
 class ImpatientSource(AtroposSource):
-    """The trainer's own source with the pauses and patience of a test, fetching in a thread."""
+    """The trainer's own source, fetching in a thread."""
 
     def _make_fetcher(self, journal: Journal, settings: FetcherSettings, **options: Any) -> Fetcher:
-        patience = self._config.atropos.read_timeout
-        impatient = {
-            "timeouts": Timeouts(batch_read=patience, total=patience),
-            "retries": RetryPolicy(attempts=2, first_pause=0.01, longest_pause=0.01),
-            "first_pause": 0.01,
-            "longest_pause": 0.05,
-            "longest_failure_pause": 0.05,
-        }
-        return ThreadFetcher(journal, settings.model_copy(update=impatient), **options)
+        return ThreadFetcher(journal, impatient(settings), **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,16 @@ class Training:
     """Seconds that a reply to a poll may take, in all and without a byte."""
     options: Sequence[str] = field(default_factory=tuple)
     """Settings, as on the command line; later ones win."""
+
+
+def training_of(case: Case) -> Training:
+    """How the run of a row trains."""
+    return Training(
+        steps=len(case.good_bodies()),
+        batch_size=case.batch_size,
+        patience=case.patience,
+        options=case.options,
+    )
 
 
 def configure(model: Path, output: Path, url: str, training: Training) -> TrainerConfig:
@@ -138,17 +154,3 @@ def beside(work: Callable[[], None]) -> Iterator[None]:
         thread.join(PATIENCE)
         if failures:
             raise failures[0]
-
-
-__all__ = [
-    "MAX_BODY_BYTES",
-    "NO_DATA",
-    "PATIENCE",
-    "ImpatientSource",
-    "Training",
-    "beside",
-    "eventually",
-    "push",
-    "script_api",
-    "train_over_http",
-]

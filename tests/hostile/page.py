@@ -10,10 +10,11 @@ from tests.hostile.table import ALL_CASES
 INTRODUCTION = """# Hostile and uneven input
 
 Environments are written by many hands, and a network does what it likes. Each row below is a test: the input
-travels over HTTP through the real client into the real training loop. What an *environment* or the *real API*
-does runs on the real Atropos API server; what that server will not do on demand, a *server* that
-misbehaves does. A good batch follows each bad input, and the final weights must equal, bit for bit, those of
-a run that saw the good parts only.
+travels over HTTP through the real client, and is read, validated and prepared; some of each kind go on into
+the real training loop. What an *environment* or the *real API* does runs on the real Atropos API server; what
+that server will not do on demand, a *server* that misbehaves does. A good batch follows each bad input, and
+what is prepared for the steps, or the final weights, must equal, bit for bit, those of a run that saw the
+good parts only.
 
 There are four outcomes:
 

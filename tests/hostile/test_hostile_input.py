@@ -1,7 +1,8 @@
-"""The table of bad inputs, each through the real client and the real training loop.
+"""The table of bad inputs, each through the real client, a few of each kind through the training loop too.
 
-A bad input comes first and a good batch follows. Unless the run is refused, the final weights must equal, bit
-for bit, those of a run that saw the good parts only: nothing bad was trained on, and nothing good was missed.
+A bad input comes first and a good batch follows. Unless the run is refused, the final weights, or what is
+prepared for the steps, must equal, bit for bit, those of a run that saw the good parts only: nothing bad was
+trained on, and nothing good was missed.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class AtroposSource:
 
     def get(self, timeout: float) -> IncomingBatch | None:
         """Wait for a batch."""
-        batch = self._started().take(timeout)
+        batch = self._started().get(timeout)
         if batch is None:
             return None
         if self._temporary is not None and self._journal is not None:
