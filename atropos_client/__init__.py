@@ -6,8 +6,8 @@ Imports `schemas`, httpx and the standard library; never torch.
 from __future__ import annotations
 
 from atropos_client._body import BodyReader
-from atropos_client._calls import parse_batch
 from atropos_client._client import AtroposClient
+from atropos_client._reading import parse_batch
 from atropos_client._retry import (
     NO_RETRIES,
     Resend,

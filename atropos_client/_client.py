@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Final, TypeVar
 
 import httpx
-from pydantic import SecretStr, TypeAdapter
+from pydantic import BaseModel, SecretStr, TypeAdapter
 
 from atropos_client._body import BodyReader
-from atropos_client._calls import Call, get, post, reader
-from atropos_client._exchange import Reply, encode_request, exchange, worth_keeping
-from atropos_client._retry import NO_RETRIES, Resend, RetryPolicy
+from atropos_client._reading import read_as
+from atropos_client._reply import Reply, judge, may_have_removed, possibly_lost, worth_keeping
+from atropos_client._retry import NO_RETRIES, Resend, RetryPolicy, send_within
 from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, ConnectionSettings, Timeouts
 from atropos_client._translate import translated_errors
 from atropos_client.clock import running_time
-from atropos_client.errors import ApiUnreachable, RequestFailed, ServerError
+from atropos_client.errors import ApiUnreachable, AtroposClientError, InvalidReply, RequestFailed, ServerError
 from schemas import (
     EnvironmentIdentifier,
     EnvironmentRegistration,
@@ -28,23 +28,21 @@ from schemas import (
     EnvironmentStatus,
     InfoReply,
     Registration,
-    RegistrationReply,
-    ScoredDataListReply,
     ScoredGroup,
     StatusReply,
 )
 
-T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 
-_GROUPS: TypeAdapter[list[ScoredGroup]] = TypeAdapter(list[ScoredGroup])
-_GREETING: Final = Call[None](method="GET", path="/", parse=lambda _: None, resend=Resend.HARMLESS)
+_GROUPS: Final = TypeAdapter(list[ScoredGroup])
+_COMPRESS_FROM: Final = 1024  # bytes; below this, gzip costs more than it saves
 _READY_PAUSE: Final = 0.2  # seconds between two looks at a server that is starting
 _REMIND_SECONDS: Final = 15.0  # between two log lines that say that we still wait for it
 
 
-class AtroposClient:
+class AtroposClient(AbstractContextManager["AtroposClient"]):
     """Speaks to one Atropos API server. Threads may share it; connections are reused.
 
     Example::
@@ -101,12 +99,7 @@ class AtroposClient:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -115,10 +108,9 @@ class AtroposClient:
 
     # The trainer's side.
 
-    def register(self, registration: Registration) -> RegistrationReply:
+    def register(self, registration: Registration) -> None:
         """Register the trainer. Only the first registration since the API started counts."""
-        # Harmless to repeat: the server ignores what a second one says.
-        return self._call(post("/register", registration, RegistrationReply, Resend.HARMLESS))
+        self._call("POST", "/register", _json(registration))  # what a second one says is ignored
 
     def fetch_batch(self) -> bytes:
         """Take the next batch, if there is one, as JSON that nobody has read yet, to be stored first.
@@ -126,25 +118,22 @@ class AtroposClient:
         Raises:
             BatchPossiblyLost: If the request failed after the server may have removed a batch.
         """
-        resend = Resend.ONLY_IF_NOT_SENT
-        return self._call(Call(method="GET", path="/batch", parse=bytes, resend=resend, removes_batch=True))
+        return self._call("GET", "/batch", resend=Resend.ONLY_IF_NOT_SENT, removes_batch=True)
 
     def status(self) -> StatusReply:
         """Return how many groups wait and how many batches were formed."""
-        return self._call(get("/status", StatusReply))
+        return self._ask(StatusReply, "GET", "/status")
 
     def info(self) -> InfoReply:
         """Return the batch size and the longest sequence of the registration in force."""
-        return self._call(get("/info", InfoReply))
+        return self._ask(InfoReply, "GET", "/info")
 
     def latest_example(self) -> ScoredGroup | None:
         """Return the last group that reached the queue, without removing it. None: there was none."""
-
-        def parse(body: bytes) -> ScoredGroup | None:
-            # What the server answers when it has none: every field an empty list.
-            return None if body.startswith(b'{"tokens":[],') else reader(ScoredGroup)(body)
-
-        return self._call(Call(method="GET", path="/latest_example", parse=parse, resend=Resend.HARMLESS))
+        body = self._call("GET", "/latest_example")
+        if body.startswith(b'{"tokens":[],'):  # what the server answers: every field an empty list
+            return None
+        return self._read(ScoredGroup, body, "GET", "/latest_example")
 
     def wait_until_ready(self, deadline: float) -> None:
         """Wait until the API answers.
@@ -160,7 +149,7 @@ class AtroposClient:
         end, remind_at = started + deadline, started
         while True:
             try:
-                self._call(_GREETING, NO_RETRIES)
+                self._call("GET", "/", retries=NO_RETRIES)
             except (RequestFailed, ServerError) as error:
                 now = running_time()
                 if now >= remind_at:
@@ -184,43 +173,91 @@ class AtroposClient:
 
     def register_environment(self, registration: EnvironmentRegistration) -> EnvironmentRegistrationReply:
         """Register an environment; not `accepted` before the trainer has polled once."""
-        # A second one would add a second environment.
-        resend = Resend.ONLY_IF_NOT_SENT
-        return self._call(post("/register-env", registration, EnvironmentRegistrationReply, resend))
+        body, resend = _json(registration), Resend.ONLY_IF_NOT_SENT  # a second one would add another
+        return self._ask(EnvironmentRegistrationReply, "POST", "/register-env", body, resend)
 
     def environment_status(self, env_id: int) -> EnvironmentStatus:
         """Return what an environment needs to decide whether to produce more."""
-        return self._call(get("/status-env", EnvironmentStatus, EnvironmentIdentifier(env_id=env_id)))
+        body = _json(EnvironmentIdentifier(env_id=env_id))
+        return self._ask(EnvironmentStatus, "GET", "/status-env", body)
 
-    def push_groups(self, groups: Sequence[ScoredGroup]) -> ScoredDataListReply:
+    def push_groups(self, groups: Sequence[ScoredGroup]) -> None:
         """Hand groups to the queue."""
-        return self._call(
-            Call(
-                method="POST",
-                path="/scored_data_list",
-                body=_GROUPS.dump_json(list(groups), exclude_none=True),
-                parse=reader(ScoredDataListReply),
-                resend=Resend.ONLY_IF_NOT_SENT,  # a second one would store the groups twice
-            )
-        )
+        body = _GROUPS.dump_json(list(groups), exclude_none=True)
+        self._call("POST", "/scored_data_list", body, resend=Resend.ONLY_IF_NOT_SENT)  # else stored twice
 
     def reset_data(self) -> None:
         """Wipe the queue and the registration. Until the next registration ``GET /batch`` fails with 500."""
-        harmless = Resend.HARMLESS
-        self._call(
-            Call(method="GET", path="/reset_data", parse=lambda _: None, resend=harmless, expects_json=False)
-        )
+        self._call("GET", "/reset_data", expects_json=False)
 
-    def _call(self, call: Call[T], retries: RetryPolicy | None = None) -> T:
-        return exchange(call, self._send, retries or self._retries, self._settings)
+    def _ask(
+        self,
+        reply: type[M],
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        resend: Resend = Resend.HARMLESS,
+    ) -> M:
+        return self._read(reply, self._call(method, path, body, resend=resend), method, path)
 
-    def _send(self, call: Call[Any]) -> Reply:
-        headers, body = encode_request(call)
-        timeout = self._settings.phase_timeouts(batch=call.removes_batch)
+    def _read(self, reply: type[M], body: bytes, method: str, path: str) -> M:
+        try:
+            return read_as(reply, body)
+        except InvalidReply as error:
+            error.method, error.url = method, self.base_url + path
+            raise
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        resend: Resend = Resend.HARMLESS,
+        expects_json: bool = True,
+        removes_batch: bool = False,
+        retries: RetryPolicy | None = None,
+    ) -> bytes:
+        """Send a request, repeating it where that is safe, and return the body of the reply.
+
+        Args:
+            method: Of HTTP.
+            path: Below the base URL.
+            body: JSON, not compressed.
+            resend: What a second sending would do.
+            expects_json: Whether a reply that is not labelled as JSON is refused.
+            removes_batch: Whether the server forgets what it answers.
+            retries: Bounds on repeating it. None: the client's.
+
+        Raises:
+            BatchPossiblyLost: If it removes a batch and failed after it may have been sent.
+            AtroposClientError: Whatever the last sending failed of.
+        """
+        def send() -> bytes:
+            reply = self._send(method, path, body, removes_batch=removes_batch)
+            return judge(reply, self._settings, expects_json=expects_json)
+
+        try:
+            return send_within(retries or self._retries, send, resend)
+        except AtroposClientError as error:
+            error.method, error.url = method, self.base_url + path
+            if removes_batch and may_have_removed(error):
+                raise possibly_lost(error) from error
+            raise
+
+    def _send(self, method: str, path: str, body: bytes | None, *, removes_batch: bool) -> Reply:
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        if body is not None and len(body) >= _COMPRESS_FROM:
+            headers["Content-Encoding"] = "gzip"
+            # Level 1: numbers as text compress about as well, several times faster. mtime=0: always equal.
+            body = gzip.compress(body, compresslevel=1, mtime=0)
+        timeout = self._settings.phase_timeouts(batch=removes_batch)
         reader = BodyReader(limit=self._settings.max_body_bytes, patience=self._settings.timeouts.total)
-        request = self._http.build_request(
-            call.method, call.path, content=body, headers=headers, timeout=timeout
-        )
+        request = self._http.build_request(method, path, content=body, headers=headers, timeout=timeout)
         with translated_errors(), closing(self._http.send(request, stream=True)) as response:
             content = reader.read(response, whole=worth_keeping(response))
             return Reply(response.status_code, response.headers, content)
+
+
+def _json(request: BaseModel) -> bytes:
+    return request.model_dump_json().encode()

@@ -13,8 +13,6 @@ from schemas._api import (
     EnvironmentStatus,
     InfoReply,
     Registration,
-    RegistrationReply,
-    ScoredDataListReply,
     StatusReply,
 )
 from schemas._batch import MAX_GROUPS, BatchReply, BatchState, RejectedGroup
@@ -38,9 +36,7 @@ __all__ = [
     "FlatGroup",
     "InfoReply",
     "Registration",
-    "RegistrationReply",
     "RejectedGroup",
-    "ScoredDataListReply",
     "ScoredGroup",
     "StatusReply",
     "WireModel",

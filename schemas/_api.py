@@ -5,7 +5,7 @@ Each class names its route and who sends it. Groups and batches have modules of 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AllowInfNan, Field
 
@@ -36,13 +36,6 @@ class Registration(WireModel):
     """Steps of the whole run. -1: unknown."""
 
 
-class RegistrationReply(WireModel):
-    """Reply to ``POST /register``."""
-
-    uuid: int
-    """A random 128-bit number. The server never asks for it again."""
-
-
 class EnvironmentRegistration(WireModel):
     """``POST /register-env``, sent by an environment."""
 
@@ -65,14 +58,8 @@ class EnvironmentRegistrationReply(WireModel):
     """``"success"``, or a text that asks to wait for the trainer."""
     env_id: int | None = None
     """Number of the environment; it goes into every group."""
-    wandb_name: str | None = None
-    """Name that the server chose."""
-    checkpoint_dir: str | None = None
-    """As the trainer registered it."""
     starting_step: int | None = None
     """Batches formed so far, counted from the trainer's starting step."""
-    checkpoint_interval: int | None = None
-    """As the trainer registered it (``save_checkpoint_interval``)."""
     num_steps: int | None = None
     """As the trainer registered it."""
 
@@ -127,16 +114,3 @@ class InfoReply(WireModel):
     def registered(self) -> bool:
         """Whether the API knows of a trainer."""
         return self.batch_size > 0
-
-
-class ScoredDataListReply(WireModel):
-    """Reply to ``POST /scored_data_list``."""
-
-    status: Literal["received"]
-    """Always ``"received"``."""
-    groups_processed: int
-    """Groups in the request."""
-    buffered: int = 0
-    """How many of them wait in a buffer."""
-    last_buffer_size: int | None = None
-    """Sequences waiting in the buffer that was used last. None: none was."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Final, Self
 
-from atropos_client._calls import claims_batch, parse_batch
+from atropos_client._reading import claims_batch, parse_batch
 from atropos_client.clock import running_time
 from atropos_client.errors import (
     AtroposClientError,

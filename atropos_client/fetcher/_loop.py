@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from atropos_client._calls import claims_batch, parse_batch
 from atropos_client._client import AtroposClient
-from atropos_client._exchange import possibly_lost
+from atropos_client._reading import claims_batch, parse_batch
+from atropos_client._reply import possibly_lost
 from atropos_client._retry import is_transient
 from atropos_client.backoff import Backoff
 from atropos_client.clock import running_time

@@ -31,7 +31,7 @@ from tests.schemas.test_group import GOOD
 
 BATCH = json.dumps({"batch": [GOOD]}).encode()
 STATUS = Answer(body=b'{"current_step":3,"queue_size":2}')
-RECEIVED = Answer(body=b'{"status":"received","groups_processed":1}')
+RECEIVED = Answer(body=b'{"status":"received"}')
 TIGER = "tiger-token"
 LION = "lion-header"
 IMPATIENT = Timeouts(connect=2.0, read=0.2, batch_read=0.2, total=5.0)

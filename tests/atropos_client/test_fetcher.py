@@ -31,7 +31,7 @@ from atropos_client import (
     Timeouts,
     UnreadableBatch,
 )
-from atropos_client._calls import claims_batch
+from atropos_client._reading import claims_batch
 from atropos_client.fetcher import Fetcher, FetcherSettings
 from atropos_client.journal import Journal, JournalLimits
 from schemas import BatchReply, Registration

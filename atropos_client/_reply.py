@@ -1,16 +1,12 @@
-"""Sends one call, judges the reply, and repeats it or gives up."""
+"""Judges a reply: by its status, its content type, and whether a batch may be lost with it."""
 
 from __future__ import annotations
 
-import gzip
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import httpx
 
-from atropos_client._calls import Call
-from atropos_client._retry import RetryPolicy, send_within
 from atropos_client._settings import ConnectionSettings
 from atropos_client.errors import (
     AccessDenied,
@@ -22,9 +18,6 @@ from atropos_client.errors import (
     ServerError,
 )
 
-T = TypeVar("T")
-
-_COMPRESS_FROM: Final = 1024  # bytes; below this, gzip costs more than it saves
 _LONGEST_EXCERPT: Final = 300  # characters of an error reply that an error message quotes
 
 
@@ -35,18 +28,6 @@ class Reply:
     status_code: int
     headers: httpx.Headers
     body: bytes
-
-
-def encode_request(call: Call[Any]) -> tuple[dict[str, str], bytes | None]:
-    """Return the extra headers and the body to send, compressed where that pays."""
-    if call.body is None:
-        return {}, None
-    headers = {"Content-Type": "application/json"}
-    if len(call.body) < _COMPRESS_FROM:
-        return headers, call.body
-    headers["Content-Encoding"] = "gzip"
-    # Level 1: numbers as text compress about as well, several times faster. mtime=0: always the same bytes.
-    return headers, gzip.compress(call.body, compresslevel=1, mtime=0)
 
 
 def worth_keeping(response: httpx.Response) -> bool:
@@ -60,31 +41,6 @@ def worth_keeping(response: httpx.Response) -> bool:
     return response.status_code < 500
 
 
-def exchange(
-    call: Call[T], send: Callable[[Call[T]], Reply], policy: RetryPolicy, settings: ConnectionSettings
-) -> T:
-    """Send one call, repeating it within the policy where that is safe.
-
-    Args:
-        call: What to send, and how to read the reply.
-        send: Sends it once and returns the reply, whatever its status.
-        policy: Bounds on repeating.
-        settings: Of the connection.
-
-    Raises:
-        BatchPossiblyLost: If the call removes a batch and failed after it may have been sent.
-        AtroposClientError: Whatever the last sending failed of.
-    """
-    try:
-        return send_within(policy, lambda: _read(call, send(call), settings), call.resend)
-    except AtroposClientError as error:
-        error.method = call.method
-        error.url = settings.base_url + call.path
-        if call.removes_batch and _may_have_removed(error):
-            raise possibly_lost(error) from error
-        raise
-
-
 def possibly_lost(error: AtroposClientError) -> BatchPossiblyLost:
     """Say of a failed ``GET /batch`` that it may have cost a batch."""
     return BatchPossiblyLost(
@@ -94,7 +50,7 @@ def possibly_lost(error: AtroposClientError) -> BatchPossiblyLost:
     )
 
 
-def _may_have_removed(error: AtroposClientError) -> bool:
+def may_have_removed(error: AtroposClientError) -> bool:
     """Whether the server may have taken a batch off its queue although we have none."""
     if isinstance(error, ApiUnreachable):
         return False
@@ -102,18 +58,21 @@ def _may_have_removed(error: AtroposClientError) -> bool:
     return not isinstance(error, ErrorStatus) or isinstance(error, ServerError)
 
 
-def _read(call: Call[T], reply: Reply, settings: ConnectionSettings) -> T:
-    """Judge a reply by status and content type, then parse it."""
+def judge(reply: Reply, settings: ConnectionSettings, *, expects_json: bool) -> bytes:
+    """Return the body of a reply that can be used.
+
+    Raises:
+        BadReply: It has another status than 2xx, or is not labelled as JSON where that is expected.
+    """
     if not 200 <= reply.status_code < 300:
         raise _status_error(reply, settings)
-    if call.expects_json:
-        content_type = reply.headers.get("content-type", "none").split(";")[0].strip().lower()
-        if content_type != "application/json" and not content_type.endswith("+json"):
-            raise InvalidReply(
-                f"the reply is of content type {content_type!r}, not JSON: "
-                f"is this the Atropos API? It begins with {_excerpt(reply, settings)}"
-            )
-    return call.parse(reply.body)
+    content_type = reply.headers.get("content-type", "none").split(";")[0].strip().lower()
+    if expects_json and content_type != "application/json" and not content_type.endswith("+json"):
+        raise InvalidReply(
+            f"the reply is of content type {content_type!r}, not JSON: "
+            f"is this the Atropos API? It begins with {_excerpt(reply, settings)}"
+        )
+    return reply.body
 
 
 def _status_error(reply: Reply, settings: ConnectionSettings) -> ErrorStatus:
