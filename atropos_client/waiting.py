@@ -7,11 +7,13 @@ asks the API for it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
+from atropos_client._client import AtroposClient
 from atropos_client.errors import AtroposClientError, ErrorStatus
-from schemas import EnvironmentStatus, ScoredGroup, StatusReply, count_of
+from schemas import EnvironmentStatus, StatusReply, count_of
 
 _MOST_ASKED: Final = 64  # environments; a loop over numbers ends somewhere
 _ALL: Final = 0.999  # of the weights, but for rounding
@@ -33,13 +35,7 @@ class EnvironmentFacts:
     """Whether an environment asks for a share of every batch (min_batch_allocation)."""
 
 
-class _Api(Protocol):
-    def environment_status(self, env_id: int) -> EnvironmentStatus: ...
-
-    def latest_example(self) -> ScoredGroup | None: ...
-
-
-def ask_environments(api: _Api) -> EnvironmentFacts | None:
+def ask_environments(api: AtroposClient) -> EnvironmentFacts | None:
     """Ask the API for every environment, and for the latest group; None if it does not answer."""
     found: list[EnvironmentStatus] = []
     latest = None
@@ -87,6 +83,17 @@ class WaitFacts:
     """The API's own numbers. None: not asked, or no answer."""
     environments: EnvironmentFacts | None = None
     """What it knows of the environments. None: not asked, or no answer."""
+
+
+def ask_status(api: AtroposClient, facts: WaitFacts) -> WaitFacts:
+    """Add to the facts what the API says; where it does not answer they stay as they are."""
+    try:
+        status, info = api.status(), api.info()
+    except AtroposClientError:
+        return facts
+    if info.registered:  # perhaps by an earlier trainer, whose numbers stay in force
+        facts = dataclasses.replace(facts, batch_size=info.batch_size, max_token_len=info.max_token_len)
+    return dataclasses.replace(facts, status=status, environments=ask_environments(api))
 
 
 def explain_wait(facts: WaitFacts) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Final, Self
 
 from atropos_client._reading import claims_batch, parse_batch
@@ -24,7 +22,7 @@ from atropos_client.fetcher._process import FetchingProcess
 from atropos_client.fetcher._records import FetchCounters, FetchedBatch, count_groups, warn_of_rejected
 from atropos_client.fetcher._settings import FetcherSettings
 from atropos_client.journal import COUNTED, Journal
-from atropos_client.waiting import WaitFacts, ask_environments, explain_wait, why_no_batch_is_full
+from atropos_client.waiting import WaitFacts, ask_status, explain_wait, why_no_batch_is_full
 from schemas import BatchReply, count_of
 
 logger = logging.getLogger(__name__)
@@ -62,7 +60,6 @@ class Fetcher:
         served_version: Callable[[], int] = lambda: -1,
         step: Callable[[], int] | None = None,
         prepare: Callable[[BatchReply], object] | None = None,
-        max_restarts: int = 3,
     ) -> None:
         """Prepare; nothing is started before `start`.
 
@@ -77,13 +74,10 @@ class Fetcher:
             step: Likewise, for registrations. None: the registration's `starting_step` stays.
             prepare: Called with every batch, in order, in another thread, while the caller may still work on
                 an earlier one; its result travels with the batch. So does what it raises.
-            max_restarts: How often in a row, without a batch between, the process may end by itself.
 
         Raises:
-            ValueError: If a number makes no sense or the journal cannot be written.
+            ValueError: If the journal cannot be written.
         """
-        if depth < 0 or max_restarts < 0:
-            raise ValueError(f"depth and max_restarts must be 0 or more, found {depth} and {max_restarts}")
         self._journal = journal
         self._settings = settings
         self._after = after
@@ -91,7 +85,7 @@ class Fetcher:
         self._served_version = served_version
         self._step = step or (lambda: settings.registration.starting_step)
         self._prepare = prepare
-        self._process = self._make_process(max_restarts)
+        self._process = self._make_process()
         self._listener = threading.Thread(target=self._listen, name="atropos-fetcher", daemon=True)
         self._loader = threading.Thread(target=self._load_all, name="atropos-loader", daemon=True)
         self._heartbeat = threading.Thread(target=self._beat, name="atropos-heartbeat", daemon=True)
@@ -121,8 +115,8 @@ class Fetcher:
         self._ended = False  # the loader will read no more
         self._failure: BaseException | None = None
 
-    def _make_process(self, max_restarts: int) -> FetchingProcess:
-        return FetchingProcess(self._journal, self._settings, max_restarts=max_restarts)
+    def _make_process(self) -> FetchingProcess:
+        return FetchingProcess(self._journal, self._settings)
 
     # For the caller's threads.
 
@@ -211,9 +205,7 @@ class Fetcher:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -417,14 +409,7 @@ class Fetcher:
         if facts.trouble is not None or (facts.in_flight is not None and facts.in_flight >= 1):
             return facts
         with self._settings.make_client() as client:
-            try:
-                status, info = client.status(), client.info()
-            except AtroposClientError:
-                return facts  # the line then says that there was no answer
-            environments = ask_environments(client)
-        if info.registered:  # perhaps by an earlier trainer, whose numbers stay in force
-            facts = dataclasses.replace(facts, batch_size=info.batch_size, max_token_len=info.max_token_len)
-        return dataclasses.replace(facts, status=status, environments=environments)
+            return ask_status(client, facts)
 
     def _beat(self) -> None:
         # Nobody waits for this thread to end: it may be asking a server that hangs, and holds nothing.
@@ -444,11 +429,9 @@ class Fetcher:
             return None if self._wanting_since is None else line  # one came while we asked
         if self._said_at_once or self._journal.marks.get("batches"):
             return None
-        with self._settings.make_client() as client:
-            try:
-                latest, info = client.latest_example(), client.info()
-            except AtroposClientError:
-                return None
-        never_full = why_no_batch_is_full(info.batch_size, latest.sequence_count) if latest else None
-        self._said_at_once = never_full is not None
-        return never_full and f"no batch will come: {never_full}"
+        with self._settings.make_client() as client, contextlib.suppress(AtroposClientError):
+            latest, batch_size = client.latest_example(), client.info().batch_size
+            never_full = why_no_batch_is_full(batch_size, latest.sequence_count) if latest else None
+            self._said_at_once = never_full is not None
+            return never_full and f"no batch will come: {never_full}"
+        return None

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _ROOT: Final = Path(__file__).parent.parent.parent
 _TICK_SECONDS: Final = 0.1  # how soon a new served version or step is passed on
 _LONGEST_RESTART_PAUSE: Final = 10.0
+_MOST_RESTARTS: Final = 3  # in a row, without a batch between
 _EXIT_PATIENCE: Final = 30.0  # for a process that has closed its output to end
 
 
@@ -36,7 +37,7 @@ class FetchingProcess:
     the settings at the start, which hold credentials, and before the last words of a failure.
     """
 
-    def __init__(self, journal: Journal, settings: FetcherSettings, *, max_restarts: int) -> None:
+    def __init__(self, journal: Journal, settings: FetcherSettings) -> None:
         """Prepare; see `Fetcher` for the arguments.
 
         Raises:
@@ -47,7 +48,6 @@ class FetchingProcess:
         self._lock = journal.lock
         self._journal = journal
         self._settings = settings
-        self._max_restarts = max_restarts
         self._restarts = 0
         self._pauses = Backoff(first=0.2, longest=_LONGEST_RESTART_PAUSE)
         self._guard = threading.Lock()
@@ -156,7 +156,7 @@ class FetchingProcess:
             marks.add("possibly_lost")
             how += " while it was polling, so that a batch is possibly lost"
         self._restarts += 1
-        if self._restarts > self._max_restarts:
+        if self._restarts > _MOST_RESTARTS:
             raise FetcherDied(
                 f"the fetching process {how}, {self._restarts} times without a batch between; what it had to "
                 "say is in the log before this line"

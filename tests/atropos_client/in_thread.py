@@ -60,5 +60,5 @@ class FetchingThread(FetchingProcess):
 class ThreadFetcher(Fetcher):
     """Fetches in a thread."""
 
-    def _make_process(self, max_restarts: int) -> FetchingProcess:
-        return FetchingThread(self._journal, self._settings, max_restarts=max_restarts)
+    def _make_process(self) -> FetchingProcess:
+        return FetchingThread(self._journal, self._settings)

@@ -516,8 +516,6 @@ def test_what_nobody_took_waits_in_the_journal(server: MisbehavingServer, journa
 
 def test_wrong_use_is_refused(server: MisbehavingServer, journal: Journal) -> None:
     settings = settings_for(server.url)
-    with pytest.raises(ValueError, match="depth"):
-        Fetcher(journal, settings, after=0, depth=-1)
     with Journal.read_only(journal.directory) as reader, pytest.raises(ValueError, match="reading only"):
         Fetcher(reader, settings, after=0)
     fetcher = Fetcher(journal, settings, after=0)

@@ -113,10 +113,11 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_goes_on(
 
 
 def test_a_process_that_is_killed_again_and_again_is_given_up(
-    server: MisbehavingServer, journal: Journal
+    server: MisbehavingServer, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("atropos_client.fetcher._process._MOST_RESTARTS", 0)
     server.script("/batch", NULL)
-    with fetching(journal, server.url, Fetcher, max_restarts=0) as fetcher:
+    with fetching(journal, server.url, Fetcher) as fetcher:
         eventually(lambda: fetcher.counters.empty_replies)
         assert fetcher.pid is not None
         os.kill(fetcher.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from atropos_client.journal import Outcome
+from atropos_client.journal import Journal, Outcome
 from schemas import count_of
 from trainer.config import TrainerConfig
 from trainer.errors import MismatchTooLarge, TooManySetAside, TooManySkippedBatches
@@ -26,7 +26,7 @@ from trainer.run.train_state import PreparedRun
 from trainer.samples.prepare import PreparedBatch
 from trainer.samples.quarantine import QuarantineStore
 from trainer.samples.quarantine_rate import QuarantineRate, QuarantineWindow
-from trainer.sources.incoming import BatchLedger, BatchSource, IncomingBatch
+from trainer.sources.incoming import BatchSource, IncomingBatch
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class BatchTracker:
         prepared: PreparedRun,
         *,
         source: BatchSource,
-        ledger: BatchLedger | None,
+        ledger: Journal | None,
         rows: RowWriter,
         progress: Progress,
     ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from atropos_client.journal import Journal
 from trainer.checkpoints.format import (
     CheckpointState,
     read_checkpoint,
@@ -24,7 +25,6 @@ from trainer.monitoring import Progress, RunPhase
 from trainer.run.batch_tracker import BatchTracker
 from trainer.run.places import checkpoint_directory
 from trainer.run.train_state import PreparedRun, library_versions
-from trainer.sources.incoming import BatchLedger
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class CheckpointWriter:
         prepared: PreparedRun,
         tracker: BatchTracker,
         *,
-        ledger: BatchLedger | None,
+        ledger: Journal | None,
         progress: Progress,
     ) -> None:
         self._config = config

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from atropos_client import AtroposClientError
+from atropos_client.journal import Journal
 from trainer.config import TrainerConfig
 from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
 from trainer.model.weighted_sft_call import Alignment, compute_advantage_weighted_sft_loss
@@ -26,7 +27,7 @@ from trainer.run.metrics import Row, RowWriter, batch_metrics, step_metrics
 from trainer.run.optimizer_step import StepAborted, StepResult, StepRunner
 from trainer.run.publish_schedule import PublishSchedule
 from trainer.run.train_state import PreparedRun
-from trainer.sources.incoming import BatchLedger, BatchSource, EndOfBatches, IncomingBatch, PreparedStep
+from trainer.sources.incoming import BatchSource, EndOfBatches, IncomingBatch, PreparedStep
 
 _ASKED_ELSEWHERE = "another process was asked to stop"
 _ENDING = "the fetching process, the publisher and trackers to end"
@@ -73,7 +74,7 @@ class Trainer:
         steps: StepRunner,
         *,
         source: BatchSource,
-        ledger: BatchLedger | None = None,
+        ledger: Journal | None = None,
         publisher: Publisher | None = None,
         on_row: Callable[[Row], None] | None = None,
         progress: Progress | None = None,

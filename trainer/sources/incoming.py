@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atropos_client import InvalidReply, parse_batch
-from atropos_client.journal import Outcome
 from schemas import BatchReply
 from trainer.packing import MicroBatch
 from trainer.samples.prepare import PreparedBatch
@@ -72,21 +71,6 @@ class BatchSource(Protocol):
 
     def stop(self) -> list[bytes]:
         """Stop providing batches; safe to call twice. Returns bodies that were fetched and never taken."""
-
-
-class BatchLedger(Protocol):
-    """Tracks the outcome of each batch; see `atropos_client.journal.Journal`."""
-
-    def settle(
-        self, number: int, outcome: Outcome, *, step: int | None = None, reason: str | None = None
-    ) -> None:
-        """Note what became of a batch; it counts when a checkpoint counts it."""
-
-    def prune(self, up_to: int) -> int:
-        """Delete the bodies of batches that no checkpoint needs any more."""
-
-    def close(self) -> None:
-        """Close it; nothing is noted afterwards."""
 
 
 def read_incoming(body: bytes, *, served_version: int, number: int | None = None) -> IncomingBatch:
