@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from atropos_client._reading import claims_batch, parse_batch
 from atropos_client.clock import running_time
@@ -102,7 +102,7 @@ class Fetcher:
         self._told: tuple[int, int, int] | None = None  # the last number to fetch, version, step
         self._numbers: deque[int] = deque()  # recorded, not read yet
         self._last_number = after
-        self._ready: deque[FetchedBatch] = deque()  # read, not taken yet
+        self._ready: deque[FetchedBatch[Any]] = deque()  # read, not taken yet
         self._taken = after  # number of the last batch that the caller took
         self._waiting = 0  # callers in `get`
         self._wanting_since: float | None = None  # None: enough is recorded, nobody is late
@@ -145,7 +145,7 @@ class Fetcher:
         self._heartbeat.start()
         return self
 
-    def get(self, timeout: float | None = None) -> FetchedBatch | None:
+    def get(self, timeout: float | None = None) -> FetchedBatch[Any] | None:
         """Take the next batch, waiting for it if there is none.
 
         Args:
@@ -317,7 +317,7 @@ class Fetcher:
             self._loading = (number, time.monotonic())
             return number
 
-    def _load(self, number: int) -> FetchedBatch:
+    def _load(self, number: int) -> FetchedBatch[Any]:
         batch = self._journal.read(number)
         unreadable = batch.entry.skip_reason
         reply, prepared, failure = BatchReply(batch=None), None, None

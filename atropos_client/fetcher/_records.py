@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from schemas import BatchReply
+
+P = TypeVar("P")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchedBatch:
-    """One batch as it arrived."""
+class FetchedBatch(Generic[P]):
+    """One batch as it came."""
 
-    number: int
-    """Its number in the journal."""
     reply: BatchReply
-    """The parsed reply; its state is ``"ready"``. All of its groups may have been rejected. Where the body is
-    `unreadable` there is none, and its state is ``"waiting"``."""
+    """The parsed reply; all of its groups may have been rejected. Empty where the body is `unreadable`."""
     body: bytes
-    """The JSON that was parsed, decompressed."""
+    """The reply's bytes, decompressed."""
+    number: int = 0
+    """Its number in the journal; 0: it is in none, batches are counted as they come."""
+    position: str = ""
+    """Digest of all batches that a recording has given up to this one; empty: it is from no recording."""
     served_version: int
     """Policy version that was served when it arrived; -1: unknown."""
-    prepared: object = None
-    """What the `prepare` callable made of the reply."""
+    prepared: P | None = None
+    """What was made of the reply ahead; None: nothing yet."""
     failure: Exception | None = None
     """What `prepare` raised instead; for whoever takes the batch to raise when its turn has come."""
     unreadable: str | None = None

@@ -207,15 +207,6 @@ def test_rejected_groups_and_converted_masks_are_counted_and_named(
     assert "1 of 3 groups cannot be trained on; the first is group 1 of environment 4: scores" in caplog.text
 
 
-def test_a_batch_of_nothing_but_bad_groups_is_still_handed_out(
-    server: MisbehavingServer, journal: Journal
-) -> None:
-    server.script("/batch", Answer(body=b'{"batch":[{"broken":1}]}'), NULL)
-    with fetching(journal, server.url) as fetcher:
-        reply = fetcher.get(PATIENCE).reply
-    assert (reply.groups, len(reply.rejected)) == ([], 1)
-
-
 @pytest.mark.parametrize(
     "bad", [b"not json", b'{"batch": [', b'{"detail":"' + b"x" * 5000 + b'"}', b'{"batch":[!!!}']
 )
@@ -278,16 +269,7 @@ def test_a_batch_to_skip_is_handed_out_unread_and_one_that_is_read_is_noted(
 # What the API does to us.
 
 
-@pytest.mark.parametrize(
-    "lost",
-    [
-        LOST,
-        Answer(hang_up=True),
-        Answer(body=batch(9.0).body, cut_at=30),
-        Answer(body=b""),
-        Answer(body=b"{}", content_type="text/html"),
-    ],
-)
+@pytest.mark.parametrize("lost", [LOST, Answer(body=b"")])
 def test_a_possibly_lost_batch_is_counted_logged_and_polled_past(
     server: MisbehavingServer, journal: Journal, lost: Answer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,4 +1,4 @@
-"""ScoredGroup: what it accepts, what it converts, and how it says no."""
+"""ScoredGroup: what it accepts, what it converts, and how it says no; more of that is in `tests/hostile`."""
 
 from __future__ import annotations
 
@@ -136,25 +136,11 @@ def test_rounding_just_above_zero_is_a_logprob() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"tokens": [], "masks": [], "scores": []}, "tokens: List should have at least 1 item"),
-        ({"tokens": [[11, 12, 40, 2], []]}, "tokens[1] is empty"),
-        ({"scores": [1.0]}, "scores has 1 entries but tokens has 2 sequences"),
         ({"masks": [[-100, -100, 40, 2]]}, "masks has 1 entries but tokens has 2 sequences"),
-        ({"overrides": [{}]}, "overrides has 1 entries but tokens has 2 sequences"),
         ({"overrides": [{}, 3]}, "overrides[1]: Input should be"),
-        ({"advantages": [[1.0] * 4]}, "advantages has 1 entries but tokens has 2 sequences"),
         ({"advantages": "none"}, "advantages: Input should be a valid array, found 'none'"),
         ({"env_id": "7"}, "env_id: Input should be a valid integer, found '7'"),
         ({"generation_params": [1]}, "generation_params: Input should be"),
-        ({"distill_token_ids": [[[1]] * 4, [[1]] * 3]}, "distill_logprobs is missing"),
-        (
-            {
-                "distill_token_ids": [[[1]] * 4, [[1]] * 3],
-                "distill_logprobs": [[[-1.0, 0]] * 4, [[-1.0]] * 3],
-            },
-            "distill_token_ids[0] and distill_logprobs[0] differ",
-        ),
-        ({"masks": [[0, 1, 1, 2], [0, 0, 1]]}, "masks[0][0] is 0; it must be -100"),
     ],
 )
 def test_refusals_name_place_and_fault(changes: dict[str, Any], said: str) -> None:

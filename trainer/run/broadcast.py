@@ -116,7 +116,7 @@ class BatchBroadcast:
         if batch is not None:
             # What process 0 does not read, nobody does: the others must come to the same verdict.
             body = batch.body if batch.unreadable is None else _UNREADABLE
-            size, version, number = len(body), batch.served_version, batch.number or 0
+            size, version, number = len(body), batch.served_version, batch.number
         device = self._accelerator.device
         header = broadcast(torch.tensor([outcome, size, version, number], dtype=torch.int64, device=device))
         outcome, size, version, number = header.tolist()
@@ -128,5 +128,5 @@ class BatchBroadcast:
         payload = broadcast(payload)
         if batch is None:
             body = payload.cpu().numpy().tobytes()
-            batch = read_incoming(body, served_version=version, number=number or None)
+            batch = read_incoming(body, served_version=version, number=number)
         return outcome, batch

@@ -336,6 +336,6 @@ class Trainer:
             except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept first
                 failure = error
         # With a configuration that works a batch of the journal, which waits there, is as good as any.
-        if incoming.number is None or not isinstance(failure, ConfigurationError):
+        if not incoming.number or not isinstance(failure, ConfigurationError):
             self._tracker.set_aside(incoming, str(failure))
         raise failure

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atropos_client import InvalidReply, parse_batch
+from atropos_client.fetcher import FetchedBatch
 from schemas import BatchReply
 from trainer.packing import MicroBatch
 from trainer.samples.prepare import PreparedBatch
@@ -22,25 +23,8 @@ class PreparedStep:
     """How long preparing and packing took, parsing not counted."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class IncomingBatch:
-    """A batch as it came."""
-
-    reply: BatchReply
-    body: bytes
-    """The reply's bytes, as received."""
-    number: int | None = None
-    """Its number in the journal; None: it is in none, batches are counted as they come."""
-    position: str = ""
-    """Digest of all batches that a recording has given up to this one; empty: it is from no recording."""
-    served_version: int
-    """Policy version that all inference servers had been proven to serve when it arrived; -1 if unknown."""
-    prepared: PreparedStep | None = None
-    """The step, prepared ahead; None: still to be prepared."""
-    failure: Exception | None = None
-    """Why it could not be prepared ahead."""
-    unreadable: str | None = None
-    """Why `body` is no batch at all; `reply` is empty then. None: it is one."""
+IncomingBatch = FetchedBatch[PreparedStep]
+"""A batch as it came, with its step where that was prepared ahead."""
 
 
 class EndOfBatches(Exception):  # noqa: N818 - an event, not a fault
@@ -73,7 +57,7 @@ class BatchSource(Protocol):
         """Stop providing batches; safe to call twice. Returns bodies that were fetched and never taken."""
 
 
-def read_incoming(body: bytes, *, served_version: int, number: int | None = None) -> IncomingBatch:
+def read_incoming(body: bytes, *, served_version: int, number: int = 0) -> IncomingBatch:
     """Read a batch of which only the bytes are here; every process that reads them finds the same."""
     reply, unreadable = BatchReply(batch=None), None
     try:

@@ -53,8 +53,13 @@ class AtroposSource:
         self._journal = journal
         self._after = after
         self._step = step
-        self._served_version = served_version
-        self._prepare = prepare
+        self._fetching: dict[str, Any] = {
+            "after": after,
+            "depth": config.atropos.prefetch,
+            "served_version": served_version,
+            "step": step,
+            "prepare": prepare,
+        }
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._fetcher: Fetcher | None = None
 
@@ -76,15 +81,7 @@ class AtroposSource:
             self._journal = Journal.open(Path(self._temporary.name), limits=journal_limits(self._config))
             # What comes later than `stop` waits can be kept nowhere: it is counted as possibly lost.
             settings = settings.model_copy(update={"farewell": min(settings.farewell, STOP_PATIENCE / 2)})
-        self._fetcher = self._make_fetcher(
-            self._journal,
-            settings,
-            after=self._after,
-            depth=self._config.atropos.prefetch,
-            served_version=self._served_version,
-            step=self._step,
-            prepare=self._prepare,
-        ).start()
+        self._fetcher = self._make_fetcher(self._journal, settings, **self._fetching).start()
 
     def _make_fetcher(self, journal: Journal, settings: FetcherSettings, **options: Any) -> Fetcher:
         return Fetcher(journal, settings, **options)
@@ -97,15 +94,8 @@ class AtroposSource:
         if self._temporary is not None and self._journal is not None:
             self._journal.settle(batch.number, "skipped", reason="it was handed on")
             self._journal.prune(batch.number)
-        return IncomingBatch(
-            reply=batch.reply,
-            body=batch.body,
-            number=None if self._temporary is not None else batch.number,
-            served_version=batch.served_version,
-            prepared=batch.prepared if isinstance(batch.prepared, PreparedStep) else None,
-            failure=batch.failure,
-            unreadable=batch.unreadable,
-        )
+            return dataclasses.replace(batch, number=0)
+        return batch
 
     def describe_wait(self) -> str:
         """Say who is late."""
