@@ -75,15 +75,9 @@ class ErrorStatus(BadReply):
     """The server answered with an HTTP status other than 2xx; redirects are not followed and end here."""
 
     def __init__(
-        self,
-        message: str,
-        *,
-        status_code: int = 0,
-        retry_after: float = 0.0,
-        method: str | None = None,
-        url: str | None = None,
+        self, message: str, *, status_code: int = 0, retry_after: float = 0.0, **request: str | None
     ) -> None:
-        super().__init__(message, method=method, url=url)
+        super().__init__(message, **request)
         self.status_code = status_code
         """The HTTP status."""
         self.retry_after = retry_after
@@ -153,10 +147,8 @@ class JournalLocked(JournalError, BlockingIOError):
 class JournalDamaged(JournalError, ValueError):
     """The journal is not what was written; the message names the file and says what to do."""
 
-    def __init__(
-        self, message: str, *, found: str | None = None, method: str | None = None, url: str | None = None
-    ) -> None:
-        super().__init__(message, method=method, url=url)
+    def __init__(self, message: str, *, found: str | None = None, **request: str | None) -> None:
+        super().__init__(message, **request)
         self.found = found or message
         """What is wrong, without what to do about it."""
 

@@ -64,7 +64,7 @@ class RequestRefused(ValueError):  # noqa: N818 - the outcome is the name
         message: What was found and what to do.
         param: The field at fault, where it is one.
         status: Of the reply.
-        headers: Further headers of the reply.
+        allowed: The methods that the route has, where the method is at fault.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class RequestRefused(ValueError):  # noqa: N818 - the outcome is the name
         *,
         param: str | None = None,
         status: HTTPStatus = HTTPStatus.BAD_REQUEST,
-        headers: Iterable[tuple[bytes, bytes]] = (),
+        allowed: str | None = None,
     ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
-        self.headers = list(headers)
+        self.headers = [(b"allow", allowed.encode())] if allowed else []
 
 
 class ClientGone(Exception):  # noqa: N818 - an event, nobody's error
@@ -465,11 +465,8 @@ def _refuse_length() -> NoReturn:
 
 
 def _refuse_method(allowed: str) -> NoReturn:
-    raise RequestRefused(
-        f"Method Not Allowed: use {allowed}",
-        status=HTTPStatus.METHOD_NOT_ALLOWED,
-        headers=[(b"allow", allowed.encode())],
-    )
+    message = f"Method Not Allowed: use {allowed}"
+    raise RequestRefused(message, status=HTTPStatus.METHOD_NOT_ALLOWED, allowed=allowed)
 
 
 async def _send_error(send: Send, error: RequestRefused) -> None:
