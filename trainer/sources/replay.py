@@ -59,6 +59,12 @@ class _Recorded:
     served_version: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    text: bytes
+    sequences: int
+
+
 class ReplaySource:
     """A `BatchSource` over recordings, in the order given.
 
@@ -204,19 +210,28 @@ class ReplaySource:
         return count
 
     def _read(self) -> Iterator[_Recorded]:
-        gathered = _Gatherer(self._batch_size)
+        """Yield batches; groups are gathered to at most `batch_size` sequences, unless one group has more."""
+        groups: list[_Group] = []
         for path in self._paths:
-            if path.is_dir():
-                yield from self._read_journal(path)
-            else:
-                yield from self._read_file(path, gathered)
-        rest = gathered.take()
-        if rest is not None:
+            for each in self._read_journal(path) if path.is_dir() else self._read_file(path):
+                if isinstance(each, _Recorded):
+                    yield each
+                    continue
+                if groups and _count(groups) + each.sequences > self._batch_size:
+                    yield _gathered(groups)
+                    groups = []
+                groups.append(each)
+                if _count(groups) >= self._batch_size:
+                    yield _gathered(groups)
+                    groups = []
+        if groups:
             what = "trained on as it is" if self._train_partial else "left"
-            logger.warning("The last batch has %d of %d sequences: %s.", rest[1], self._batch_size, what)
+            logger.warning(
+                "The last batch has %d of %d sequences: %s.", _count(groups), self._batch_size, what
+            )
             self._counts["replay_partial_batches"] += 1
             if self._train_partial:
-                yield _Recorded(body=rest[0], served_version=_UNKNOWN_VERSION)
+                yield _gathered(groups)
 
     def _read_journal(self, directory: Path) -> Iterator[_Recorded]:
         with Journal.read_only(directory) as journal:
@@ -237,7 +252,7 @@ class ReplaySource:
         trained = [entry for entry in journal.ledger() if entry.outcome == "trained"]
         return [entry.number for entry in sorted(trained, key=lambda each: (each.step or 0, each.number))]
 
-    def _read_file(self, path: Path, gathered: _Gatherer) -> Iterator[_Recorded]:
+    def _read_file(self, path: Path) -> Iterator[_Recorded | _Group]:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 line = self._parse(raw, path, number)
@@ -253,10 +268,7 @@ class ReplaySource:
                 if _is_supervised(line) and not is_example(line):
                     self._pass_over_text(path, number, line)
                     continue
-                group, sequences = self._group(line, raw, path, number)
-                full = gathered.add(group, sequences)
-                if full is not None:
-                    yield _Recorded(body=full, served_version=_UNKNOWN_VERSION)
+                yield self._group(line, raw, path, number)
 
     def _parse(self, raw: bytes, path: Path, number: int) -> dict[str, Any] | None:
         if not raw.strip():
@@ -282,10 +294,10 @@ class ReplaySource:
             )
         self._counts["replay_texts_without_score"] += 1
 
-    def _group(self, line: dict[str, Any], raw: bytes, path: Path, number: int) -> tuple[bytes, int]:
-        """A line as the JSON of a group, and how many sequences it has."""
+    def _group(self, line: dict[str, Any], raw: bytes, path: Path, number: int) -> _Group:
         if "tokens" in line:
-            return raw.strip(), len(line["tokens"]) if isinstance(line["tokens"], list) else 0
+            sequences = len(line["tokens"]) if isinstance(line["tokens"], list) else 0
+            return _Group(text=raw.strip(), sequences=sequences)
         if "neg" in line:
             raise DataError(
                 f"line {number} of {path} holds a pair of texts, as atropos-dpo-gen writes; there is no loss "
@@ -293,7 +305,7 @@ class ReplaySource:
             )
         if self._encode is not None and _is_supervised(line):
             try:
-                return json.dumps(self._encode(line)).encode(), 1
+                return _Group(text=json.dumps(self._encode(line)).encode(), sequences=1)
             except DataError as error:
                 raise DataError(f"line {number} of {path}: {error}") from error
         raise DataError(
@@ -306,34 +318,13 @@ def _is_supervised(line: dict[str, Any]) -> bool:
     return "tokens" not in line and ("messages" in line or {"prefix", "completion"} <= line.keys())
 
 
-class _Gatherer:
-    """Gathers groups to batches that have at most `batch_size` sequences, unless one group has more."""
+def _count(groups: list[_Group]) -> int:
+    return sum(group.sequences for group in groups)
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._groups: list[bytes] = []
-        self._sequences = 0
 
-    def add(self, group: bytes, sequences: int) -> bytes | None:
-        """Add a group; returns a batch if one is complete."""
-        complete = None
-        if self._groups and self._sequences + sequences > self._batch_size:
-            complete = self._body()
-        self._groups.append(group)
-        self._sequences += sequences
-        if complete is None and self._sequences >= self._batch_size:
-            complete = self._body()
-        return complete
-
-    def take(self) -> tuple[bytes, int] | None:
-        """Return what is left and its number of sequences."""
-        sequences = self._sequences
-        return (self._body(), sequences) if self._groups else None
-
-    def _body(self) -> bytes:
-        body = b'{"batch":[' + b",".join(self._groups) + b"]}"
-        self._groups, self._sequences = [], 0
-        return body
+def _gathered(groups: list[_Group]) -> _Recorded:
+    body = b'{"batch":[' + b",".join(group.text for group in groups) + b"]}"
+    return _Recorded(body=body, served_version=_UNKNOWN_VERSION)
 
 
 def find_recording(path: Path) -> Path:
