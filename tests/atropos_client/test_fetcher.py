@@ -22,9 +22,6 @@ from pydantic import ValidationError
 
 from atropos_client import (
     NO_RETRIES,
-    AccessDenied,
-    ApiUnreachable,
-    BatchPossiblyLost,
     FetcherStopped,
     JournalError,
     JournalFull,
@@ -36,7 +33,7 @@ from atropos_client.fetcher import Fetcher, FetcherSettings
 from atropos_client.journal import Journal, JournalLimits
 from schemas import BatchReply, Registration
 from tests.atropos_client.in_thread import ThreadFetcher
-from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, closed_port, eventually
+from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
 from tests.schemas.test_group import GOOD
 
 pytestmark = pytest.mark.usefixtures("registered")
@@ -309,47 +306,12 @@ def _infos(*pairs: tuple[int, int]) -> list[bytes]:
     return [json.dumps({"batch_size": b, "max_token_len": t}).encode() for b, t in pairs]
 
 
-def test_an_earlier_registration_that_stays_in_force_is_warned_about(
-    server: MisbehavingServer, journal: Journal, caplog: pytest.LogCaptureFixture
-) -> None:
-    server.script("/info", Answer(body=b'{"batch_size":512,"max_token_len":9}'))
-    server.script("/batch", batch(1.0), NULL)
-    with fetching(journal, server.url) as fetcher:
-        fetcher.get(PATIENCE)
-    assert "keeps an earlier registration: batches of 512 sequences of at most 9 tokens" in caplog.text
-
-
-@pytest.mark.parametrize("path", ["/register", "/batch"])
-def test_credentials_that_never_worked_end_the_fetching(
-    server: MisbehavingServer, journal: Journal, path: str
-) -> None:
-    server.script("/batch", NULL)
-    server.script(path, Answer(status=401))
-    with fetching(journal, server.url) as fetcher, pytest.raises(AccessDenied):
-        fetcher.get(PATIENCE)
-
-
 def test_a_refusal_in_the_middle_of_a_run_is_outlasted(server: MisbehavingServer, journal: Journal) -> None:
     server.script("/batch", batch(1.0), Answer(status=404), Answer(status=403), batch(2.0), NULL)
     with fetching(journal, server.url) as fetcher:
         assert first_scores(fetcher, 2) == [1.0, 2.0]
         assert (fetcher.counters.failed_requests, fetcher.counters.possibly_lost) == (2, 0)
         eventually(lambda: journal.marks.trouble is None)  # noted after the batch was announced
-
-
-def test_an_api_that_never_comes_ends_the_fetching_when_the_patience_does(journal: Journal) -> None:
-    with fetching(journal, f"http://127.0.0.1:{closed_port()}", patience=0.2) as fetcher:
-        with pytest.raises(ApiUnreachable):
-            fetcher.get(PATIENCE)
-        assert fetcher.counters.failed_requests > 1
-
-
-def test_an_api_that_only_fails_ends_the_fetching_when_the_patience_does(
-    server: MisbehavingServer, journal: Journal
-) -> None:
-    server.script("/batch", LOST)
-    with fetching(journal, server.url, patience=0.2) as fetcher, pytest.raises(BatchPossiblyLost):
-        fetcher.get(PATIENCE)
 
 
 def test_a_server_may_ask_for_a_longer_pause_but_not_for_one_without_end(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import random
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +16,6 @@ import pytest
 
 from atropos_client import (
     AccessDenied,
-    AtroposClient,
     FetcherDied,
     JournalFull,
     Timeouts,
@@ -27,7 +23,6 @@ from atropos_client import (
 from atropos_client.fetcher import Fetcher, FetcherSettings
 from atropos_client.fetcher._last_words import read_last_words, write_last_words
 from atropos_client.journal import Journal
-from schemas import BatchReply, Registration
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, eventually
 from tests.atropos_client.test_fetcher import (
     NULL,
@@ -36,7 +31,6 @@ from tests.atropos_client.test_fetcher import (
     fetching,
     settings_for,
 )
-from tests.atropos_client.test_real_api import RealApi, group
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -172,21 +166,9 @@ def test_a_poll_that_is_under_way_when_the_trainer_stops_is_recorded_all_the_sam
 class Parent:
     """A trainer's intake in a process of its own; see `fetching_parent`."""
 
-    def __init__(
-        self,
-        directory: Path,
-        settings: FetcherSettings,
-        *,
-        train_seconds: float = 0.0,
-        stderr: int | None = None,
-    ) -> None:
-        told = {
-            "journal": str(directory / "journal"),
-            "checkpoint": str(directory / "checkpoint"),
-            "settings": settings.model_dump(mode="json"),
-            "train_seconds": train_seconds,
-        }
-        command = [sys.executable, "-m", "tests.atropos_client.fetching_parent", json.dumps(told)]
+    def __init__(self, directory: Path, settings: FetcherSettings, *, stderr: int | None = None) -> None:
+        words = [str(directory / "journal"), settings.model_dump_json()]
+        command = [sys.executable, "-m", "tests.atropos_client.fetching_parent", *words]
         self.process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, start_new_session=True)
 
     def kill(self, *, group: bool = True) -> None:
@@ -262,79 +244,3 @@ def test_an_api_that_hangs_and_a_log_that_nobody_reads_keep_no_process_longer_th
     assert time.monotonic() - killed < 30
     os.close(reading)
     os.close(full)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("kills", [15])
-def test_after_kills_at_random_moments_every_sequence_is_there_once_and_in_order(
-    tmp_path: Path, kills: int
-) -> None:
-    """Against the real API. The environment pushes while trainers come and go."""
-    generator = random.Random(kills)
-    registration = Registration(batch_size=4, max_token_len=1 << 16, num_steps=10_000)
-    with RealApi() as api, AtroposClient(api.url) as client:
-        settings = settings_for(api.url, registration=registration)
-        environment = NumberedBatches(api.url)
-        for _ in range(kills):
-            parent = Parent(tmp_path, settings, train_seconds=0.02)
-            # While it starts, or around the time of a batch, where it matters.
-            environment.wait_for_more(generator.choice([0, 1, 1, 2, 3]))
-            time.sleep(generator.uniform(0.0, 0.1))
-            parent.kill(group=generator.random() < 0.5)
-        parent = Parent(tmp_path, settings)
-        pushed = environment.finish()
-        eventually(lambda: client.status().queue_size == 0, 60)
-        parent.kill()
-        # The API lives until the last poll is answered.
-        Journal.open(tmp_path / "journal", wait=60).close()
-    checkpoint = int((tmp_path / "checkpoint").read_text())
-    with Journal.open(tmp_path / "journal", wait=60) as journal:
-        journal.rewind(checkpoint)
-        numbers = journal.numbers_after(0)
-        batches = [BatchReply.model_validate_json(journal.read(number).body) for number in numbers]
-        outcomes = [entry.outcome for entry in journal.ledger()]
-        assert journal.verify().problems == ()
-    assert [[each.tokens[0][0] for each in reply.groups] for reply in batches] == [[n, n] for n in pushed]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert outcomes == ["trained"] * checkpoint + ["received"] * (len(numbers) - checkpoint)
-    assert len(pushed) > kills
-
-
-class NumberedBatches:
-    """An environment that pushes whole batches, one when the one before is gone: their order is then certain.
-
-    The API serves batches newest first if it holds several.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._client = AtroposClient(url)
-        self._pushed: list[int] = []
-        self._finished = threading.Event()
-        self._thread = threading.Thread(target=self._push, daemon=True)
-        self._thread.start()
-
-    def queued(self) -> bool:
-        return self._client.status().queue_size > 0
-
-    def wait_for_more(self, batches: int) -> None:
-        wanted = len(self._pushed) + batches
-        eventually(lambda: len(self._pushed) >= wanted, PATIENCE)
-
-    def finish(self) -> list[int]:
-        self._finished.set()
-        self._thread.join(PATIENCE)
-        self._client.close()
-        return self._pushed
-
-    def _push(self) -> None:
-        # Groups pushed before a trainer has registered would keep this API from ever taking one.
-        while not self._client.info().registered:
-            time.sleep(0.01)
-        while not self._finished.is_set():
-            if self.queued():
-                time.sleep(0.005)
-                continue
-            number = len(self._pushed) + 1
-            # Large enough for a reply to take a while.
-            self._client.push_groups([group(number, length=5_000)] * 2)
-            self._pushed.append(number)

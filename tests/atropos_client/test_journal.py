@@ -171,20 +171,6 @@ def test_the_space_of_pruned_bodies_is_used_again(journal: Journal, directory: P
     assert round_of(60) <= early + 600_000
 
 
-def test_files_and_directory_are_private(directory: Path) -> None:
-    before = os.umask(0)
-    try:
-        with Journal.open(directory) as journal:
-            journal.append(body(1))
-            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    database = ("journal.sqlite3", "journal.sqlite3-wal", "journal.sqlite3-shm")
-    assert set(modes) == {*database, "journal.marks", "lock"}
-    assert set(modes.values()) == {0o600}
-
-
 def test_every_write_is_flushed_to_the_disk_before_it_returns(journal: Journal) -> None:
     settings = {
         name: journal._connection.execute(f"PRAGMA {name}").fetchone()[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import subprocess
 import sys
 import tempfile
@@ -11,11 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import httpx
 import pytest
 
-from atropos_client import AtroposClient, BatchPossiblyLost, ServerError, ask_environments, parse_batch
-from atropos_client.fetcher import FetchCounters, Fetcher
+from atropos_client import AtroposClient, ServerError, ask_environments, parse_batch
+from atropos_client.fetcher import Fetcher
 from atropos_client.journal import Journal
 from atropos_client.waiting import EnvironmentFacts
 from schemas import EnvironmentRegistration, Registration, ScoredGroup
@@ -114,22 +111,6 @@ def test_the_status_of_an_unknown_environment_is_a_server_error_at_once(api: Rea
         client.environment_status(7)
 
 
-def test_one_nan_score_loses_the_batch_on_the_server_and_the_client_says_so(api: RealApi, ask: Ask) -> None:
-    push_with_nan(api.url)
-    with pytest.raises(BatchPossiblyLost, match="500"):
-        ask(api.url, "fetch_batch")
-    assert parse_batch(ask(api.url, "fetch_batch")).state == "waiting"
-
-
-def push_with_nan(url: str) -> None:
-    """Push a whole batch of which one score is NaN, as an environment with a defect would."""
-    bodies = [group(1).model_dump(exclude_none=True), group(2).model_dump(exclude_none=True)]
-    bodies[0]["scores"] = [float("nan"), 0.0]
-    content = gzip.compress(json.dumps(bodies).encode())
-    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    httpx.post(f"{url}/scored_data_list", content=content, headers=headers).raise_for_status()
-
-
 @pytest.fixture
 def fetching(tmp_path: Path) -> Callable[[str], Fetcher]:
     """Make a fetcher of the API at an address; to be used as a context manager."""
@@ -144,45 +125,6 @@ def fetching(tmp_path: Path) -> Callable[[str], Fetcher]:
 def tokens_of(fetcher: Fetcher) -> list[int]:
     """The first token of each group of the next batch."""
     return [group.tokens[0][0] for group in fetcher.get(PATIENCE).reply.groups]
-
-
-def test_fetching_outlives_a_lost_batch(api: RealApi, fetching: Callable[[str], Fetcher]) -> None:
-    with AtroposClient(api.url) as client, fetching(api.url) as fetcher:
-        eventually(lambda: fetcher.counters.empty_replies)
-        push_with_nan(api.url)
-        eventually(lambda: fetcher.counters.possibly_lost)
-        client.push_groups([group(3), group(4)])
-        assert tokens_of(fetcher) == [3, 4]
-        assert (fetcher.counters.possibly_lost, fetcher.counters.re_registrations) == (1, 0)
-
-
-def test_one_registers_again_after_a_reset(api: RealApi, fetching: Callable[[str], Fetcher]) -> None:
-    with AtroposClient(api.url) as client, fetching(api.url) as fetcher:
-        eventually(lambda: fetcher.counters.empty_replies)
-        client.reset_data()
-        eventually(lambda: fetcher.counters.re_registrations)
-        client.push_groups([group(5), group(6)])
-        assert tokens_of(fetcher) == [5, 6]
-
-
-def test_one_registers_again_after_the_api_was_killed_and_restarted(
-    fetching: Callable[[str], Fetcher],
-) -> None:
-    def failures(counters: FetchCounters) -> int:
-        return counters.failed_requests + counters.possibly_lost
-
-    with RealApi() as api, AtroposClient(api.url) as client, fetching(api.url) as fetcher:
-        eventually(lambda: client.info().registered, PATIENCE)
-        client.push_groups([group(7), group(8)])
-        assert tokens_of(fetcher) == [7, 8]
-        api.kill()
-        before = failures(fetcher.counters)
-        eventually(lambda: failures(fetcher.counters) > before)
-        api.start()
-        eventually(lambda: fetcher.counters.re_registrations, PATIENCE)
-        eventually(lambda: client.register_environment(ENVIRONMENT).accepted)
-        client.push_groups([group(9), group(10)])
-        assert tokens_of(fetcher) == [9, 10]
 
 
 @pytest.mark.parametrize("after", ["a start", "a reset"])
