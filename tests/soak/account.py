@@ -8,9 +8,6 @@ from collections import Counter
 from functools import cached_property
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from atropos_client.journal import Journal, LedgerEntry
 from tests.soak.processes import Holding, Steadiness
 from tests.soak.run import Outcome
@@ -108,8 +105,7 @@ class Account:
     def print(self) -> None:
         """Show everything."""
         outcome, environment = self.outcome, self.outcome.environment
-        table = Table("what", "count", title=f"{outcome.plan}, {outcome.seconds:.0f} s")
-        rows = {
+        rows: dict[str, Any] = {
             "batches pushed": f"{environment.pushed.total()} {dict(environment.pushed)}",
             "handed out by the API": self.handed_out.total(),
             "removed by the API that then answered 500": self.broken_by_the_api,
@@ -134,18 +130,17 @@ class Account:
             "seconds per step, median": f"{self._step_seconds():.3f}",
             "served in the end": outcome.served,
         }
-        for name, value in rows.items():
-            table.add_row(name, str(value))
         for party in ("trainer", "fetcher"):
             for measure in MEASURES:
                 steady = self.steadiness(party, measure)
                 scale = 1 << 20 if measure in ("memory", "resident") else 1
-                table.add_row(
-                    f"{party}: {measure}, third and fourth quarter",
+                rows[f"{party}: {measure}, third and fourth quarter"] = (
                     f"{steady.third / scale:.1f} {steady.fourth / scale:.1f} ({steady.growth:+.2%}), "
-                    f"most {steady.most_before / scale:.1f} then {steady.most_after / scale:.1f}",
+                    f"most {steady.most_before / scale:.1f} then {steady.most_after / scale:.1f}"
                 )
-        Console(width=150).print(table)
+        print(f"\n{outcome.plan}, {outcome.seconds:.0f} s")  # noqa: T201 - figures
+        for name, value in rows.items():
+            print(f"  {name:60} {value}")  # noqa: T201
 
     def _step_seconds(self) -> float:
         seconds = sorted(row["training_seconds"] for row in self.rows if row["kind"] == "step")

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ class Holding:
     """What a process holds at one moment."""
 
     memory: int
-    """Resident memory of its own, in bytes: without the files that it has mapped."""
+    """Resident memory of its own, in bytes: without what it shares, such as the files that it has mapped."""
     resident: int
     """All resident memory, in bytes. The system may drop mapped files from it and read them again."""
     files: int
@@ -147,7 +146,7 @@ class Sampler:
         while not self._ended.wait(self._interval):
             try:
                 self._look()
-            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError, KeyError):
+            except psutil.NoSuchProcess:
                 continue  # one of them has just ended
 
     def _look(self) -> None:
@@ -156,35 +155,22 @@ class Sampler:
         ]
         if not children:
             return  # not started yet, or over
-        holdings = [holding_of(process.pid) for process in (self._process, children[0])]
+        holdings = [holding_of(process) for process in (self._process, children[0])]
         self.trainer.append(holdings[0])
         self.fetcher.append(holdings[1])
         self.fetchers |= {child.pid for child in children}
 
 
-def holding_of(pid: int) -> Holding:
-    """Read what a process holds.
+def holding_of(process: psutil.Process) -> Holding:
+    """Look at what a process holds.
 
     Raises:
-        OSError: There is no such process any more.
-        KeyError: It is just ending.
+        psutil.NoSuchProcess: It has ended.
     """
-    directory = Path(f"/proc/{pid}")
-    lines = (line.split(":") for line in (directory / "status").read_text().splitlines())
-    status = {name: value.split() for name, value in lines if value.strip()}
+    memory = process.memory_info()
     return Holding(
-        memory=(int(status["RssAnon"][0]) + int(status["RssShmem"][0])) << 10,
-        resident=int(status["VmRSS"][0]) << 10,
-        files=len(list((directory / "fd").iterdir())),
-        threads=int(status["Threads"][0]),
+        memory=memory.rss - memory.shared,
+        resident=memory.rss,
+        files=process.num_fds(),
+        threads=process.num_threads(),
     )
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = STOP_PATIENCE) -> bool:
-    """Whether a condition came true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
