@@ -15,7 +15,7 @@ from atropos_client._retry import (
     is_transient,
     send_within,
 )
-from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts, client_options, is_loopback, redacted
+from atropos_client._settings import ConnectionSettings, Timeouts, client_options, is_loopback, redacted
 from atropos_client._translate import translated_errors
 from atropos_client.errors import (
     AccessDenied,
@@ -45,7 +45,6 @@ from atropos_client.errors import (
 from atropos_client.waiting import ask_environments, why_no_batch_is_full
 
 __all__ = [
-    "DEFAULT_MAX_BODY_BYTES",
     "NO_RETRIES",
     "AccessDenied",
     "ApiUnreachable",
@@ -56,6 +55,7 @@ __all__ = [
     "BatchPossiblyLost",
     "BodyReader",
     "ConnectionLost",
+    "ConnectionSettings",
     "ErrorStatus",
     "FetcherDied",
     "FetcherStopped",

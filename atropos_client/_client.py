@@ -5,19 +5,18 @@ from __future__ import annotations
 import gzip
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
-from pathlib import Path
 from typing import Final, TypeVar
 
 import httpx
-from pydantic import BaseModel, SecretStr, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from atropos_client._body import BodyReader
 from atropos_client._reading import read_as
 from atropos_client._reply import Reply, judge, may_have_removed, possibly_lost, worth_keeping
 from atropos_client._retry import NO_RETRIES, Resend, RetryPolicy, send_within
-from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, ConnectionSettings, Timeouts
+from atropos_client._settings import ConnectionSettings
 from atropos_client._translate import translated_errors
 from atropos_client.clock import running_time
 from atropos_client.errors import ApiUnreachable, AtroposClientError, InvalidReply, RequestFailed, ServerError
@@ -55,46 +54,26 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
     outside this process.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        token: SecretStr | None = None,
-        headers: Mapping[str, SecretStr] | None = None,
-        ca_file: Path | None = None,
-        timeouts: Timeouts | None = None,
-        retries: RetryPolicy | None = None,
-        max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-    ) -> None:
+    def __init__(self, api: str | ConnectionSettings) -> None:
         """Prepare a client; nothing is sent yet.
 
         Args:
-            base_url: For example ``http://127.0.0.1:8000``, possibly with a path prefix.
-            token: See `ConnectionSettings`, as for the others.
-            headers: Further headers of every request.
-            ca_file: Authorities that vouch for the server's certificate.
-            timeouts: Patience per phase of a request.
-            retries: Bounds on repeating a request. None: the defaults of `RetryPolicy`.
-            max_body_bytes: Largest reply.
+            api: Its address, for example ``http://127.0.0.1:8000``, or all of how to reach it.
 
         Raises:
-            ValueError: If the address, a secret or the bound makes no sense.
+            ValueError: If the address makes no sense.
         """
-        self._settings = ConnectionSettings(
-            base_url=base_url,
-            token=token,
-            headers=headers or {},
-            ca_file=ca_file,
-            timeouts=timeouts or Timeouts(),
-            max_body_bytes=max_body_bytes,
-        )
-        self._retries = retries or RetryPolicy()
+        self._settings = ConnectionSettings(url=api) if isinstance(api, str) else api
         self._http = httpx.Client(**self._settings.http_options())
+        if self._settings.tells_secrets:
+            logger.warning(
+                "Credentials for the Atropos API travel unencrypted to %s: use https.", self.base_url
+            )
 
     @property
     def base_url(self) -> str:
         """Address of the API, without credentials."""
-        return self._settings.base_url
+        return self._settings.url
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
@@ -233,12 +212,13 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
             BatchPossiblyLost: If it removes a batch and failed after it may have been sent.
             AtroposClientError: Whatever the last sending failed of.
         """
+
         def send() -> bytes:
             reply = self._send(method, path, body, removes_batch=removes_batch)
             return judge(reply, self._settings, expects_json=expects_json)
 
         try:
-            return send_within(retries or self._retries, send, resend)
+            return send_within(retries or self._settings.retries, send, resend)
         except AtroposClientError as error:
             error.method, error.url = method, self.base_url + path
             if removes_batch and may_have_removed(error):

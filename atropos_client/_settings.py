@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import ssl
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import httpx
-from pydantic import SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_BODY_BYTES: Final = 1 << 30
-"""1 GiB. A batch of half a million tokens with log-probs is about 15 MB; distillation multiplies that."""
+from atropos_client._retry import RetryPolicy
 
 # uvicorn, which serves the API, closes a connection after 5 idle seconds. Dropping ours earlier keeps us from
 # sending a request into a connection that is being closed, which would look like a lost batch.
@@ -41,38 +37,42 @@ class Timeouts:
     """For one whole sending. Ends a reply that keeps dripping and never finishes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConnectionSettings:
-    """Holds everything that decides how a request travels. Its repr shows no credential."""
+class ConnectionSettings(BaseModel):
+    """Says how to reach an Atropos API. Its repr, and its complaints, show no credential."""
 
-    base_url: str
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    url: str
     """Scheme, host, port and possibly a path prefix; no user, password, query or fragment."""
     token: SecretStr | None = None
-    """Bearer token for the proxy in front of the API. None: none."""
-    headers: Mapping[str, SecretStr] = field(default_factory=dict)
+    """Bearer token, for a proxy in front of the API that asks for one. None: none."""
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
     """Further headers of every request. All are treated as secrets."""
     ca_file: Path | None = None
     """Authorities that vouch for the server's certificate. None: the usual ones."""
-    timeouts: Timeouts = field(default_factory=Timeouts)
-    """Patience."""
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
-    """Largest reply, in bytes, before and after decompression."""
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+    """Patience per phase of a request."""
+    max_body_bytes: int = Field(default=1 << 30, ge=1)
+    """Largest reply, in bytes, before and after decompression. A batch of half a million tokens with
+    log-probs is about 15 MB; distillation multiplies that."""
+    retries: RetryPolicy = Field(default_factory=RetryPolicy)
+    """Bounds on repeating a request."""
 
-    def __post_init__(self) -> None:
-        url = httpx.URL(self.base_url)
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, address: str) -> str:
+        url = httpx.URL(address)
         # The message must not repeat what may hold a password.
         if url.userinfo:
-            raise ValueError(
-                "the address of the API must not hold a user or password; pass token= or headers="
-            )
+            raise ValueError("the address of the API must not hold a user or password; use token or headers")
         if url.scheme not in {"http", "https"} or not url.host:
-            raise ValueError(
-                f"the address of the API must look like http://host:8000, found {self.base_url!r}"
-            )
+            raise ValueError(f"the address of the API must look like http://host:8000, found {address!r}")
         if url.query or url.fragment:
             raise ValueError(f"the address of the API must not have a query or fragment: {url.host}")
-        if self.max_body_bytes < 1:
-            raise ValueError(f"max_body_bytes must be at least 1, found {self.max_body_bytes}")
+        return address.rstrip("/")
+
+    @model_validator(mode="after")
+    def _check_secrets(self) -> Self:
         for name, secret in [("token", self.token), *self.headers.items()]:
             value = secret.get_secret_value() if secret else ""
             # httpx would quote the value in its own complaint.
@@ -80,9 +80,13 @@ class ConnectionSettings:
                 raise ValueError(
                     f"the value of {name!r} holds a character that cannot stand in an HTTP header"
                 )
-        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        if (self.token or self.headers) and url.scheme == "http" and not is_loopback(url.host):
-            logger.warning("Credentials for the Atropos API travel unencrypted to %s: use https.", url.host)
+        return self
+
+    @property
+    def tells_secrets(self) -> bool:
+        """Whether credentials travel unencrypted to another machine."""
+        url = httpx.URL(self.url)
+        return bool(self.token or self.headers) and url.scheme == "http" and not is_loopback(url.host)
 
     def redact(self, text: str) -> str:
         """Remove every secret of ours from a text that a server sent back."""
@@ -91,7 +95,7 @@ class ConnectionSettings:
     def http_options(self) -> dict[str, Any]:
         """Return the keyword arguments of ``httpx.Client``."""
         return client_options(
-            self.base_url,
+            self.url,
             token=self.token,
             headers={"Accept": SecretStr("application/json"), **self.headers},
             limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Final
 
+from atropos_client._client import AtroposClient
 from atropos_client.fetcher._last_words import write_last_words
 from atropos_client.fetcher._loop import FetchLoop
 from atropos_client.fetcher._settings import Order
@@ -43,7 +44,7 @@ def main() -> int:
             Journal.open(
                 order.directory, limits=order.limits, inherited_lock=order.lock_descriptor
             ) as journal,
-            order.settings.make_client() as client,
+            AtroposClient(order.settings) as client,
         ):
             _fetch(order, FetchLoop(journal, client, order.settings, recorded=_tell_recorded), journal)
     except Exception as error:  # noqa: BLE001 - raised in the trainer

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Self
 
+from atropos_client._client import AtroposClient
 from atropos_client._reading import claims_batch, parse_batch
 from atropos_client.clock import running_time
 from atropos_client.errors import (
@@ -408,7 +409,7 @@ class Fetcher:
         )
         if facts.trouble is not None or (facts.in_flight is not None and facts.in_flight >= 1):
             return facts
-        with self._settings.make_client() as client:
+        with AtroposClient(self._settings) as client:
             return ask_status(client, facts)
 
     def _beat(self) -> None:
@@ -429,7 +430,7 @@ class Fetcher:
             return None if self._wanting_since is None else line  # one came while we asked
         if self._said_at_once or self._journal.marks.get("batches"):
             return None
-        with self._settings.make_client() as client, contextlib.suppress(AtroposClientError):
+        with AtroposClient(self._settings) as client, contextlib.suppress(AtroposClientError):
             latest, batch_size = client.latest_example(), client.info().batch_size
             never_full = why_no_batch_is_full(batch_size, latest.sequence_count) if latest else None
             self._said_at_once = never_full is not None

@@ -6,34 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field
 
-from atropos_client._client import AtroposClient
-from atropos_client._retry import RetryPolicy
-from atropos_client._settings import DEFAULT_MAX_BODY_BYTES, Timeouts
+from atropos_client._settings import ConnectionSettings
 from atropos_client.journal import JournalLimits
 from schemas import Registration
 
 
-class FetcherSettings(BaseModel):
-    """Says how to reach the API and how to poll it; see `AtroposClient`."""
+class FetcherSettings(ConnectionSettings):
+    """Says how to reach the API and how to poll it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: str
-    """Address of the API."""
     registration: Registration
     """How to register; its `starting_step` is kept current."""
-    token: SecretStr | None = None
-    """Bearer token. None: none."""
-    headers: dict[str, SecretStr] = Field(default_factory=dict)
-    """Further headers of every request."""
-    ca_file: Path | None = None
-    """Certificate authorities to trust. None: the usual ones."""
-    timeouts: Timeouts = Field(default_factory=Timeouts)
-    """Patience per phase of a request."""
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
-    """Largest reply, in bytes."""
     first_pause: float = Field(default=0.1, gt=0)
     """Seconds between polls when the API has no data; doubles."""
     longest_pause: float = 1.0
@@ -46,20 +30,6 @@ class FetcherSettings(BaseModel):
     """Seconds without any proper answer of the API after which fetching ends."""
     farewell: float = 60.0
     """Seconds that a poll under way may still take when the trainer is gone or stops."""
-    retries: RetryPolicy = Field(default_factory=RetryPolicy)
-    """Bounds on repeating a request."""
-
-    def make_client(self) -> AtroposClient:
-        """A client of this API."""
-        return AtroposClient(
-            self.url,
-            token=self.token,
-            headers=self.headers,
-            ca_file=self.ca_file,
-            timeouts=self.timeouts,
-            retries=self.retries,
-            max_body_bytes=self.max_body_bytes,
-        )
 
 
 class Order(BaseModel):

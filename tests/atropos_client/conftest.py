@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from atropos_client import AtroposClient, RetryPolicy
+from atropos_client import AtroposClient, ConnectionSettings, RetryPolicy
 from atropos_client.journal import Journal
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
 
@@ -42,7 +42,7 @@ def ask() -> Ask:
     """Call ``ask(url, "method", *arguments, **client_options)`` on a fresh client."""
 
     def ask(url: str, method: str, *arguments: Any, **options: Any) -> Any:
-        with AtroposClient(url, **{"retries": QUICK, **options}) as client:
+        with AtroposClient(ConnectionSettings(url=url, **{"retries": QUICK, **options})) as client:
             return getattr(client, method)(*arguments)
 
     return ask

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 
+from atropos_client import AtroposClient
 from atropos_client.fetcher import Fetcher
 from atropos_client.fetcher._loop import FetchLoop
 from atropos_client.fetcher._process import FetchingProcess
@@ -42,7 +43,7 @@ class FetchingThread(FetchingProcess):
             except BaseException as error:  # noqa: BLE001 - raised below
                 failures.append(error)
 
-        with self._settings.make_client() as client:
+        with AtroposClient(self._settings) as client:
             self._loop = FetchLoop(self._journal, client, self._settings, recorded=news.set)
             if self._stopping.is_set():
                 return

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atropos_client import BatchPossiblyLost, InvalidReply, parse_batch
+from atropos_client import AtroposClient, BatchPossiblyLost, InvalidReply, parse_batch
 from tests.hostile.case import Case
 from tests.hostile.harness import configure, impatient, training_of
 from trainer.config import TrainerConfig
@@ -58,7 +58,7 @@ def check_briefly(case: Case, url: str, directory: Path) -> None:
     bodies = case.good_bodies()
     config = configure(Path("no-model"), directory, url, training_of(case))
     found, expected = Preparation(config), Preparation(config)
-    with impatient(fetcher_settings(config, step=0)).make_client() as client:
+    with AtroposClient(impatient(fetcher_settings(config, step=0))) as client:
         if case.outcome == "possibly lost":
             with pytest.raises(BatchPossiblyLost, match=case.says):
                 client.fetch_batch()

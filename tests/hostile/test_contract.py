@@ -19,7 +19,14 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atropos_client import NO_RETRIES, AtroposClient, BatchPossiblyLost, InvalidReply, parse_batch
+from atropos_client import (
+    NO_RETRIES,
+    AtroposClient,
+    BatchPossiblyLost,
+    ConnectionSettings,
+    InvalidReply,
+    parse_batch,
+)
 from schemas import Registration
 from tests.atropos_client.test_real_api import RealApi
 from tests.hostile.case import NEIGHBOUR
@@ -58,7 +65,7 @@ def sequences_of(body: Any) -> int:
 
 def outcome_of(url: str, path: str, body: Any) -> str:
     """Send and fetch one push; the outcome, in a word."""
-    with AtroposClient(url, retries=NO_RETRIES) as client:
+    with AtroposClient(ConnectionSettings(url=url, retries=NO_RETRIES)) as client:
         client.reset_data()
         client.register(Registration(batch_size=sequences_of(body), max_token_len=64, num_steps=1))
         client.fetch_batch()  # starts the API

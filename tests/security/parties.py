@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from atropos_client import NO_RETRIES, AtroposClient, AtroposClientError
+from atropos_client import NO_RETRIES, AtroposClient, AtroposClientError, ConnectionSettings
 from trainer.check._inference import check_inference_server
 from trainer.config import TrainerConfig, load_config
 from trainer.publish.engines.connection import Deadline, ServerConnection
@@ -22,7 +22,7 @@ Party = Callable[[str], str]
 
 
 def ask_api(url: str) -> str:
-    with AtroposClient(url, token=SecretStr(SECRET), retries=NO_RETRIES) as client:
+    with AtroposClient(ConnectionSettings(url=url, token=SECRET, retries=NO_RETRIES)) as client:
         try:
             return str(client.status())
         except AtroposClientError as error:

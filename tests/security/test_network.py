@@ -13,9 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
-from atropos_client import NO_RETRIES, ApiUnreachable, AtroposClient
+from atropos_client import NO_RETRIES, ApiUnreachable, AtroposClient, ConnectionSettings
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
 from tests.security.certificate import CERTIFICATE, KEY
 from tests.security.parties import PARTIES, SECRET, Party, ask_api, check, publish_to
@@ -104,9 +103,11 @@ def test_a_certificate_that_no_authority_vouches_for_is_refused(party: Party, tl
 def test_the_same_server_is_accepted_where_its_authority_is_named(tls_server: str, tmp_path: Path) -> None:
     authority = tmp_path / "authority.pem"
     authority.write_text(CERTIFICATE)
-    with AtroposClient(tls_server, ca_file=authority, retries=NO_RETRIES) as client:
+    settings = ConnectionSettings(url=tls_server, ca_file=authority, retries=NO_RETRIES)
+    with AtroposClient(settings) as client:
         assert client.status().queue_size == 0
-    with AtroposClient(tls_server, retries=NO_RETRIES) as client, pytest.raises(ApiUnreachable):
+    settings = ConnectionSettings(url=tls_server, retries=NO_RETRIES)
+    with AtroposClient(settings) as client, pytest.raises(ApiUnreachable):
         client.status()
 
 
@@ -212,10 +213,10 @@ def test_json_that_is_deep_or_of_another_shape_is_an_ordinary_outcome(
 
 def test_a_header_cannot_be_smuggled_into_a_request(server: MisbehavingServer) -> None:
     with pytest.raises(ValueError, match="cannot stand in an HTTP header") as caught:
-        AtroposClient(server.url, token=SecretStr(f"{SECRET}\r\nX-Evil: 1"))
+        ConnectionSettings(url=server.url, token=f"{SECRET}\r\nX-Evil: 1")
     assert SECRET not in str(caught.value)
     with pytest.raises(ValueError, match="cannot stand in an HTTP header"):
-        AtroposClient(server.url, headers={"X-Good": SecretStr("1\r\nX-Evil: 1")})
+        ConnectionSettings(url=server.url, headers={"X-Good": "1\r\nX-Evil: 1"})
     assert "Authorization" not in ask_api(server.url)
     assert all("x-evil" not in seen.headers for seen in server.seen)
 

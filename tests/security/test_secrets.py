@@ -131,13 +131,13 @@ def test_a_header_given_wrongly_on_the_command_line_is_refused_without_its_secre
 def test_what_objects_say_of_themselves_has_no_secret() -> None:
     words = ("--model.path", "m", "--atropos.token", SECRET, "--publish.token", SECRET)
     config = load_config(None, [*words, "--atropos.headers", f"{{X: {SECRET}}}"], environment={})
-    client = AtroposClient("http://127.0.0.1:1", token=config.atropos.token, headers=config.atropos.headers)
     settings = FetcherSettings(
         url="http://127.0.0.1:1",
         registration=Registration(batch_size=1, max_token_len=2, num_steps=1),
         token=config.atropos.token,
         headers=config.atropos.headers,
     )
+    client = AtroposClient(settings)
     shown = [repr(config), str(config), config.model_dump_json(), repr(client), repr(settings)]
     shown += [str(config.model_dump()), repr(PublishSettings(token=config.publish.token))]
     assert [text for text in shown if SECRET in text] == []

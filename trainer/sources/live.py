@@ -72,7 +72,7 @@ class AtroposSource:
         """
         settings = fetcher_settings(self._config, step=self._step())
         if self._journal is None or not self._journal.numbers_after(self._after):
-            with settings.make_client() as client:
+            with AtroposClient(settings) as client:
                 client.wait_until_ready(self._config.atropos.ready_timeout)
         if self._journal is None:
             self._temporary = tempfile.TemporaryDirectory(
@@ -151,7 +151,7 @@ def fetcher_settings(config: TrainerConfig, *, step: int) -> FetcherSettings:
 
 def make_client(config: TrainerConfig) -> AtroposClient:
     """Make a client of the configured API."""
-    return fetcher_settings(config, step=0).make_client()
+    return AtroposClient(fetcher_settings(config, step=0))
 
 
 def make_registration(config: TrainerConfig, step: int) -> Registration:
