@@ -206,7 +206,7 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
             resend: What a second sending would do.
             expects_json: Whether a reply that is not labelled as JSON is refused.
             removes_batch: Whether the server forgets what it answers.
-            retries: Bounds on repeating it. None: the client's.
+            retries: Bounds on repeating it. None: those of the settings.
 
         Raises:
             BatchPossiblyLost: If it removes a batch and failed after it may have been sent.

@@ -78,7 +78,6 @@ class ModelCard(_Message):
     """The base model of an adapter."""
     max_model_len: int | None = None
     """Longest sequence in tokens, prompt and completion together."""
-    permission: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class ModelList(_Message):
@@ -381,8 +380,6 @@ class LoadAdapterRequest(_Message):
     lora_path: str
     """Absolute path of a PEFT directory, as the server sees it. It has to stay as long as any request uses
     the adapter: vLLM may read it again."""
-    load_inplace: bool = False
-    """Replace an adapter of the same name."""
 
 
 class UnloadAdapterRequest(_Message):
@@ -405,7 +402,6 @@ class LoraLimits(_Message):
 
     max_loras: int
     """Adapters that one step of the engine can serve side by side."""
-    max_lora_rank: int | None = None
 
 
 class VllmConfiguration(_Message):
