@@ -44,14 +44,15 @@ REMEDIES: dict[Phase, str] = {
         "raise publish.ready_timeout if it is only slow to start"
     ),
     Phase.CONNECT: (
-        "see that the server was started for this transport (docs/engines) and that its workers reach "
-        "publish.group_address and publish.group_port; or use publish.transport disk"
+        'start vLLM with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config \'{"backend": "nccl"}\' (or '
+        "ipc); see that its workers reach publish.group_address and publish.group_port; or use "
+        "publish.transport disk"
     ),
     Phase.PAUSE: "start vLLM with VLLM_SERVER_DEV_MODE=1; otherwise look into the server's log",
     Phase.LOAD: (
         "see that the server serves the same architecture and, with publish.transport disk, can read "
-        "publish.directory under the same path (as another user only with publish.readable_by); otherwise "
-        "look into its log"
+        "publish.directory under the same path (as another user only with publish.readable_by), or with ipc "
+        "is on the trainer's GPU and has VLLM_ALLOW_INSECURE_SERIALIZATION=1; otherwise look into its log"
     ),
     Phase.RESUME: "POST /resume to the server by hand, or restart it: until then environments wait for it",
     Phase.VERIFY: (

@@ -252,7 +252,7 @@ class VllmTransferTransport(WeightTransport):
         return workers
 
     def _raise(self, error: BaseException, server: InferenceServer, phase: Phase) -> NoReturn:
-        """Raise our own errors as they are or with a hint, anything else as the phase's error."""
+        """Raise our own errors as they are, anything else as the phase's error."""
         if isinstance(error, NotEndedError):
             limit = f"within {error.seconds:g} s (publish.load_timeout)"
             reason = f"the transfer group did not come together {limit}"
@@ -262,34 +262,9 @@ class VllmTransferTransport(WeightTransport):
                     "it, only a restart of the server helps"
                 )
             raise server.failure(phase, reason, PhaseDeadlineExceeded) from error
-        if isinstance(error, ServerFailure):
-            hint = self._hint(error)
-            if not hint:
-                raise error
-            raise server.failure(
-                error.phase,
-                f"{error.reason}; {hint}",
-                type(error),
-                status=error.status,
-                server_text=error.server_text,
-            ) from error
-        if isinstance(error, ConfigurationError) or not isinstance(error, Exception):
+        if isinstance(error, ServerFailure | ConfigurationError) or not isinstance(error, Exception):
             raise error
         raise server.failure(phase, f"{type(error).__name__} in the sender: {error}") from error
-
-    def _hint(self, error: ServerFailure) -> str:
-        """Say what a refusal most likely means; empty if nothing is likely."""
-        if error.status is None:
-            return ""
-        if error.status == HTTPStatus.NOT_FOUND:
-            return "it has to be started with VLLM_SERVER_DEV_MODE=1"
-        if error.phase is Phase.CONNECT:
-            return (
-                f"""it has to be started with --weight-transfer-config '{{"backend": "{self._backend}"}}'"""
-            )
-        if self._backend == "ipc":
-            return "it has to be on the trainer's GPU, with VLLM_ALLOW_INSECURE_SERIALIZATION=1"
-        return ""
 
 
 def _require_one_machine(servers: Sequence[str]) -> None:
