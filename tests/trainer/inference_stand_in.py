@@ -176,6 +176,15 @@ class StandIn:
             choices.append({"index": index, "text": "", "prompt_logprobs": [None, *logprobs]})
         return {"model": request.model, "choices": choices[::-1], "usage": {}}
 
+    def sample(self, prompt: list[int], temperature: float) -> tuple[list[float], int]:
+        """Log-probs of the next token, and how many of the prompt's came from the cache, which is filled."""
+        block = tuple(prompt[:BLOCK])
+        hit = len(block) == BLOCK and block in self.cache
+        cached = self.cache.setdefault(block, self.weights)
+        divisor = temperature if self.scales_logprobs else 1.0
+        row = next_logprobs(self.weights, prompt, cached=cached, temperature=divisor)
+        return [logprob + self.noise() for logprob in row], BLOCK if hit else 0
+
     def generate(self, request: CompletionRequest) -> dict[str, Any]:
         assert request.model == "policy"
         assert request.max_tokens == 1
@@ -183,12 +192,7 @@ class StandIn:
         assert request.logprobs
         assert request.return_tokens_as_token_ids
         prompt: Any = request.prompt
-        block = tuple(prompt[:BLOCK])
-        hit = len(block) == BLOCK and block in self.cache
-        cached = self.cache.setdefault(block, self.weights)
-        temperature = request.temperature if self.scales_logprobs else 1.0
-        row = next_logprobs(self.weights, prompt, cached=cached, temperature=temperature)
-        row = [logprob + self.noise() for logprob in row]
+        row, cached = self.sample(prompt, request.temperature)
         likeliest = sorted(range(VOCABULARY), key=row.__getitem__, reverse=True)[: request.logprobs]
         token = self.generates(row)
         logprobs = {
@@ -198,7 +202,7 @@ class StandIn:
         }
         usage: dict[str, Any] = {"prompt_tokens": len(prompt)}
         if self.tells_cached_tokens:
-            usage["prompt_tokens_details"] = {"cached_tokens": BLOCK if hit else 0}
+            usage["prompt_tokens_details"] = {"cached_tokens": cached}
         choice = {"index": 0, "text": "", "logprobs": logprobs}
         return {"model": "policy", "choices": [choice], "usage": usage}
 

@@ -13,13 +13,11 @@ from pydantic import BaseModel, ValidationError
 from schemas import sglang as wire
 from tests.trainer.inference_stand_in import (
     BASE,
-    BLOCK,
     STEP,
     VOCABULARY,
     Answer,
     Policy,
     StandIn,
-    next_logprobs,
     scores,
     serving,
 )
@@ -102,16 +100,10 @@ class SglangStandIn(StandIn):
 
     def _sample(self, request: wire.GenerateRequest) -> dict[str, Any]:
         prompt: Any = request.input_ids
-        block = tuple(prompt[:BLOCK])
-        hit = block in self.cache
-        cached = self.cache.setdefault(block, self.weights)
-        temperature = (request.sampling_params.temperature or 1.0) if self.scales_logprobs else 1.0
-        row = next_logprobs(self.weights, prompt, cached=cached, temperature=temperature)
+        row, cached = self.sample(prompt, request.sampling_params.temperature or 1.0)
         likeliest = sorted(range(VOCABULARY), key=row.__getitem__, reverse=True)[: request.top_logprobs_num]
         told = _entries([row[token] for token in likeliest], likeliest)
-        return _meta(
-            output_token_logprobs=told[:1], output_top_logprobs=[told], cached_tokens=BLOCK if hit else 0
-        )
+        return _meta(output_token_logprobs=told[:1], output_top_logprobs=[told], cached_tokens=cached)
 
 
 def _entries(row: list[float], tokens: list[int]) -> list[list[Any]]:
