@@ -351,24 +351,6 @@ def test_several_models_on_one_server_are_refused_until_one_is_named(
         assert publisher.start(0).already_served
 
 
-def test_the_token_goes_to_the_server_and_into_no_message(
-    policy: Policy, server: StandIn, tmp_path: Path
-) -> None:
-    server.faults["/health"] = (401, {"error": "Unauthorized: tell-no-one"})
-    for given, sent in (
-        ({"token": "tell-no-one"}, "Bearer tell-no-one"),
-        ({"headers": {"Authorization": "tell-no-one"}}, "tell-no-one"),
-    ):
-        server.authorizations.clear()
-        with (
-            publishing(policy, tmp_path, server, **given) as publisher,
-            pytest.raises(ServerFailure, match=r"ready failed.*Unauthorized: \*\*\*") as caught,
-        ):
-            publisher.start(0)
-        assert server.authorizations == {sent}
-        assert "tell-no-one" not in str(caught.value)
-
-
 def test_without_a_server_there_is_nothing_to_publish_to(policy: Policy, tmp_path: Path) -> None:
     transport = DiskTransport(tmp_path, policy.capture, keep=1)
     with pytest.raises(ConfigurationError, match=r"publish\.servers"):

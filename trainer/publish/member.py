@@ -104,9 +104,9 @@ class Member:
         errors: list[ServerFailure] = []
         seconds: dict[str, float] = {}
         with _collected(errors):
-            if expectation is not None:
-                self._verifier.warm()
             if transport.needs_pause(server):
+                if expectation is not None:
+                    self._verifier.warm()
                 with _timed(seconds, "pause_seconds"):
                     self._update(job.staged, seconds, errors)
                 self.version = None if errors else job.version

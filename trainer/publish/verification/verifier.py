@@ -105,7 +105,6 @@ class ServerVerifier:
         self._proven_generation: ProvenGeneration | None = None
         self._differences: deque[float] = deque(maxlen=REMEMBERED)
         self._first_difference: float | None = None
-        self._served_name: str | None = None
         self.logprob_kind: LogprobKind | None = None
         """Of this server; None until it was asked, which happens when it is first found to match."""
 
@@ -118,11 +117,11 @@ class ServerVerifier:
         if not self._probes.cuts:
             return
         try:
-            self._server.next_token(self._probes.prompts[-1], served_name=self._served_name)
+            self._server.next_token(self._probes.prompts[-1])
         except ServerFailure as error:
             logger.info("%s: the passage could not be cached before the update: %s", self._server.url, error)
 
-    def compare(self, expectation: Expectation, *, served_name: str | None = None) -> Comparison:
+    def compare(self, expectation: Expectation) -> Comparison:
         """Ask the server and judge the numbers; a match may become the next baseline.
 
         Raises:
@@ -130,7 +129,7 @@ class ServerVerifier:
                 asks for.
             ServerFailure: The server did not answer.
         """
-        return self._compare(expectation, served_name, updated=False)
+        return self._compare(expectation, None, updated=False)
 
     def verify(self, expectation: Expectation, *, served_name: str | None = None) -> Comparison:
         """Prove that the server serves a version that it was just given.
@@ -139,17 +138,15 @@ class ServerVerifier:
             VerificationFailed: It does not, by its numbers or by its own label; or as `compare`.
             ServerFailure: The server did not answer.
         """
-        version = expectation.version
         # An adapter has a name of its own in the cache, and nothing was emptied for it.
         comparison = self._compare(expectation, served_name, updated=served_name is None)
         if not comparison.matches:
             remedy = CACHE_REMEDY if comparison.verdict is Verdict.STALE_CACHE else None
             raise self._failed(comparison.describe(), comparison=comparison, remedy=remedy)
-        self._served_name = served_name
         if served_name is not None:  # an adapter is labelled when it is activated, after the proof
             return comparison
         label = self._server.weight_version()
-        if label is not None and label != str(version):
+        if label is not None and label != str(expectation.version):
             raise self._failed(
                 f"the log-probs agree, but the server labels its weights {label!r}; does another trainer "
                 "publish to it?"
