@@ -47,9 +47,11 @@ def run_in_processes(
 @pytest.mark.parametrize(
     "options",
     [
-        # Many small micro-batches, an odd number of them: one process gets one that weighs nothing.
+        # Many small micro-batches, an odd number of them: one process gets one that weighs nothing; and an
+        # objective that takes statistics of the whole step.
         (
             *("--data.tokens_per_micro_batch", "40"),
+            *("--loss.name", "kl_cov", "--loss.covariance_share", "0.2"),
             *("--data.advantage_estimator", "reinforce_plus_plus_baseline"),
         ),
         # One micro-batch for two processes.
