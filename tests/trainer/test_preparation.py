@@ -241,3 +241,22 @@ def test_a_group_that_the_estimator_cannot_take_is_set_aside_with_its_reason() -
         )
     ]
     assert prepared.advantages == [-1.0, 1.0]
+
+
+def test_the_kl_to_the_reference_comes_off_the_scores_before_they_are_advantages() -> None:
+    group = {
+        "tokens": [[5, 6, 7], [5, 8]],
+        "masks": [[-100, 6, 7], [-100, 8]],
+        "scores": [1.0, 0.0],
+        "inference_logprobs": [[1.0, -1.0, -2.0], [1.0, -0.5]],
+        "ref_logprobs": [[1.0, -1.5, -4.0], [1.0, -0.25]],
+    }
+    data = DataSettings(advantage_estimator="raw", reward_kl_coefficient=0.1)
+    batch = prepare([group], data, LossSettings())
+    advantages = [sample.advantages.tolist() for sample in batch.samples]
+    assert advantages[0] == pytest.approx([0, 0.75, 0.75])  # 1 - 0.1 * (0.5 + 2)
+    assert advantages[1] == pytest.approx([0, 0.025])  # 0 - 0.1 * -0.25
+    assert batch.scores == [1.0, 0.0]
+
+    lacking = prepare([group | {"ref_logprobs": None}], data, LossSettings())
+    assert lacking.set_aside[0].reason.startswith("no ref_logprobs, which data.reward_kl_coefficient needs")

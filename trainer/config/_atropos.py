@@ -157,6 +157,10 @@ class DataSettings(Section):
     advantage_limit: float | None = Field(default=1e6, gt=0)
     """Groups with an advantage of a larger magnitude at a trained token, before normalization, are set aside:
     one of them would decide the whole step, and under global normalization every later one. None: any."""
+    reward_kl_coefficient: float = Field(default=0.0, ge=0)
+    """KL in the reward: a sequence's score loses so much times the sum over its trained tokens of sampler's
+    minus reference's log-prob, before it becomes advantages. Needs inference_logprobs and ref_logprobs in
+    every group; a reference computed here (loss.reference) comes too late for it. 0: none."""
     sampling_temperature: float = Field(default=1.0, ge=0.01, le=100)
     """Temperature that environments sample at, for groups that do not say it (few do). Losses with an
     importance ratio divide logits by it."""

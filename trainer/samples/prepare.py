@@ -97,6 +97,7 @@ def prepare_batch(
                 needs_inference_logprobs=loss.bound.needs_inference_logprobs,
                 needs_ref_logprobs=loss.needs_ref_logprobs_of_groups,
             )
+            or _reward_kl_reason(group, data.reward_kl_coefficient)
             or teacher_reason(group, distillation, vocabulary_size=limits.vocabulary_size)
             or implausible_reason(
                 group,
@@ -107,7 +108,10 @@ def prepare_batch(
         ),
     )
     columns = token_columns(groups)
-    advantages = token_advantages(groups, estimator=data.bound_estimator)
+    penalized = groups
+    if data.reward_kl_coefficient > 0:
+        penalized = [_less_reference_kl(group, data.reward_kl_coefficient) for group in groups]
+    advantages = token_advantages(penalized, estimator=data.bound_estimator)
     of_groups = torch.split(advantages, [group.token_count for group in groups])
     without_spread = sum(not has_signal(of_group) for of_group in of_groups)
     # A first token may be marked as trained, but nothing predicts it.
@@ -148,6 +152,32 @@ def prepare_batch(
         groups_with_binary_masks=sum(group.masks_were_binary for group in groups),
         normalizer=normalizer.state_dict(),
     )
+
+
+def _reward_kl_reason(group: ScoredGroup, coefficient: float) -> str | None:
+    """Say why the KL to the reference cannot be taken off a group's scores; None if it can, or is not."""
+    for name in ("inference_logprobs", "ref_logprobs"):
+        if coefficient > 0 and getattr(group, name) is None:
+            return (
+                f"no {name}, which data.reward_kl_coefficient needs: let the environment send them, or have "
+                "the KL in the loss (loss.kl_coefficient, loss.reference)"
+            )
+    return None
+
+
+def _less_reference_kl(group: ScoredGroup, coefficient: float) -> ScoredGroup:
+    """Take an estimate of each sequence's KL(sampler ‖ reference) off its score.
+
+    The sum of `μ_t - ρ_t` over its trained tokens (k1), as in RLHF: Ziegler et al. 2019; Ouyang et al. 2022.
+    """
+    columns = token_columns([group])
+    sampler, reference = (
+        tensor_of([values or b""], torch.float32)
+        for values in (group.flat.inference_logprobs, group.flat.ref_logprobs)
+    )
+    sums = columns.per_sequence((sampler - reference).masked_fill(columns.loss_mask == 0, 0.0))
+    scores = [score - coefficient * kl for score, kl in zip(group.scores, sums, strict=True)]
+    return group.model_copy(update={"scores": scores})
 
 
 def _with_teacher(
