@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from trainer.run.loop import RunSummary
     from trainer.run.start import Accept
     from trainer.sources.incoming import BatchSource
+
+logger = logging.getLogger(__name__)
 
 
 class RunCommand:
@@ -52,10 +55,13 @@ def train(
     from transformers.utils import logging as transformers_logging
 
     from trainer.cli._progress import show_step
+    from trainer.config import describe_preset
     from trainer.monitoring import RunMonitor
     from trainer.run.build import build_trainer
     from trainer.run.processes import join_run, translated_peer_failures
 
+    if config.loss.preset is not None and launched_rank() == 0:
+        logger.info("loss.preset %s: %s", config.loss.preset, describe_preset(config.loss.preset, config))
     transformers_logging.disable_progress_bar()
     with (
         translated_peer_failures(),

@@ -9,7 +9,9 @@ from typing import Any
 
 from trainer.config import (
     ENVIRONMENT_PREFIX,
+    PRESETS,
     TrainerConfig,
+    describe_preset,
     expand_home,
     fields_by_section,
     load_config,
@@ -82,5 +84,7 @@ def settings_help(words: Sequence[str] = ()) -> str:
         for field in fields:
             lines.append(f"  --{field.name} {field.type_name}  (default: {field.default})")
             lines.append(f"      {field.help}")
+            if field.name == "loss.preset":
+                lines += [f"        {name}: {describe_preset(name)}" for name in PRESETS]
         lines.append("")
     return "\n".join(lines)

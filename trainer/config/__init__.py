@@ -5,6 +5,7 @@ from trainer.config._base import expand_home
 from trainer.config._distillation import DistillationSettings
 from trainer.config._fields import ConfigField, config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
+from trainer.config._presets import PRESETS, Preset, PresetName, describe_preset
 from trainer.config._publish import PublishSettings
 from trainer.config._resume import ON_RESUME, OnResume, refuse_changed_settings, row_of
 from trainer.config._training import (
@@ -21,6 +22,7 @@ from trainer.config._watch import HealthSettings, WatchdogSettings
 __all__ = [
     "ENVIRONMENT_PREFIX",
     "ON_RESUME",
+    "PRESETS",
     "AtroposSettings",
     "CheckpointSettings",
     "ConfigField",
@@ -34,11 +36,14 @@ __all__ = [
     "ModelSettings",
     "OnResume",
     "OptimizerSettings",
+    "Preset",
+    "PresetName",
     "PublishSettings",
     "TrainSettings",
     "TrainerConfig",
     "WatchdogSettings",
     "config_fields",
+    "describe_preset",
     "expand_home",
     "fields_by_section",
     "load_config",

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from trainer.config._base import CommaPair, PathOrHubId, Section
+from trainer.config._presets import PresetName
 from trainer.extensions import (
     BUILT_IN_ESTIMATORS,
     BUILT_IN_LOSSES,
@@ -219,6 +220,9 @@ class LossSettings(Section):
 
     model_config = ConfigDict(extra="allow")  # its options, which are checked below
 
+    preset: PresetName | None = None
+    """The objective of a paper: sets the loss with its bounds, the reduction, and the advantage estimator
+    with its options (docs/advantages.md#presets). What is set by hand wins. None: each has its default."""
     name: str = "weighted_sft"
     """weighted_sft: cross-entropy times advantage. policy_gradient: the same with a truncated importance
     ratio between trainer and sampler. ppo_clip: the clipped surrogate of PPO. All: docs/objectives.md. Or

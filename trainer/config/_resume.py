@@ -44,6 +44,7 @@ ON_RESUME: Final[Mapping[str, OnResume]] = {
     "data.packing": OnResume.FREE,
     "data.tokens_per_micro_batch": OnResume.FREE,
     "data.*": OnResume.NAMED,
+    "loss.preset": OnResume.FREE,  # what it came to is compared
     "loss.*": OnResume.NAMED,
     "distillation.*": OnResume.NAMED,
     "optimizer.*": OnResume.NAMED,

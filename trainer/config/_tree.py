@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
 from trainer.config._base import Section
 from trainer.config._distillation import DistillationSettings
+from trainer.config._presets import with_preset
 from trainer.config._publish import PublishSettings
 from trainer.config._training import (
     CheckpointSettings,
@@ -50,6 +51,11 @@ class TrainerConfig(Section):
     """Ends a run that is stuck: a deadline for each phase of the training thread."""
     health: HealthSettings = Field(default_factory=HealthSettings)
     """Reports the state of the run to an orchestrator."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_is_laid_under(cls, values: Any) -> Any:
+        return with_preset(values)
 
     @model_validator(mode="after")
     def _adapters_are_trained(self) -> Self:

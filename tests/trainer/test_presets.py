@@ -1,0 +1,164 @@
+"""Presets by paper: what each comes to, what wins over it, and where it is said."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from trainer import RecordedSource
+from trainer.cli._run import train
+from trainer.cli._settings import settings_help
+from trainer.config import (
+    PRESETS,
+    PresetName,
+    TrainerConfig,
+    describe_preset,
+    load_config,
+    refuse_changed_settings,
+)
+from trainer.errors import ConfigurationError
+
+CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2}
+OBJECTIVES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
+    "grpo": ("ppo_clip", CLIP, "sequence", "group_norm", {"std": "n-1"}),
+    "dr_grpo": ("ppo_clip", CLIP, "constant", "group_center", {}),
+    "dapo": ("ppo_clip", CLIP | {"epsilon_high": 0.28}, "token", "group_norm", {"std": "n-1"}),
+    "gspo": ("gspo", {"epsilon_low": 3e-4, "epsilon_high": 4e-4}, "sequence", "group_norm", {"std": "n-1"}),
+    "cispo": ("cispo", {"epsilon_low": 1.0, "epsilon_high": 4.0}, "token", "group_norm", {"std": "n-1"}),
+    "rloo": ("policy_gradient", {"ratio_cap": 2.0}, "constant", "leave_one_out", {}),
+    "reinforce++": ("ppo_clip", CLIP, "token", "reinforce_plus_plus_baseline", {}),
+    "opo": ("policy_gradient", {"ratio_cap": 2.0}, "token", "opo", {}),
+    "gpg": ("weighted_sft", {}, "token", "gpg", {}),
+    "lite_ppo": ("ppo_clip", CLIP, "token", "batch_std", {"std": "n-1"}),
+}
+
+
+def load(*words: str, file: Path | None = None, **environment: str) -> TrainerConfig:
+    return load_config(file, ["--model.path", "m", *words], environment=environment)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_comes_to_the_objective_of_its_paper(name: str) -> None:
+    loss, loss_options, reduction, estimator, estimator_options = OBJECTIVES[name]
+    config = load("--loss.preset", name)
+    by_hand = TrainerConfig.model_validate(
+        {
+            "model": {"path": "m"},
+            "loss": {"name": loss, "reduction": reduction, **loss_options},
+            "data": {"advantage_estimator": estimator, "advantage_options": estimator_options},
+        }
+    )
+    assert config.model_dump() == by_hand.model_dump() | {
+        "loss": by_hand.loss.model_dump() | {"preset": name}
+    }
+    assert config.loss.bound == by_hand.loss.bound
+    assert config.data.bound_estimator == by_hand.data.bound_estimator
+
+
+def test_there_is_one_of_each_name() -> None:
+    assert tuple(PRESETS) == get_args(PresetName)
+    assert set(OBJECTIVES) == set(PRESETS)
+
+
+def test_what_is_set_by_hand_wins_wherever_it_is_set(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("loss: {preset: dapo, epsilon_high: 0.25}\n")
+    config = load(
+        *("--data.advantage_options.std", "n"),
+        file=tmp_path / "run.yaml",
+        ATROPOS_TRAINER_LOSS__REDUCTION="sequence",
+    )
+    options = config.loss.bound.options.model_dump()
+    assert (options["epsilon_low"], options["epsilon_high"]) == (0.2, 0.25)
+    assert config.loss.reduction == "sequence"
+    assert config.data.bound_estimator.options.model_dump() == {"std": "n"}
+    assert describe_preset("dapo", config) == (
+        "loss.name ppo_clip, loss.epsilon_low 0.2, loss.epsilon_high 0.25 (by hand, in place of 0.28), "
+        "loss.reduction sequence (by hand, in place of token), data.advantage_estimator group_norm, "
+        "data.advantage_options.std n (by hand, in place of n-1)"
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_setting_of_each_preset_gives_way_to_one_by_hand(name: PresetName) -> None:
+    by_hand = {
+        "loss.name": "policy_gradient" if name == "gpg" else "weighted_sft",
+        "loss.reduction": "token" if PRESETS[name].reduction != "token" else "constant",
+        "data.advantage_estimator": "raw",
+        "data.advantage_options.std": "n",
+    }
+    for setting, value in PRESETS[name].settings.items():
+        other = by_hand.get(setting, "0.5")
+        if other != value:
+            config = load("--loss.preset", name, f"--{setting}", other)
+            assert f"{setting} {other} (by hand, in place of {value})" in describe_preset(name, config)
+
+
+def test_another_function_by_hand_gets_none_of_the_options() -> None:
+    config = load("--loss.preset", "dapo", "--loss.name", "policy_gradient")
+    assert config.loss.bound == load("--loss.name", "policy_gradient").loss.bound
+    assert config.data.bound_estimator.options.model_dump() == {"std": "n-1"}
+    config = load("--loss.preset", "dapo", "--data.advantage_estimator", "length_shaping")
+    assert config.data.bound_estimator.options.model_dump() == {"weight": 0.1}
+    assert "data.advantage_options.std" not in describe_preset("dapo", config)
+
+
+def test_sections_may_be_models_too() -> None:
+    plain = load("--loss.preset", "dapo")
+    again = TrainerConfig(model=plain.model, loss=plain.loss, data=plain.data)
+    assert again.model_dump() == plain.model_dump()
+
+
+@pytest.mark.parametrize("value", ["grppo", "[1]", "{a: b}"])
+def test_an_unknown_preset_is_refused_with_those_that_there_are(value: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"loss\.preset: .*'grpo', 'dr_grpo'"):
+        load("--loss.preset", value)
+
+
+def test_a_resume_compares_what_a_preset_came_to() -> None:
+    stored = load("--loss.preset", "dapo").model_dump(mode="json")
+    by_hand = (
+        "--loss.name",
+        "ppo_clip",
+        "--loss.epsilon_high",
+        "0.28",
+        "--data.advantage_options.std",
+        "n-1",
+    )
+    refuse_changed_settings(stored, load(*by_hand), checkpoint="step-1")
+    with pytest.raises(ConfigurationError) as told:
+        refuse_changed_settings(stored, load("--loss.preset", "grpo"), checkpoint="step-1")
+    assert "loss.epsilon_high: 0.28 in the checkpoint, 0.2 now" in str(told.value)
+    assert "--train.resume_changes loss.reduction,loss.epsilon_high;" in str(told.value)
+
+
+def cell(function: str, options: Any) -> str:
+    """What the page's table has for a function with its options."""
+    return ": ".join([f"`{function}`", *filter(None, [", ".join(f"{k} {v}" for k, v in options.items())])])
+
+
+def test_help_and_page_say_what_each_comes_to() -> None:
+    text = settings_help()
+    page = (Path(__file__).parents[2] / "docs/advantages.md").read_text()
+    for name, preset in PRESETS.items():
+        assert f"\n        {name}: {describe_preset(name)}\n" in text
+        loss = cell(preset.loss, preset.loss_options)
+        estimator = cell(preset.estimator, preset.estimator_options)
+        assert f"\n| `{name}` | {preset.paper} | {loss} | `{preset.reduction}` | {estimator} |\n" in page
+
+
+def test_the_first_line_of_a_run_says_what_its_preset_came_to(
+    tiny_model_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    words = ("--model.path", str(tiny_model_directory), "--train.output_dir", str(tmp_path / "run"))
+    words += ("--train.steps", "0", "--train.device", "cpu", "--loss.preset", "gspo")
+    config = load_config(None, [*words, "--loss.reduction", "token"], environment={})
+    train(config, source=RecordedSource(()))
+    assert caplog.messages[0] == (
+        "loss.preset gspo: loss.name gspo, loss.epsilon_low 0.0003, loss.epsilon_high 0.0004, loss.reduction "
+        "token (by hand, in place of sequence), data.advantage_estimator group_norm, "
+        "data.advantage_options.std n-1"
+    )

@@ -1,0 +1,180 @@
+"""Settings by paper: what `loss.preset` stands for, laid under what is set by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel
+
+PresetName = Literal[
+    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "opo", "gpg", "lite_ppo"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The settings that make up a paper's objective."""
+
+    paper: str
+    """Where it is defined."""
+    loss: str
+    """loss.name"""
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of that loss; they stand in the section `loss`."""
+    reduction: Literal["token", "sequence", "constant"]
+    """loss.reduction"""
+    estimator: str
+    """data.advantage_estimator"""
+    estimator_options: Mapping[str, Any] = field(default_factory=dict)
+    """data.advantage_options"""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of them by their dotted names."""
+        return {
+            "loss.name": self.loss,
+            **{f"loss.{name}": value for name, value in self.loss_options.items()},
+            "loss.reduction": self.reduction,
+            "data.advantage_estimator": self.estimator,
+            **{f"data.advantage_options.{name}": value for name, value in self.estimator_options.items()},
+        }
+
+    def lay_under(self, loss: dict[str, Any], data: dict[str, Any]) -> None:
+        """Set what is not set by hand in two sections; no options where another function was named."""
+        if loss.setdefault("name", self.loss) == self.loss:
+            for name, value in self.loss_options.items():
+                loss.setdefault(name, value)
+        loss.setdefault("reduction", self.reduction)
+        if data.setdefault("advantage_estimator", self.estimator) == self.estimator:
+            by_hand = data.get("advantage_options", {})
+            if isinstance(by_hand, Mapping):  # anything else is refused where it is read
+                data["advantage_options"] = {**self.estimator_options, **by_hand}
+
+
+_CLIP: Final = {"epsilon_low": 0.2, "epsilon_high": 0.2}
+_SAMPLE_STD: Final = {"std": "n-1"}  # what TRL and verl divide by
+
+PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
+    {
+        "grpo": Preset(
+            paper="DeepSeekMath, arXiv 2402.03300",
+            loss="ppo_clip",
+            loss_options=_CLIP,
+            reduction="sequence",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "dr_grpo": Preset(
+            paper="arXiv 2503.20783",
+            loss="ppo_clip",
+            loss_options=_CLIP,
+            reduction="constant",
+            estimator="group_center",
+        ),
+        "dapo": Preset(
+            paper="arXiv 2503.14476",
+            loss="ppo_clip",
+            loss_options={"epsilon_low": 0.2, "epsilon_high": 0.28},
+            reduction="token",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "gspo": Preset(
+            paper="arXiv 2507.18071",
+            loss="gspo",
+            loss_options={"epsilon_low": 3e-4, "epsilon_high": 4e-4},
+            reduction="sequence",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "cispo": Preset(
+            paper="MiniMax-M1, arXiv 2506.13585",
+            loss="cispo",
+            loss_options={"epsilon_low": 1.0, "epsilon_high": 4.0},
+            reduction="token",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "rloo": Preset(
+            paper="arXiv 2402.14740",
+            loss="policy_gradient",
+            loss_options={"ratio_cap": 2.0},
+            reduction="constant",  # a sequence is one action: its tokens are summed
+            estimator="leave_one_out",
+        ),
+        "reinforce++": Preset(
+            paper="arXiv 2501.03262",
+            loss="ppo_clip",
+            loss_options=_CLIP,
+            reduction="token",
+            estimator="reinforce_plus_plus_baseline",
+        ),
+        "opo": Preset(
+            paper="arXiv 2505.23585",
+            loss="policy_gradient",
+            loss_options={"ratio_cap": 2.0},
+            reduction="token",
+            estimator="opo",
+        ),
+        "gpg": Preset(paper="arXiv 2504.02546", loss="weighted_sft", reduction="token", estimator="gpg"),
+        "lite_ppo": Preset(
+            paper="arXiv 2508.08221",
+            loss="ppo_clip",
+            loss_options=_CLIP,
+            reduction="token",
+            estimator="batch_std",
+            estimator_options=_SAMPLE_STD,
+        ),
+    }
+)
+
+
+def with_preset(values: Any) -> Any:
+    """Lay a preset's settings under those given, where `loss.preset` names one.
+
+    Args:
+        values: The configuration as given: sections by name, as mappings or models. Not changed.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    loss, data = _set_by_hand(values.get("loss", {})), _set_by_hand(values.get("data", {}))
+    preset = loss.get("preset") if loss else None
+    if not isinstance(preset, str) or preset not in PRESETS or loss is None or data is None:
+        return values  # none, or what is refused where it is read
+    PRESETS[preset].lay_under(loss, data)  # type: ignore[index]
+    return {**values, "loss": loss, "data": data}
+
+
+def _set_by_hand(section: Any) -> dict[str, Any] | None:
+    """What is set in a section, to be changed; None if it is no section."""
+    if isinstance(section, BaseModel):
+        return {name: getattr(section, name) for name in section.model_fields_set}
+    return dict(section) if isinstance(section, Mapping) else None
+
+
+def describe_preset(name: PresetName, config: BaseModel | None = None) -> str:
+    """Say what a preset sets, e.g. `loss.name ppo_clip, loss.epsilon_low 0.2`.
+
+    Args:
+        name: Of the preset.
+        config: The configuration of a run, to say what it came to there.
+    """
+    parts = []
+    tree = config.model_dump() if config is not None else None
+    for setting, value in PRESETS[name].settings.items():
+        found = value if tree is None else _value(tree, setting)
+        if found == value:
+            parts.append(f"{setting} {value}")
+        elif found is not None:  # None: the option of a function that was exchanged
+            parts.append(f"{setting} {found} (by hand, in place of {value})")
+    return ", ".join(parts)
+
+
+def _value(tree: Mapping[str, Any], name: str) -> Any:
+    value: Any = tree
+    for key in name.split("."):
+        value = value.get(key)
+    return value
