@@ -26,6 +26,32 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
     "grpo": ("ppo_clip", CLIP, "sequence", "group_norm", {"std": "n-1"}),
     "dr_grpo": ("ppo_clip", CLIP, "constant", "group_center", {}),
     "dapo": ("ppo_clip", CLIP | {"epsilon_high": 0.28}, "token", "group_norm", {"std": "n-1"}),
+    "intellect2": ("ppo_clip", CLIP | {"two_sided": 4.0}, "token", "group_norm", {"std": "n-1"}),
+    "luspo": ("luspo", {"epsilon_low": 3e-4, "epsilon_high": 4e-4}, "sequence", "group_norm", {"std": "n-1"}),
+    "gmpo": ("gmpo", {"epsilon_low": 0.4, "epsilon_high": 0.4}, "sequence", "group_norm", {"std": "n-1"}),
+    "sapo": (
+        "sapo",
+        {"temperature_positive": 1.0, "temperature_negative": 1.05},
+        "sequence",
+        "group_norm",
+        {"std": "n-1"},
+    ),
+    "vespo": (
+        "vespo",
+        {"power_positive": 2.0, "rate_positive": 3.0, "power_negative": 3.0, "rate_negative": 2.0},
+        "token",
+        "group_norm",
+        {"std": "n-1"},
+    ),
+    "dppo": ("dppo_tv", CLIP | {"ratio_cap": 20.0}, "token", "group_norm", {"std": "n-1"}),
+    "icepop": (
+        "weighted_sft",
+        {"correction": {"weight": "icepop", "icepop_low": 0.5, "icepop_high": 5.0}},
+        "token",
+        "group_norm",
+        {"std": "n-1"},
+    ),
+    "prime_rl": ("prime", CLIP | {"mismatch_penalty": 1e-3}, "token", "group_center", {}),
     "gspo": ("gspo", {"epsilon_low": 3e-4, "epsilon_high": 4e-4}, "sequence", "group_norm", {"std": "n-1"}),
     "cispo": ("cispo", {"epsilon_low": 1.0, "epsilon_high": 4.0}, "token", "group_norm", {"std": "n-1"}),
     "rloo": ("policy_gradient", {"ratio_cap": 2.0}, "constant", "leave_one_out", {}),
@@ -84,13 +110,16 @@ def test_what_is_set_by_hand_wins_wherever_it_is_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_setting_of_each_preset_gives_way_to_one_by_hand(name: PresetName) -> None:
     by_hand = {
-        "loss.name": "policy_gradient" if name == "gpg" else "weighted_sft",
+        "loss.name": "ppo_clip" if PRESETS[name].loss == "weighted_sft" else "weighted_sft",
+        "loss.correction.weight": "token_tis",
+        "loss.correction.icepop_high": "4.0",
+        "loss.two_sided": "1.5",
         "loss.reduction": "token" if PRESETS[name].reduction != "token" else "constant",
         "data.advantage_estimator": "raw",
         "data.advantage_options.std": "n",
     }
     for setting, value in PRESETS[name].settings.items():
-        other = by_hand.get(setting, "0.5")
+        other = by_hand.get(setting, "0.3")
         if other != value:
             config = load("--loss.preset", name, f"--{setting}", other)
             assert f"{setting} {other} (by hand, in place of {value})" in describe_preset(name, config)
@@ -103,6 +132,14 @@ def test_another_function_by_hand_gets_none_of_the_options() -> None:
     config = load("--loss.preset", "dapo", "--data.advantage_estimator", "length_shaping")
     assert config.data.bound_estimator.options.model_dump() == {"weight": 0.1}
     assert "data.advantage_options.std" not in describe_preset("dapo", config)
+    config = load("--loss.preset", "icepop", "--loss.name", "cispo")
+    assert config.loss.bound == load("--loss.name", "cispo").loss.bound
+    assert "correction" not in describe_preset("icepop", config)
+    config = load("--loss.preset", "gmpo", "--loss.name", "sapo")
+    assert "epsilon" not in describe_preset("gmpo", config)
+    config = load("--loss.preset", "icepop", "--loss.correction.icepop_high", "3")
+    assert config.loss.bound.options.model_dump()["correction"]["weight"] == "icepop"
+    assert "loss.correction.icepop_high 3.0 (by hand, in place of 5.0)" in describe_preset("icepop", config)
 
 
 def test_sections_may_be_models_too() -> None:

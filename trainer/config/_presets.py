@@ -10,7 +10,24 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 
 PresetName = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++", "opo", "gpg", "lite_ppo"
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "intellect2",
+    "gspo",
+    "luspo",
+    "gmpo",
+    "cispo",
+    "sapo",
+    "vespo",
+    "dppo",
+    "icepop",
+    "prime_rl",
+    "rloo",
+    "reinforce++",
+    "opo",
+    "gpg",
+    "lite_ppo",
 ]
 
 
@@ -23,7 +40,7 @@ class Preset:
     loss: str
     """loss.name"""
     loss_options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of that loss; they stand in the section `loss`."""
+    """Options of that loss by dotted name; they stand in the section `loss`."""
     reduction: Literal["token", "sequence", "constant"]
     """loss.reduction"""
     estimator: str
@@ -46,7 +63,7 @@ class Preset:
         """Set what is not set by hand in two sections; no options where another function was named."""
         if loss.setdefault("name", self.loss) == self.loss:
             for name, value in self.loss_options.items():
-                loss.setdefault(name, value)
+                _set_if_absent(loss, name.split("."), value)
         loss.setdefault("reduction", self.reduction)
         if data.setdefault("advantage_estimator", self.estimator) == self.estimator:
             by_hand = data.get("advantage_options", {})
@@ -54,7 +71,7 @@ class Preset:
                 data["advantage_options"] = {**self.estimator_options, **by_hand}
 
 
-_CLIP: Final = {"epsilon_low": 0.2, "epsilon_high": 0.2}
+_CLIP: Final[dict[str, Any]] = {"epsilon_low": 0.2, "epsilon_high": 0.2}
 _SAMPLE_STD: Final = {"std": "n-1"}  # what TRL and verl divide by
 
 PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
@@ -82,10 +99,34 @@ PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
             estimator="group_norm",
             estimator_options=_SAMPLE_STD,
         ),
+        "intellect2": Preset(
+            paper="arXiv 2505.07291",
+            loss="ppo_clip",
+            loss_options=_CLIP | {"two_sided": 4.0},
+            reduction="token",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
         "gspo": Preset(
             paper="arXiv 2507.18071",
             loss="gspo",
             loss_options={"epsilon_low": 3e-4, "epsilon_high": 4e-4},
+            reduction="sequence",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "luspo": Preset(
+            paper="arXiv 2602.05261",
+            loss="luspo",
+            loss_options={"epsilon_low": 3e-4, "epsilon_high": 4e-4},
+            reduction="sequence",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "gmpo": Preset(
+            paper="arXiv 2507.20673",
+            loss="gmpo",
+            loss_options={"epsilon_low": 0.4, "epsilon_high": 0.4},
             reduction="sequence",
             estimator="group_norm",
             estimator_options=_SAMPLE_STD,
@@ -97,6 +138,54 @@ PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
             reduction="token",
             estimator="group_norm",
             estimator_options=_SAMPLE_STD,
+        ),
+        "sapo": Preset(
+            paper="arXiv 2511.20347",
+            loss="sapo",
+            loss_options={"temperature_positive": 1.0, "temperature_negative": 1.05},
+            reduction="sequence",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "vespo": Preset(
+            paper="arXiv 2602.10693",
+            loss="vespo",
+            loss_options={
+                "power_positive": 2.0,
+                "rate_positive": 3.0,
+                "power_negative": 3.0,
+                "rate_negative": 2.0,
+            },
+            reduction="token",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "dppo": Preset(
+            paper="arXiv 2602.04879",
+            loss="dppo_tv",
+            loss_options=_CLIP | {"ratio_cap": 20.0},
+            reduction="token",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "icepop": Preset(
+            paper="Ring-1T, arXiv 2510.18855",
+            loss="weighted_sft",
+            loss_options={
+                "correction.weight": "icepop",
+                "correction.icepop_low": 0.5,
+                "correction.icepop_high": 5.0,
+            },
+            reduction="token",
+            estimator="group_norm",
+            estimator_options=_SAMPLE_STD,
+        ),
+        "prime_rl": Preset(
+            paper="prime-rl's default; arXiv 2602.04879",
+            loss="prime",
+            loss_options=_CLIP | {"mismatch_penalty": 1e-3},
+            reduction="token",
+            estimator="group_center",
         ),
         "rloo": Preset(
             paper="arXiv 2402.14740",
@@ -155,6 +244,17 @@ def _set_by_hand(section: Any) -> dict[str, Any] | None:
     return dict(section) if isinstance(section, Mapping) else None
 
 
+def _set_if_absent(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a value under nested keys; what is in the way of a key is refused where it is read."""
+    for key in keys[:-1]:
+        found = tree.get(key, {})
+        if not isinstance(found, Mapping):
+            return
+        tree[key] = dict(found)  # those given are not changed
+        tree = tree[key]
+    tree.setdefault(keys[-1], value)
+
+
 def describe_preset(name: PresetName, config: BaseModel | None = None) -> str:
     """Say what a preset sets, e.g. `loss.name ppo_clip, loss.epsilon_low 0.2`.
 
@@ -162,19 +262,33 @@ def describe_preset(name: PresetName, config: BaseModel | None = None) -> str:
         name: Of the preset.
         config: The configuration of a run, to say what it came to there.
     """
+    if config is None:
+        return ", ".join(f"{setting} {value}" for setting, value in PRESETS[name].settings.items())
+    tree, preset = config.model_dump(), PRESETS[name]
+    exchanged = [
+        section
+        for section, setting, function in (
+            ("loss.", "loss.name", preset.loss),
+            ("data.", "data.advantage_estimator", preset.estimator),
+        )
+        if _value(tree, setting) != function
+    ]
     parts = []
-    tree = config.model_dump() if config is not None else None
-    for setting, value in PRESETS[name].settings.items():
-        found = value if tree is None else _value(tree, setting)
-        if found == value:
-            parts.append(f"{setting} {value}")
-        elif found is not None:  # None: the option of a function that was exchanged
-            parts.append(f"{setting} {found} (by hand, in place of {value})")
+    for setting, value in preset.settings.items():
+        found = _value(tree, setting)
+        if setting not in _OF_THE_RUN and setting.startswith(tuple(exchanged)):
+            continue
+        by_hand = "" if found == value else f" (by hand, in place of {value})"
+        parts.append(f"{setting} {found}{by_hand}")
     return ", ".join(parts)
+
+
+_OF_THE_RUN: Final = ("loss.name", "loss.reduction", "data.advantage_estimator")
+"""Settings of a preset that are not options of a function."""
 
 
 def _value(tree: Mapping[str, Any], name: str) -> Any:
     value: Any = tree
     for key in name.split("."):
-        value = value.get(key)
+        value = value.get(key) if isinstance(value, Mapping) else None
     return value
