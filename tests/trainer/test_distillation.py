@@ -52,12 +52,12 @@ def with_teacher(group: dict[str, Any], *, seed: int = 0, most: int = 4) -> dict
     return group | {"distill_token_ids": ids, "distill_logprobs": logprobs}
 
 
-def prepare(group: dict[str, Any], **settings: Any) -> PreparedBatch:
+def prepare(group: dict[str, Any], data: DataSettings | None = None, **settings: Any) -> PreparedBatch:
     body = json.dumps({"batch": [group]}).encode()
     return prepare_batch(
         BatchReply.model_validate_json(body),
         limits=ModelLimits(vocabulary_size=VOCABULARY, max_sequence_length=512),
-        data=DataSettings(),
+        data=data or DataSettings(),
         loss=LossSettings(),
         normalizer=AdvantageNormalizer("none"),
         distillation=DistillationSettings(**settings),
@@ -135,6 +135,24 @@ def test_the_sampled_tokens_advantage_is_the_teachers_log_prob_over_the_samplers
                 sampler = TAUGHT["inference_logprobs"][index][place]
                 expected = 0.5 * float(before.advantages[place]) + 0.25 * (teacher - sampler)
             assert float(after.advantages[place]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_wishes_of_an_environment_hold_for_the_teacher_too() -> None:
+    wishes = [{"set_advantage_to_zero": True}, {"sft": True}, {}, {}]
+    plain = prepare(TAUGHT | {"overrides": wishes})
+    mixed = prepare(TAUGHT | {"overrides": wishes}, mode="sampled_token")
+    assert len(plain.samples) == len(mixed.samples) == 3  # one is set to zero, and has no gradient
+    assert torch.equal(mixed.samples[0].advantages, plain.samples[0].advantages)
+    assert not torch.equal(mixed.samples[1].advantages, plain.samples[1].advantages)
+
+
+def test_one_token_cannot_decide_the_step_and_clipping_bounds_the_sum() -> None:
+    absurd = changed(TAUGHT, "inference_logprobs", -1e30)
+    alone = {"mode": "sampled_token", "reward_coefficient": 0.0}
+    assert float(prepare(absurd, **alone).samples[0].advantages[-1]) == 20.0
+    clipped = prepare(absurd, data=DataSettings(advantage_clip=(-0.5, 3.0)), **alone)
+    found = torch.cat([sample.advantages for sample in clipped.samples])
+    assert -0.5 <= float(found.min()) < float(found.max()) == 3.0
 
 
 def plain_divergence(policy: list[float], teacher: list[float], direction: str) -> float:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from schemas import BatchReply, ScoredGroup
 from trainer.config import DataSettings, DistillationSettings, LossSettings
-from trainer.samples.advantages import AdvantageNormalizer, has_signal, tensor_of, token_advantages
+from trainer.samples.advantages import (
+    AdvantageNormalizer,
+    has_signal,
+    is_set_to_zero,
+    is_supervised,
+    tensor_of,
+    token_advantages,
+)
 from trainer.samples.quarantine_rate import kind_of_reason, name_reasons
 from trainer.samples.sample import Sample, samples_of_groups, token_columns
 from trainer.samples.teacher import sampled_token_logprobs, teacher_reason
@@ -22,6 +29,10 @@ from trainer.samples.validation import (
     set_aside_reason,
     split_batch,
 )
+
+LARGEST_LOG_RATIO = 20.0
+"""The teacher's log-prob and the sampler's are held this near, as the losses hold log-ratios: nothing else
+bounds the sampler's, and one token must not decide the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +128,10 @@ def prepare_batch(
     # A first token may be marked as trained, but nothing predicts it.
     advantages = advantages.masked_fill(columns.loss_mask == 0, 0.0)
     advantages = normalizer(advantages, columns.loss_mask)
-    if data.advantage_clip is not None:
-        advantages = advantages.clamp(*data.advantage_clip)
     if distillation.mode == "sampled_token":
         advantages = _with_teacher(advantages, groups, columns.loss_mask, distillation)
+    if data.advantage_clip is not None:
+        advantages = advantages.clamp(*data.advantage_clip)
     samples = samples_of_groups(
         groups,
         columns,
@@ -185,7 +196,8 @@ def _with_teacher(
 ) -> Tensor:
     """Add to each trained token's advantage how much likelier the teacher finds it than its sampler, in nats.
 
-    The negative of that difference is an estimate of KL(sampler ‖ teacher) from the tokens that were sampled.
+    The negative of that difference is an estimate of KL(sampler ‖ teacher) from the sampled tokens. A
+    sequence that the environment sets to zero, or wants to be fine-tuned on as it is, gets nothing of it.
 
     Args:
         advantages: [N] of the rewards.
@@ -197,7 +209,16 @@ def _with_teacher(
         return advantages
     teacher = torch.cat([sampled_token_logprobs(group) for group in groups])
     sampler = tensor_of([group.flat.inference_logprobs or b"" for group in groups], torch.float32)
-    difference = (teacher - sampler).masked_fill(loss_mask == 0, 0.0)
+    wanted = torch.tensor(
+        [
+            not (is_set_to_zero(group, index) or is_supervised(group, index))
+            for group in groups
+            for index in range(group.sequence_count)
+        ]
+    )
+    lengths = torch.tensor([length for group in groups for length in group.flat.lengths])
+    taught = (loss_mask != 0) & wanted.repeat_interleave(lengths)
+    difference = (teacher - sampler).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).masked_fill(~taught, 0.0)
     return settings.reward_coefficient * advantages + settings.coefficient * difference
 
 

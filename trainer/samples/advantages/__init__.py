@@ -29,6 +29,8 @@ from trainer.samples.advantages.estimators import (
 from trainer.samples.advantages.normalizer import AdvantageNormalizer, NormalizationMode
 from trainer.samples.advantages.per_token import (
     has_signal,
+    is_set_to_zero,
+    is_supervised,
     sequence_advantages,
     tensor_of,
     token_advantages,
@@ -43,6 +45,8 @@ __all__ = [
     "group_norm",
     "has_signal",
     "has_spread",
+    "is_set_to_zero",
+    "is_supervised",
     "leave_one_out",
     "length_shaping",
     "maxrl",

@@ -42,7 +42,7 @@ def _scores_of(group: ScoredGroup) -> GroupScores:
 def _with_overrides(group: ScoredGroup, advantages: Sequence[float]) -> list[float]:
     """Let a group's overrides take effect on the advantages of its n sequences."""
     return [
-        0.0 if _is_set_to_zero(group, index) else score if _is_supervised(group, index) else advantage
+        0.0 if is_set_to_zero(group, index) else score if is_supervised(group, index) else advantage
         for index, (score, advantage) in enumerate(zip(group.scores, advantages, strict=True))
     ]
 
@@ -57,7 +57,7 @@ def _batch_advantages(groups: Sequence[ScoredGroup], estimator: BoundEstimator) 
         if group.advantages is None:
             yield _with_overrides(group, next(estimated))
         else:
-            yield [float(not _is_set_to_zero(group, index)) for index in range(group.sequence_count)]
+            yield [float(not is_set_to_zero(group, index)) for index in range(group.sequence_count)]
 
 
 def token_advantages(groups: Sequence[ScoredGroup], *, estimator: BoundEstimator) -> Tensor:
@@ -123,11 +123,13 @@ def _trained_tokens(group: ScoredGroup) -> list[int]:
     return [int(np.count_nonzero(trained[start + 1 : end])) for start, end in pairwise([0, *ends])]
 
 
-def _is_supervised(group: ScoredGroup, index: int) -> bool:
+def is_supervised(group: ScoredGroup, index: int) -> bool:
+    """Return True if the environment asks for plain fine-tuning on a sequence."""
     override = group.overrides[index] if group.overrides is not None else {}
     return override.get("sft") is True or (group.group_overrides or {}).get("sft") is True
 
 
-def _is_set_to_zero(group: ScoredGroup, index: int) -> bool:
+def is_set_to_zero(group: ScoredGroup, index: int) -> bool:
+    """Return True if the environment asks that a sequence has no advantage."""
     override = group.overrides[index] if group.overrides is not None else None
     return bool(override and override.get("set_advantage_to_zero", False))
