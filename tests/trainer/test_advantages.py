@@ -22,12 +22,19 @@ from trainer.extensions import (
     advantage_estimator,
 )
 from trainer.samples.advantages import (
+    batch_std,
+    gpg,
     group_center,
     group_norm,
     has_signal,
     has_spread,
     leave_one_out,
+    length_shaping,
+    maxrl,
+    opo,
+    pass_at_k,
     raw,
+    reinforce_plus_plus_baseline,
     sequence_advantages,
     token_advantages,
 )
@@ -40,6 +47,7 @@ SCORE_LISTS = [
     [1e12, 2e12, -7e12, 0.0],
 ]
 RELATIVE = [group_norm, group_center, leave_one_out]
+ZERO_WITHOUT_SPREAD = [*RELATIVE, opo, pass_at_k, maxrl, gpg, batch_std, length_shaping]
 
 score_lists = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=16)
 
@@ -89,7 +97,7 @@ def test_raw_leaves_scores_alone_also_in_groups_of_one() -> None:
     assert raw([2.5]) == [2.5]
 
 
-@pytest.mark.parametrize("estimator", RELATIVE)
+@pytest.mark.parametrize("estimator", ZERO_WITHOUT_SPREAD)
 @pytest.mark.parametrize(
     "scores",
     [
@@ -121,7 +129,7 @@ def test_spread_is_relative_to_the_scores_own_unit() -> None:
     assert has_spread([1e308, -1e308])
 
 
-@pytest.mark.parametrize("estimator", [*RELATIVE, raw])
+@pytest.mark.parametrize("estimator", [*ZERO_WITHOUT_SPREAD, raw, reinforce_plus_plus_baseline])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_are_refused_by_position(
     estimator: Callable[[list[float]], list[float]], bad: float
