@@ -14,9 +14,14 @@ from trainer.publish import Publisher
 
 
 @pytest.fixture
-def server() -> Iterator[StandIn]:
-    """Speaks vLLM's routes, with the weights `BASE`."""
-    stand_in = StandIn(BASE)
+def stand_in() -> StandIn:
+    """Speaks vLLM's routes, with the weights `BASE`; a module may have another."""
+    return StandIn(BASE)
+
+
+@pytest.fixture
+def server(stand_in: StandIn) -> Iterator[StandIn]:
+    """The stand-in, listening."""
     with serving(stand_in):
         yield stand_in
 

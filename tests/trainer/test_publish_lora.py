@@ -118,10 +118,8 @@ class AdapterStandIn(StandIn):
 
 
 @pytest.fixture
-def server() -> Iterator[AdapterStandIn]:
-    stand_in = AdapterStandIn()
-    with serving(stand_in):
-        yield stand_in
+def stand_in() -> AdapterStandIn:
+    return AdapterStandIn()
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from tests.trainer.inference_stand_in import (
     Policy,
     StandIn,
     scores,
-    serving,
 )
 from tests.trainer.publishing import settings_for
 from trainer.config import PublishSettings
@@ -115,10 +114,8 @@ def _meta(**told: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def server() -> Iterator[SglangStandIn]:
-    stand_in = SglangStandIn()
-    with serving(stand_in):
-        yield stand_in
+def stand_in() -> SglangStandIn:
+    return SglangStandIn()
 
 
 @pytest.fixture

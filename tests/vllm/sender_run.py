@@ -12,14 +12,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import islice
-from threading import Thread
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.trainer.inference_stand_in import Answer, StandIn, serving
 from tests.vllm.cpu_wire import install
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError, TrainerError
@@ -148,43 +147,39 @@ def contract(directory: str) -> dict[str, Any]:
     }
 
 
+class Recorder(StandIn):
+    """Says yes to everything, and remembers it."""
+
+    def __init__(self) -> None:
+        super().__init__((0.0, 0.0))
+        self.requests: list[Any] = []
+
+    def answer(self, path: str, body: bytes) -> Answer:
+        self.requests.append([path, json.loads(body) if body else None])
+        return 200, None
+
+
 def recorded_requests() -> dict[str, list[Any]]:
     """What vLLM's own HTTP client sends, and what ours does, for the same calls."""
     handles = {"GPU-0": ("rebuild", 1, None)}
     update = {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]]}
-    recorded: list[Any] = []
-
-    class Recorder(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            recorded.append([self.path, json.loads(body) if body else None])
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Recorder)
-    Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    routes = VllmRoutes(url, PublishSettings(transport="nccl", servers=[url]))
-    clients: dict[str, Any] = {"theirs": PACKAGE.HTTPVLLMWeightSyncClient(url), "ours": SyncClient(routes)}
     result = {}
-    for name, client in clients.items():
-        recorded.clear()
-        client.init_weight_transfer_engine({"packed": True})
-        client.start_weight_update()
-        client.update_weights(update)
-        client.update_weights(update | {"ipc_handles": handles, "tensor_sizes": [12]})
-        client.update_weights([update, update])
-        client.finish_weight_update()
-        client.finish_weight_update("7")
-        client.shutdown_weight_transfer_engine()
-        result[name] = list(recorded)
-    server.shutdown()
-    server.server_close()
-    routes.close()
+    for name in ("theirs", "ours"):
+        server = Recorder()
+        with serving(server):
+            client: Any = PACKAGE.HTTPVLLMWeightSyncClient(server.url)
+            if name == "ours":
+                settings = PublishSettings(transport="nccl", servers=[server.url])
+                client = SyncClient(VllmRoutes(server.url, settings))
+            client.init_weight_transfer_engine({"packed": True})
+            client.start_weight_update()
+            client.update_weights(update)
+            client.update_weights(update | {"ipc_handles": handles, "tensor_sizes": [12]})
+            client.update_weights([update, update])
+            client.finish_weight_update()
+            client.finish_weight_update("7")
+            client.shutdown_weight_transfer_engine()
+        result[name] = server.requests
     return result
 
 

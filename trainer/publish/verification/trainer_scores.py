@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -29,8 +28,7 @@ def score_probes(model: nn.Module, probes: Probes, device: torch.device | str) -
         return ProbeScores(texts=texts, next_tokens=())
     with evaluation_mode(model), torch.no_grad():
         # One pass: what comes after a beginning of the passage does not depend on how it goes on.
-        last = torch.tensor([cut - 1 for cut in probes.cuts], device=device)
-        logits = _logits(model, [probes.passage], device, columns=last)[0]  # [C, V]
+        logits = _logits(model, [probes.passage], device)[0, [cut - 1 for cut in probes.cuts]]  # [C, V]
         rows = torch.log_softmax(logits.float(), dim=-1).cpu()
     return ProbeScores(texts=texts, next_tokens=tuple(array("f", row.numpy().tobytes()) for row in rows))
 
@@ -60,17 +58,8 @@ def score_with_model(
         return [_pick(row, token_ids) for row, token_ids in zip(logits, token_id_lists, strict=True)]
 
 
-def _logits(
-    model: nn.Module,
-    token_id_lists: list[list[int]],
-    device: torch.device | str,
-    *,
-    columns: Tensor | None = None,
-) -> Tensor:
-    """Logits [B, T, V] of sequences, padded on the right, where a causal model cannot see it.
-
-    `columns`: positions to return, of all sequences; None: all of them.
-    """
+def _logits(model: nn.Module, token_id_lists: list[list[int]], device: torch.device | str) -> Tensor:
+    """Logits [B, T, V] of sequences, padded on the right, where a causal model cannot see it."""
     longest = max(map(len, token_id_lists))
     padded = [token_ids + [token_ids[-1]] * (longest - len(token_ids)) for token_ids in token_id_lists]
     present = [[1] * len(token_ids) + [0] * (longest - len(token_ids)) for token_ids in token_id_lists]
@@ -82,12 +71,8 @@ def _logits(
         "attention_mask": torch.tensor(present, device=device),
         "use_cache": False,
     }
-    # Most models can leave out the head where nobody looks.
-    selects = columns is not None and "logits_to_keep" in inspect.signature(forward).parameters
-    if selects:
-        inputs["logits_to_keep"] = columns
     logits: Tensor = forward(model, **inputs).logits
-    return logits if columns is None or selects else logits[:, columns]
+    return logits
 
 
 def _pick(logits: Tensor, token_ids: list[int]) -> list[float]:
