@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def ask_api(url: str) -> str:
 
 
 def publish_to(url: str) -> str:
-    with ServerConnection(url, token=SecretStr(SECRET)) as connection:
+    with closing(ServerConnection(url, token=SecretStr(SECRET))) as connection:
         try:
             reply = connection.call("GET /status", Phase.READY, deadline=Deadline(PATIENCE), once=True)
             return reply.decode(errors="replace")

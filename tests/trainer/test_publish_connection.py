@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer
@@ -16,7 +18,7 @@ def once(connection: ServerConnection, path: str) -> bytes:
 
 
 def test_what_follows_an_error_is_not_sent_into_the_connection_that_the_server_closes_after_it() -> None:
-    with MisbehavingServer() as server, ServerConnection(server.url) as connection:
+    with MisbehavingServer() as server, closing(ServerConnection(server.url)) as connection:
         server.script("/update_weights", Answer(status=500))
         server.script("/finish_weight_update", Answer(body=b"{}"))
         with pytest.raises(ServerFailure, match=r"load failed.*HTTP 500"):
@@ -27,7 +29,7 @@ def test_what_follows_an_error_is_not_sent_into_the_connection_that_the_server_c
 
 
 def test_a_reply_that_trickles_in_does_not_outlive_the_deadline() -> None:
-    with MisbehavingServer() as server, ServerConnection(server.url) as connection:
+    with MisbehavingServer() as server, closing(ServerConnection(server.url)) as connection:
         server.script("/v1/completions", Answer(body=b"x" * 10_000, drip=0.05))
         with pytest.raises(PhaseDeadlineExceeded, match=r"0\.5 s"):
             connection.call("POST /v1/completions", Phase.VERIFY, deadline=Deadline(0.5))

@@ -11,10 +11,9 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from http import HTTPStatus
-from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -57,21 +56,17 @@ _LONGEST_SAID = 4096  # bytes of a reply that are looked at for a message
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
-@dataclass(frozen=True)
 class Deadline:
-    """Marks the moment by which a phase has to be over."""
+    """Marks the moment by which a phase has to be over: so many seconds from now."""
 
-    seconds: float
-    """The whole allowance."""
-    ends_at: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ends_at", running_time() + self.seconds)
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._ends_at = running_time() + seconds
 
     @property
     def left(self) -> float:
         """Seconds left; never negative."""
-        return max(0.0, self.ends_at - running_time())
+        return max(0.0, self._ends_at - running_time())
 
 
 class How(TypedDict, total=False):
@@ -119,14 +114,6 @@ class ServerConnection:
         self._seconds = seconds or {}
         self._remedies = remedies or {}
         self._secrets = [token, *(headers or {}).values()]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the client."""
