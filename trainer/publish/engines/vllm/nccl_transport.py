@@ -106,13 +106,17 @@ class VllmTransferTransport(WeightTransport):
                 self._leave(former)
             server.use_model_itself()
             self._free_server(server)
+            workers = server.world_size()
+            if self._backend == "ipc" and workers != 1:
+                found = f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU"
+                raise server.failure(Phase.CONNECT, found)
             client = SyncClient(server)
             try:
                 group = TransferGroup(
                     backend=self._backend,
                     client=client,
                     stream=self._stream,
-                    workers=self._workers(server),
+                    workers=workers,
                     address=self._settings.group_address,
                     port=rendezvous_port(self._settings, server) if self._backend == "nccl" else 0,
                 )
@@ -198,17 +202,14 @@ class VllmTransferTransport(WeightTransport):
         vLLM counts an update that failed as ended, but only the end of one puts the layers back. So if there
         is none to be ended, one is begun for that.
         """
-
-        def end() -> None:
-            try:
-                server.weight_request("/finish_weight_update")
-            except ServerFailure:
-                server.weight_request("/start_weight_update")
-                server.weight_request("/finish_weight_update")
-
+        seconds = self._settings.pause_timeout
         try:
-            BoundedCall(end, name=f"end update {server.url}").start().within(self._settings.pause_timeout)
-        except (ServerFailure, NotEndedError) as error:
+            try:
+                server.weight_request("/finish_weight_update", seconds=seconds)
+            except ServerFailure:
+                server.weight_request("/start_weight_update", seconds=seconds)
+                server.weight_request("/finish_weight_update", seconds=seconds)
+        except ServerFailure as error:
             logger.warning(
                 "%s is in the middle of a weight update and does not come out of it: restart it (%s)",
                 server.url,
@@ -221,18 +222,15 @@ class VllmTransferTransport(WeightTransport):
         Raises:
             PhaseDeadlineExceeded: They do not answer: they still wait in that group.
         """
-
-        def shut_down() -> None:
-            server.weight_request("/shutdown_weight_transfer_engine")
-
+        seconds = self._settings.pause_timeout
         for last in (False, True):
             try:
-                BoundedCall(shut_down, name=f"free {server.url}").start().within(self._settings.pause_timeout)
-            except NotEndedError as error:
+                server.weight_request("/shutdown_weight_transfer_engine", seconds=seconds)
+            except PhaseDeadlineExceeded as error:
                 raise server.failure(
                     Phase.CONNECT,
-                    f"its workers did not leave the former transfer group within {error.seconds:g} s; they "
-                    "may wait in it for ever, then only a restart of the server helps",
+                    f"its workers did not leave the former transfer group within {seconds:g} s; they may "
+                    "wait in it for ever, then only a restart of the server helps",
                     PhaseDeadlineExceeded,
                 ) from error
             except ServerFailure as error:
@@ -242,14 +240,6 @@ class VllmTransferTransport(WeightTransport):
                 self._end_update(server)  # vLLM refuses in the middle of an update
             else:
                 return
-
-    def _workers(self, server: VllmRoutes) -> int:
-        """Return the number of workers that are to join."""
-        workers = server.world_size()
-        if self._backend == "ipc" and workers != 1:
-            found = f"it has {workers} workers, and ipc reaches only the one on the trainer's own GPU"
-            raise server.failure(Phase.CONNECT, found)
-        return workers
 
     def _raise(self, error: BaseException, server: InferenceServer, phase: Phase) -> NoReturn:
         """Raise our own errors as they are, anything else as the phase's error."""

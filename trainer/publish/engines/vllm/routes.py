@@ -145,13 +145,16 @@ class VllmRoutes(AdapterRoutes):
         """Ask `/get_world_size` for the number of workers that take part in a transfer."""
         return self._connection.ask(WorldSize, "GET /get_world_size", Phase.CONNECT).world_size
 
-    def weight_request(self, route: str, body: Mapping[str, Any] | None = None) -> None:
+    def weight_request(
+        self, route: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = None
+    ) -> None:
         """Send one step of a weight transfer; once, because its other side runs beside it.
 
-        An empty body is sent as no body: vLLM's routes then take their defaults.
+        An empty body is sent as no body: vLLM's routes then take their defaults. `seconds`: its deadline;
+        None: that of loading.
         """
         phase = Phase.CONNECT if route in CONNECT_ROUTES else Phase.LOAD
-        deadline = Deadline(self._settings.load_timeout)
+        deadline = Deadline(seconds or self._settings.load_timeout)
         self._connection.call(f"POST {route}", phase, deadline=deadline, once=True, body=body or None)
 
     def _complete(self, request: CompletionRequest) -> CompletionReply:
