@@ -31,7 +31,7 @@ from trainer.monitoring import (
     phase_deadlines,
 )
 from trainer.publish.engines.connection import Deadline
-from trainer.run.broadcast import BatchBroadcast
+from trainer.run.broadcast import next_batch
 from trainer.sources.incoming import IncomingBatch, read_incoming
 
 PATIENCE = 60.0
@@ -147,9 +147,9 @@ def wait_for_a_batch(printed: Path) -> None:
     progress, deadline = Progress(), Deadline(4.0)
     joined: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1, is_main_process=True))
     source: Any = SlowSource()
-    exchange = BatchBroadcast(joined, source, timeout=4.0, stop_requested=lambda: False)
     with progress.phase(RunPhase.WAITING, "nobody"):
-        assert len(exchange.next().reply.groups) == 3
+        batch = next_batch(joined, source, timeout=4.0, stop_requested=lambda: False)
+        assert len(batch.reply.groups) == 3
         assert deadline.left > 0
         assert progress.status.seconds() < 4
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from http import HTTPStatus
-from pathlib import Path
 from typing import Final, Self
 
 from atropos_client.private_files import make_run_directory, replace_private
@@ -44,6 +42,7 @@ class RunMonitor:
         self._is_main_process = launched_rank() == 0
         self._deadlines = phase_deadlines(config, is_main_process=self._is_main_process)
         self._server: HealthServer | None = None
+        self._ended = threading.Event()
         self.progress = Progress()
         """For the trainer to write to."""
 
@@ -72,50 +71,34 @@ class RunMonitor:
             self._server = stack.enter_context(HealthServer(health.host, health.port, pages))
             logger.info("Health of the run: %s/health", self._server.url)
         if health.file_every is not None:
-            path = self._config.train.output_dir / HEALTH_FILE
-            stack.enter_context(_HealthFile(path, self._file_report, every=health.file_every))
+            writer = threading.Thread(
+                target=self._write_file, args=(health.file_every,), name="health-file", daemon=True
+            )
+            writer.start()
+            stack.callback(writer.join, _JOIN_SECONDS)
+            stack.callback(self._ended.set)  # before that
 
     def _health_page(self) -> PageReply:
         report = self.report()
         status = HTTPStatus.OK if is_healthy(report) else HTTPStatus.SERVICE_UNAVAILABLE
         return PageReply(status, "application/json", json.dumps(report).encode() + b"\n")
 
-    def _file_report(self) -> HealthReport:
-        return {**self.report(), "url": self._server.url if self._server is not None else None}
-
-
-class _HealthFile:
-    """Writes the report to a file at a fixed rate, as a whole each time, in a thread of its own."""
-
-    def __init__(self, path: Path, report: Callable[[], HealthReport], *, every: float) -> None:
-        self._path = path
-        self._report = report
-        self._every = every
-        self._failed = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="health-file", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(_JOIN_SECONDS)
-
-    def _run(self) -> None:
-        self._write(self._report())
-        while not self._stop.wait(self._every):
-            self._write(self._report())
-        self._write({**self._report(), "status": "ended"})
-
-    def _write(self, report: HealthReport) -> None:
-        try:
-            make_run_directory(self._path.parent)
-            replace_private(self._path, json.dumps(report).encode() + b"\n")
-        except OSError as error:
-            if not self._failed:  # a full disk is said by others; once is enough here
-                logger.warning("Cannot write %s: %s", self._path, error)
-            self._failed = True
-        else:
-            self._failed = False
+    def _write_file(self, every: float) -> None:
+        """Write the report to a file, as a whole each time, until the run has ended."""
+        path = self._config.train.output_dir / HEALTH_FILE
+        ended = failed = False
+        while True:
+            report = {**self.report(), "url": self._server.url if self._server is not None else None}
+            if ended:
+                report["status"] = "ended"
+            try:
+                make_run_directory(path.parent)
+                replace_private(path, json.dumps(report).encode() + b"\n")
+                failed = False
+            except OSError as error:
+                if not failed:  # a full disk is said by others; once is enough here
+                    logger.warning("Cannot write %s: %s", path, error)
+                failed = True
+            if ended:
+                return
+            ended = self._ended.wait(every)

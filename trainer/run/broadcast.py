@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from atropos_client.clock import running_time
@@ -36,8 +37,15 @@ class Stopped(Exception):  # noqa: N818 - an event, not a fault
     """Somebody asked the run to stop."""
 
 
-class BatchBroadcast:
-    """Gives every process the next batch.
+def next_batch(
+    joined: JoinedRun,
+    source: BatchSource,
+    *,
+    timeout: float,
+    stop_requested: Callable[[], bool],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> IncomingBatch:
+    """Wait for the next batch, the same on every process.
 
     Args:
         joined: The processes that share the batches.
@@ -46,62 +54,24 @@ class BatchBroadcast:
         stop_requested: Asked on every process; one that says yes stops all.
         meanwhile: Called on process 0 before each wait for a batch and every half second of it; what it
             raises ends the wait.
+
+    Raises:
+        Stopped: The run was asked to stop.
+        EndOfBatches: The source is finite and exhausted.
+        DeadlineExceeded: No batch came in time; the message says who is late.
     """
+    accelerator = joined.accelerator
+    several = accelerator.num_processes > 1
+    deadline = running_time() + timeout
 
-    def __init__(
-        self,
-        joined: JoinedRun,
-        source: BatchSource,
-        *,
-        timeout: float,
-        stop_requested: Callable[[], bool],
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._joined = joined
-        self._accelerator = joined.accelerator
-        self._source = source
-        self._timeout = timeout
-        self._stop_requested = stop_requested
-        self._meanwhile = meanwhile
-
-    def next(self) -> IncomingBatch:
-        """Wait for the next batch.
-
-        Raises:
-            Stopped: The run was asked to stop.
-            EndOfBatches: The source is finite and exhausted.
-            DeadlineExceeded: No batch came in time; the message says who is late.
-        """
-        deadline = running_time() + self._timeout
-        while True:
-            # Before process 0 takes a batch that nobody would train.
-            if self._accelerator.num_processes > 1 and self._joined.any(self._stop_requested()):
-                raise Stopped
-            outcome, batch = self._wait(deadline) if self._accelerator.is_main_process else (_WAIT, None)
-            if self._accelerator.num_processes > 1:
-                outcome, batch = self._share(outcome, batch)
-            if batch is not None:
-                return batch
-            if outcome == _STOP:
-                raise Stopped
-            if outcome == _END:
-                raise EndOfBatches
-            if outcome == _LATE:
-                late = (
-                    self._source.describe_wait()
-                    if self._accelerator.is_main_process
-                    else "process 0 says who is late"
-                )
-                raise DeadlineExceeded(f"no batch for {self._timeout:.0f} s (atropos.batch_timeout): {late}")
-
-    def _wait(self, deadline: float) -> tuple[int, IncomingBatch | None]:
+    def wait() -> tuple[int, IncomingBatch | None]:
         heartbeat = running_time() + _HEARTBEAT_SECONDS
         while running_time() < heartbeat:
-            if self._stop_requested():
+            if stop_requested():
                 return _STOP, None
-            self._meanwhile()
+            meanwhile()
             try:
-                batch = self._source.get(_POLL_SECONDS)
+                batch = source.get(_POLL_SECONDS)
             except EndOfBatches:
                 return _END, None
             if batch is not None:
@@ -110,23 +80,43 @@ class BatchBroadcast:
                 return _LATE, None
         return _WAIT, None
 
-    def _share(self, outcome: int, batch: IncomingBatch | None) -> tuple[int, IncomingBatch | None]:
-        """Broadcast process 0's outcome, and the batch if there is one."""
-        size, version, number, body = 0, 0, 0, b""
+    while True:
+        # Before process 0 takes a batch that nobody would train.
+        if several and joined.any(stop_requested()):
+            raise Stopped
+        outcome, batch = wait() if accelerator.is_main_process else (_WAIT, None)
+        if several:
+            outcome, batch = _share(accelerator, outcome, batch)
         if batch is not None:
-            # What process 0 does not read, nobody does: the others must come to the same verdict.
-            body = batch.body if batch.unreadable is None else _UNREADABLE
-            size, version, number = len(body), batch.served_version, batch.number
-        device = self._accelerator.device
-        header = broadcast(torch.tensor([outcome, size, version, number], dtype=torch.int64, device=device))
-        outcome, size, version, number = header.tolist()
-        if outcome != _BATCH:
-            return outcome, None
-        payload = torch.zeros(size, dtype=torch.uint8, device=device)
-        if batch is not None:
-            payload = torch.frombuffer(bytearray(body), dtype=torch.uint8).to(device)
-        payload = broadcast(payload)
-        if batch is None:
-            body = payload.cpu().numpy().tobytes()
-            batch = read_incoming(body, served_version=version, number=number)
-        return outcome, batch
+            return batch
+        if outcome == _STOP:
+            raise Stopped
+        if outcome == _END:
+            raise EndOfBatches
+        if outcome == _LATE:
+            late = source.describe_wait() if accelerator.is_main_process else "process 0 says who is late"
+            raise DeadlineExceeded(f"no batch for {timeout:.0f} s (atropos.batch_timeout): {late}")
+
+
+def _share(
+    accelerator: Accelerator, outcome: int, batch: IncomingBatch | None
+) -> tuple[int, IncomingBatch | None]:
+    """Broadcast process 0's outcome, and the batch if there is one."""
+    size, version, number, body = 0, 0, 0, b""
+    if batch is not None:
+        # What process 0 does not read, nobody does: the others must come to the same verdict.
+        body = batch.body if batch.unreadable is None else _UNREADABLE
+        size, version, number = len(body), batch.served_version, batch.number
+    device = accelerator.device
+    header = broadcast(torch.tensor([outcome, size, version, number], dtype=torch.int64, device=device))
+    outcome, size, version, number = header.tolist()
+    if outcome != _BATCH:
+        return outcome, None
+    payload = torch.zeros(size, dtype=torch.uint8, device=device)
+    if batch is not None:
+        payload = torch.frombuffer(bytearray(body), dtype=torch.uint8).to(device)
+    payload = broadcast(payload)
+    if batch is None:
+        body = payload.cpu().numpy().tobytes()
+        batch = read_incoming(body, served_version=version, number=number)
+    return outcome, batch

@@ -21,7 +21,7 @@ from trainer.model.weighted_sft_call import Alignment, compute_advantage_weighte
 from trainer.monitoring import Progress, RunPhase
 from trainer.publish import Publisher
 from trainer.run.batch_tracker import BatchTracker
-from trainer.run.broadcast import BatchBroadcast, Stopped
+from trainer.run.broadcast import Stopped, next_batch
 from trainer.run.checkpointing import CheckpointWriter
 from trainer.run.metrics import Row, RowWriter, batch_metrics, step_metrics
 from trainer.run.optimizer_step import StepAborted, StepResult, StepRunner
@@ -204,13 +204,6 @@ class Trainer:
 
     def _train(self) -> str | None:
         """Run steps until the last; returns why it ended early, if it did."""
-        broadcast = BatchBroadcast(
-            self._prepared.joined,
-            self._source,
-            timeout=self._config.atropos.batch_timeout,
-            stop_requested=lambda: self.stop_requested,
-            meanwhile=self._tend,
-        )
         if self._accelerator.is_main_process:
             self._progress.begin(RunPhase.STARTING, self._sender)
             self._source.start()
@@ -221,7 +214,13 @@ class Trainer:
             started = time.monotonic()
             try:
                 with self._progress.phase(RunPhase.WAITING, self._sender, describe):
-                    incoming = broadcast.next()
+                    incoming = next_batch(
+                        self._prepared.joined,
+                        self._source,
+                        timeout=self._config.atropos.batch_timeout,
+                        stop_requested=lambda: self.stop_requested,
+                        meanwhile=self._tend,
+                    )
             except Stopped:
                 return self._stop_reason or _ASKED_ELSEWHERE
             except EndOfBatches:
