@@ -17,7 +17,7 @@ import pytest
 from local_stack.inference import Engine, EngineSettings
 from tests.atropos_client.test_real_api import RealApi
 from tests.chaos.stack import DEADLINE, RecordedEnvironment, Stack, recorded_groups
-from trainer.monitoring import STACKS_FILE, STUCK
+from trainer.monitoring.watchdog import STACKS_FILE, STUCK
 
 STEPS = 8
 PUBLISHING_TIMEOUT = 6.0

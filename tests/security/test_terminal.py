@@ -133,6 +133,7 @@ def test_a_name_that_a_server_gives_to_its_model_does_not_act_on_the_terminal(
     server.script("/health", Answer())
     server.script("/v1/models", Answer(body=json.dumps({"data": [{"id": EVIL}]}).encode()))
     words = ("--model.path", str(tmp_path), "--atropos.url", server.url, "--train.output_dir", str(tmp_path))
+    words += ("--train.device", "cpu", "--train.mixed_precision", "no")  # which are chosen once a process
     main(["check", *words, "--publish.transport", "disk", "--publish.servers", server.url])
     shown = capsys.readouterr().out
     assert "healthy, serves" in shown

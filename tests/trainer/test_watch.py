@@ -21,15 +21,11 @@ import trainer.monitoring.server as server_module
 from tests.forked import PROCESSES
 from tests.trainer.batches import make_body
 from trainer.config import TrainerConfig, load_config
-from trainer.monitoring import (
-    HealthServer,
-    PageReply,
-    Progress,
-    RunPhase,
-    Watchdog,
-    health_report,
-    phase_deadlines,
-)
+from trainer.monitoring import Progress, RunPhase
+from trainer.monitoring.health import health_report
+from trainer.monitoring.phases import phase_deadlines
+from trainer.monitoring.server import HealthServer, PageReply
+from trainer.monitoring.watchdog import Watchdog
 from trainer.publish.engines.connection import Deadline
 from trainer.run.broadcast import next_batch
 from trainer.sources.incoming import IncomingBatch, read_incoming

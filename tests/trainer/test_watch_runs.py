@@ -15,8 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.trainer.test_stop_signals import ENDED_WITHIN, Run
-from trainer.monitoring import STACKS_FILE, STUCK
 from trainer.monitoring.server import MAX_CONNECTIONS
+from trainer.monitoring.watchdog import STACKS_FILE, STUCK
 
 pytestmark = pytest.mark.slow
 

@@ -5,22 +5,7 @@ the health report read them. Whoever is stuck, and in whatever, they are not. No
 trains.
 """
 
-from trainer.monitoring.health import health_report
 from trainer.monitoring.monitor import RunMonitor
-from trainer.monitoring.phases import Progress, RunCounts, RunPhase, phase_deadlines
-from trainer.monitoring.server import HealthServer, PageReply
-from trainer.monitoring.watchdog import STACKS_FILE, STUCK, Watchdog
+from trainer.monitoring.phases import Progress, RunCounts, RunPhase
 
-__all__ = [
-    "STACKS_FILE",
-    "STUCK",
-    "HealthServer",
-    "PageReply",
-    "Progress",
-    "RunCounts",
-    "RunMonitor",
-    "RunPhase",
-    "Watchdog",
-    "health_report",
-    "phase_deadlines",
-]
+__all__ = ["Progress", "RunCounts", "RunMonitor", "RunPhase"]
