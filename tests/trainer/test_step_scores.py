@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from tests.trainer.batches import make_bodies, make_group
 from tests.trainer.models import tiny_model
 from tests.trainer.runs import assert_equal_tensors, rows, run, weights
+from trainer import load_config
+from trainer.check._local import check_model
 from trainer.errors import ConfigurationError
 
 KL = ("--loss.name", "ppo_clip", "--loss.kl_coefficient", "0.5")
@@ -89,6 +91,11 @@ def test_a_reference_with_fewer_tokens_is_refused(tiny_model_directory: Path, tm
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigurationError, match=r"loss\.reference .* knows 100 tokens, the policy \d+"):
         run(tiny_model_directory, tmp_path / "run", [], "--loss.reference", str(tmp_path / "other"))
+    assert not (tmp_path / "run").exists()
+    words = ("--loss.reference", str(tmp_path / "other"), "--model.path", str(tiny_model_directory))
+    results, _ = check_model(load_config(None, words, environment={}))
+    (found,) = [result for result in results if result.name == "reference"]
+    assert "knows 100 tokens" in found.found
 
 
 def test_only_the_tokens_of_highest_entropy_are_trained_on(

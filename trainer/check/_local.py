@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atropos_client import AtroposClientError
 from trainer.check._result import CheckResult, failed, passed, warned
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MODEL = "model"
+_REFERENCE = "reference"
 _PROCESSES = "processes"
 
 
@@ -57,6 +58,7 @@ def check_model(config: TrainerConfig) -> tuple[list[CheckResult], PreTrainedTok
         return [failed(_MODEL, found, remedy)], tokenizer
     known = "every tensor accounted for" if structure is not None else "a hub id, its tensors not looked at"
     results = [passed(_MODEL, f"{path}: {model.model_type}, vocabulary {model.vocab_size}, {known}")]
+    results += _check_reference(config, structure)
     context = getattr(model, "max_position_embeddings", None)
     if isinstance(context, int) and context < config.atropos.max_token_length:
         found = f"its context is {context} tokens, environments may send {config.atropos.max_token_length}"
@@ -65,6 +67,16 @@ def check_model(config: TrainerConfig) -> tuple[list[CheckResult], PreTrainedTok
         found = f"it drops in training ({', '.join(sorted(rates))}), which its sampler does not"
         results.append(warned(_MODEL, found, "set model.dropout to none, unless the loss has no ratio"))
     return results, tokenizer
+
+
+def _check_reference(config: TrainerConfig, policy: Any | None) -> list[CheckResult]:
+    from trainer.model.reference import inspect_reference
+
+    try:
+        path = inspect_reference(config.loss.reference, config.model, policy)
+    except ConfigurationError as error:
+        return [failed(_REFERENCE, str(error), "set loss.reference to a checkpoint directory or hub id")]
+    return [] if path is None else [passed(_REFERENCE, f"{path}: as many tokens as the policy, or more")]
 
 
 def check_start(config: TrainerConfig) -> CheckResult:

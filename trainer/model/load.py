@@ -128,6 +128,16 @@ def load_beside(setting: str, path: str, settings: ModelSettings) -> Any:
     return model
 
 
+def inspect_beside(setting: str, path: str, settings: ModelSettings) -> Any | None:
+    """Build the model that `load_beside` would load, without its weights; None for a hub id.
+
+    Raises:
+        ConfigurationError: It cannot be loaded, or not every tensor is accounted for.
+    """
+    with _explained(setting, path):
+        return load_structure(path, trust_remote_code=settings.trust_remote_code)
+
+
 def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the model.
 

@@ -14,7 +14,7 @@ from trainer.config import ModelSettings
 from trainer.errors import ConfigurationError
 from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
-from trainer.model.load import load_beside
+from trainer.model.load import inspect_beside, load_beside
 from trainer.model.select_packing import choose_packing
 from trainer.model.token_logprobs import TokenLogProbs, token_logprobs
 from trainer.packing import MicroBatch, Packing
@@ -65,12 +65,7 @@ def load_reference(
         return ReferenceModel(model=policy, head=head, is_policy=True)
     path = settings.path if setting == "base" else setting
     model = load_beside("loss.reference", path, settings).to(next(policy.parameters()).device)
-    known = model.get_input_embeddings().num_embeddings
-    if known < limits.vocabulary_size:
-        raise ConfigurationError(
-            f"loss.reference {path!r} knows {known} tokens, the policy {limits.vocabulary_size}: "
-            "a reference has the policy's tokenizer"
-        )
+    _refuse_fewer_tokens(path, model, limits.vocabulary_size)
     try:
         choose_packing(model, packing, settings.attention, longest_sequence=limits.max_sequence_length)
     except ConfigurationError as error:
@@ -80,6 +75,37 @@ def load_reference(
     head = choose_head(model, settings.head)
     model.requires_grad_(False)  # only now: to choose the packing took gradients
     return ReferenceModel(model=model, head=head, is_policy=False)
+
+
+def inspect_reference(setting: str, settings: ModelSettings, policy: Any | None) -> str | None:
+    """Look at the model that `loss.reference` names without loading its weights.
+
+    Args:
+        setting: See `load_reference`.
+        settings: Section `model`.
+        policy: The policy without its weights, or None if that is not here yet.
+
+    Returns:
+        Its path; None if no other model is named.
+
+    Raises:
+        ConfigurationError: It cannot be loaded, or has a smaller vocabulary.
+    """
+    if setting in ("batch", "base"):
+        return None
+    structure = inspect_beside("loss.reference", setting, settings)
+    if structure is not None and policy is not None:
+        _refuse_fewer_tokens(setting, structure, policy.get_input_embeddings().num_embeddings)
+    return setting
+
+
+def _refuse_fewer_tokens(path: str, model: Any, vocabulary_size: int) -> None:
+    known = model.get_input_embeddings().num_embeddings
+    if known < vocabulary_size:
+        raise ConfigurationError(
+            f"loss.reference {path!r} knows {known} tokens, the policy {vocabulary_size}: "
+            "a reference has the policy's tokenizer"
+        )
 
 
 @torch.no_grad()

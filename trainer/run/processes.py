@@ -33,6 +33,7 @@ from trainer.launch import (
     take_settings_of_accelerate,
 )
 from trainer.model.load import choose_mixed_precision, inspect_model
+from trainer.model.reference import inspect_reference
 from trainer.run.places import journal_directory, require_places
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,8 @@ def join_run(config: TrainerConfig) -> JoinedRun:
         JournalLocked: Another run has the directory.
         AnotherProcessFailed: Process 0 met one of these.
     """
-    inspect_model(config.model)  # before anything is written
+    policy = inspect_model(config.model)  # before anything is written
+    inspect_reference(config.loss.reference, config.model, policy)
     accelerator = make_accelerator(config)
     if accelerator.is_main_process:
         logger.info("Training with %s, on %s", describe_processes(accelerator), accelerator.device)
