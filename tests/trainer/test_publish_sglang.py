@@ -238,9 +238,7 @@ def test_adapters_go_to_it_as_merged_weights_or_not_at_all(routes: SglangRoutes,
     with pytest.raises(ServerFailure, match=r"connect failed.*lora_fallback"):
         LoraTransport(tmp_path, nothing, keep=2).connect(routes)
     whole = DiskTransport(tmp_path / "whole", nothing, keep=2)
-    merged = LoraTransport(tmp_path, nothing, keep=2, merged=whole)
-    merged.connect(routes)
-    assert merged.needs_pause(routes)
+    assert LoraTransport(tmp_path, nothing, keep=2, merged=whole).connect(routes) is whole
 
 
 # --- what goes wrong ------------------------------------------------------------------------------

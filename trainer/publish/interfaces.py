@@ -27,12 +27,9 @@ class StagedWeights:
     dtype: str | None
     """Name of the weights' type, e.g. `bfloat16`; None if unknown. Verification's tolerance follows it."""
     path: Path | None = None
-    """Directory that holds it: a whole model, or an adapter. None: it never touches a disk."""
-    served_name: str | None = None
-    """Name under which the servers serve this version, where it is a name of its own (an adapter's).
-    None: the model's name."""
-    merged: StagedWeights | None = None
-    """The same version as a whole model, for servers that take no adapter."""
+    """Directory that holds it as a whole model. None: no server needs that."""
+    adapter: Path | None = None
+    """Directory that holds it as an adapter; its name is part of the name under which servers know it."""
     weight_bytes: int = 0
     """Size of what travels."""
 
@@ -158,9 +155,14 @@ class WeightTransport(ABC):
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Bring the staged weights into one server. Called from one thread per server."""
 
-    def connect(self, server: InferenceServer) -> None:
-        """Shake hands with a server that has just become ready, perhaps after a restart."""
+    def connect(self, server: InferenceServer) -> WeightTransport:
+        """Shake hands with a server that has just become ready, perhaps after a restart.
+
+        Returns:
+            The way by which this server gets its weights: this one, or another that it falls back on.
+        """
         server.use_model_itself()
+        return self
 
     def needs_pause(self, server: InferenceServer) -> bool:
         """Tell whether generation has to stand still while this server loads."""

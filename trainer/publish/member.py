@@ -56,7 +56,7 @@ class Member:
         """The version that environments get from it; None where that is not known."""
         self.lost: ServerOutcome | None = None
         """Why the run goes on without it; None if it does not."""
-        self._transport = transport
+        self._transport = self._way = transport
         self._verifier = verifier
         self._connected = False
         self._reachable = True
@@ -81,7 +81,7 @@ class Member:
 
         def check() -> Comparison | None:
             # What comes under a name of its own is not there yet, whatever the model itself serves.
-            if not self._transport.needs_pause(self.server):
+            if not self._way.needs_pause(self.server):
                 return None
             comparison = self._verifier.compare(expectation)
             if comparison.matches:
@@ -93,12 +93,13 @@ class Member:
 
     def publish(self, job: Job) -> ServerOutcome:
         """Bring a version into the server and prove it; shake hands first where that is due."""
-        server, transport, expectation = self.server, self._transport, job.expectation
+        server, expectation = self.server, job.expectation
         server.name_in_messages(job.version)
         if not self._connected:
             outcome = self._outcome(self._shake_hands)
             if outcome.errors:
                 return outcome
+        transport = self._way
         self.version = None
         comparison: Comparison | None = None
         errors: list[ServerFailure] = []
@@ -129,7 +130,7 @@ class Member:
     def is_out_of_date(self, job: Job) -> bool:
         """Tell whether it is back, or no longer shows the current version: restarted, as a rule."""
         try:
-            served = self._transport.is_served(self.server, job.staged)
+            served = self._way.is_served(self.server, job.staged)
         except ServerFailure as error:
             if self._reachable and self.lost is None:
                 logger.warning("%s does not answer; waiting for it: %s", self.server.url, error.reason)
@@ -161,7 +162,7 @@ class Member:
                 self.server.url,
             )
             self.server.resume()
-        self._transport.connect(self.server)
+        self._way = self._transport.connect(self.server)
         self._connected = True
 
     def _update(self, staged: StagedWeights, seconds: dict[str, float], errors: list[ServerFailure]) -> None:
@@ -171,7 +172,7 @@ class Member:
                 # Even a pause that failed may have paused: a reply can be lost on its way.
                 self.server.pause()
                 with _timed(seconds, "load_seconds"):
-                    self._transport.load(self.server, staged)
+                    self._way.load(self.server, staged)
                 self.server.reset_caches()
                 self.server.tag(staged.version)
         finally:

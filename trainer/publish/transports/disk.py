@@ -71,7 +71,9 @@ class DiskTransport(WeightTransport):
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Let the server read the directory."""
         if staged.path is None:
-            raise server.failure(Phase.LOAD, "this version was not written to a directory")
+            raise server.failure(
+                Phase.LOAD, "this version was staged as an adapter only; the next one is a whole model too"
+            )
         server.load_directory(staged.path, staged.version)
 
     def prune(self, served: int) -> None:

@@ -43,8 +43,8 @@ _NAME = re.compile(rf"{NAME_PREFIX}-(?P<directory>{_DIRECTORY.pattern})(?:-\d+)?
 class _ServerState:
     """Keeps what is known of one server. Written by one thread at a time."""
 
-    adapters: AdapterRoutes | None = None
-    """The server, if it takes adapters; None: it gets merged weights."""
+    adapters: AdapterRoutes
+    """The server."""
     version: int | None = None
     """The version loaded last."""
     tries: int = 0
@@ -87,6 +87,8 @@ class LoraTransport(WeightTransport):
         self._run = secrets.token_hex(4)
         self._staged: dict[int, StagedWeights] = {}
         self._states: dict[str, _ServerState] = {}
+        self._plain: set[str] = set()
+        """Servers that take no adapters."""
 
     def capture(self, version: int) -> Callable[[], StagedWeights]:
         """Copy the adapter, and the merged weights if a server needs them.
@@ -95,9 +97,7 @@ class LoraTransport(WeightTransport):
             StagingFailed: The model has no adapter, or one that servers do not load; or, later, the file
                 system refused.
         """
-        stage_merged = None
-        if self._merged is not None and any(state.adapters is None for state in self._states.values()):
-            stage_merged = self._merged.capture(version)
+        stage_merged = self._merged.capture(version) if self._merged and self._plain else None
         captured = None
         if version not in self._staged:
             try:
@@ -108,19 +108,21 @@ class LoraTransport(WeightTransport):
         def stage() -> StagedWeights:
             if captured is not None:
                 self._staged[version] = self._write(version, captured)
-            merged = None if stage_merged is None else stage_merged()
-            return replace(self._staged[version], merged=merged)
+            return replace(self._staged[version], path=None if stage_merged is None else stage_merged().path)
 
         return stage
 
-    def connect(self, server: InferenceServer) -> None:
-        """Find out whether it takes adapters.
+    def connect(self, server: InferenceServer) -> WeightTransport:
+        """Find out whether it takes adapters; one that does not gets whole models.
 
         Raises:
             ServerFailure: It does not, and there is nothing else for it.
         """
-        adapters = server if isinstance(server, AdapterRoutes) and server.takes_adapters() else None
-        if adapters is None and self._merged is None:
+        if isinstance(server, AdapterRoutes) and server.takes_adapters():
+            self._plain.discard(server.url)
+            self._states.setdefault(server.url, _ServerState(server))
+            return self
+        if self._merged is None:
             raise server.failure(
                 Phase.CONNECT,
                 "it takes no adapters, and publish.lora_fallback is refuse",
@@ -128,45 +130,35 @@ class LoraTransport(WeightTransport):
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --middleware atropos_generate.AtroposGenerate; or "
                 "set publish.lora_fallback to merged",
             )
-        state = self._states.setdefault(server.url, _ServerState())
-        state.adapters = adapters
-        if adapters is None and self._merged is not None:
-            logger.warning("%s gets merged weights, as publish.lora_fallback says", server.url)
-            self._merged.connect(server)
+        logger.warning("%s gets merged weights, as publish.lora_fallback says", server.url)
+        self._plain.add(server.url)
+        return self._merged.connect(server)
 
     def needs_pause(self, server: InferenceServer) -> bool:
-        """Only for merged weights: an adapter is loaded beside what is served."""
-        return self._state(server).adapters is None
+        """Never: an adapter is loaded beside what is served."""
+        return False
 
     def served_name(self, server: InferenceServer) -> str | None:
-        """The adapter's name at this server; the model's own (None) for merged weights."""
-        state = self._state(server)
-        return state.name if state.adapters else None
+        """The adapter's name at this server."""
+        return self._states[server.url].name
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
-        """Load the adapter under a fresh name, or the merged weights."""
-        state = self._state(server)
-        if state.adapters is None:
-            merged, whole = self._whole(server, staged)
-            merged.load(server, whole)
-            return
-        if staged.path is None or staged.served_name is None:
+        """Load the adapter under a fresh name."""
+        state = self._states[server.url]
+        if staged.adapter is None:
             raise server.failure(Phase.LOAD, "this version was not staged as an adapter")
         # Whatever became of a try before this one, its name may have been taken.
         state.tries = state.tries + 1 if state.version == staged.version else 1
         state.version = staged.version
-        state.name = staged.served_name if state.tries == 1 else f"{staged.served_name}-{state.tries}"
+        name = f"{NAME_PREFIX}-{staged.adapter.name}"
+        state.name = name if state.tries == 1 else f"{name}-{state.tries}"
         if state.held is not None:
             state.held |= {state.name}
-        state.adapters.load_adapter(state.name, staged.path)
+        state.adapters.load_adapter(state.name, staged.adapter)
 
     def activate(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Make the proven adapter the current one, then forget those before the newest `keep`."""
-        state = self._state(server)
-        if state.adapters is None:
-            merged, whole = self._whole(server, staged)
-            merged.activate(server, whole)
-            return
+        state = self._states[server.url]
         current = str(state.name)  # always set: `load` went before
         state.adapters.activate_adapter(current, staged.version)
         server.tag(staged.version)
@@ -182,11 +174,7 @@ class LoraTransport(WeightTransport):
 
     def is_served(self, server: InferenceServer, staged: StagedWeights) -> bool:
         """Whether the adapter is loaded and the one that environments sample from."""
-        state = self._state(server)
-        if state.adapters is None:
-            if self._merged is None or staged.merged is None:
-                return False
-            return self._merged.is_served(server, staged.merged)
+        state = self._states[server.url]
         if state.name is None or state.version != staged.version:
             return False
         return state.name in state.adapters.adapters() and state.adapters.active_adapter() == state.name
@@ -199,9 +187,8 @@ class LoraTransport(WeightTransport):
         """
         if self._merged is not None:
             self._merged.prune(served)
-        states = [state for state in list(self._states.values()) if state.adapters]
         held: set[str] = set()
-        for state in states:
+        for state in [state for url, state in list(self._states.items()) if url not in self._plain]:
             if state.held is None:
                 return
             held |= {match["directory"] for name in state.held if (match := _NAME.fullmatch(name))}
@@ -216,11 +203,6 @@ class LoraTransport(WeightTransport):
         """Adapters stay loaded, so that environments can go on sampling."""
         if self._merged is not None:
             self._merged.close(servers)
-
-    def _state(self, server: InferenceServer) -> _ServerState:
-        if server.url not in self._states:
-            self.connect(server)
-        return self._states[server.url]
 
     def _name(self, version: int) -> str:
         """The directory's name."""
@@ -237,19 +219,9 @@ class LoraTransport(WeightTransport):
         return StagedWeights(
             version=version,
             dtype=captured.dtype,
-            path=path,
-            served_name=f"{NAME_PREFIX}-{path.name}",
+            adapter=path,
             weight_bytes=captured.weight_bytes,
         )
-
-    def _whole(self, server: InferenceServer, staged: StagedWeights) -> tuple[WeightTransport, StagedWeights]:
-        if self._merged is None or staged.merged is None:
-            raise server.failure(
-                Phase.LOAD,
-                "it takes no adapters any more, and this version was staged as an adapter only; the next "
-                "version is staged merged as well",
-            )
-        return self._merged, staged.merged
 
     def _entries(self) -> list[Path]:
         """The directories of all runs."""
@@ -263,7 +235,7 @@ class LoraTransport(WeightTransport):
         except OSError as error:  # it costs space and nothing else
             logger.warning("an old adapter stays on disk: %s: %s", path, error)
         remove_leftovers(path)
-        self._staged = {version: staged for version, staged in self._staged.items() if staged.path != path}
+        self._staged = {version: staged for version, staged in self._staged.items() if staged.adapter != path}
 
 
 def _unload(server: AdapterRoutes, name: str) -> None:

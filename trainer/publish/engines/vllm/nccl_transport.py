@@ -91,7 +91,7 @@ class VllmTransferTransport(WeightTransport):
         )
         return lambda: staged
 
-    def connect(self, server: InferenceServer) -> None:
+    def connect(self, server: InferenceServer) -> WeightTransport:
         """Build a new group with a server; an older one is left behind without waiting for it.
 
         Raises:
@@ -128,6 +128,7 @@ class VllmTransferTransport(WeightTransport):
                 self._raise(error, server, Phase.CONNECT)
             client.on_failure = lambda _error: None
             self._groups[server.url] = client, engine
+        return self
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Send the weights, when it is this server's turn.
