@@ -140,6 +140,9 @@ class WeightTransport(ABC):
     If so the rest of a publish runs in a background thread while the next step trains; if not (weights are
     sent from the model itself) the training thread waits for the publish."""
 
+    pauses: ClassVar[bool] = True
+    """Whether generation has to stand still while a server loads."""
+
     @abstractmethod
     def capture(self, version: int) -> Callable[[], StagedWeights]:
         """Take the weights out of the live model, in the training thread; quick.
@@ -163,10 +166,6 @@ class WeightTransport(ABC):
         """
         server.use_model_itself()
         return self
-
-    def needs_pause(self, server: InferenceServer) -> bool:
-        """Tell whether generation has to stand still while this server loads."""
-        return True
 
     def served_name(self, server: InferenceServer) -> str | None:
         """Return the name to score the version under that this server has loaded; None: the model's."""

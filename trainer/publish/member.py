@@ -81,7 +81,7 @@ class Member:
 
         def check() -> Comparison | None:
             # What comes under a name of its own is not there yet, whatever the model itself serves.
-            if not self._way.needs_pause(self.server):
+            if not self._way.pauses:
                 return None
             comparison = self._verifier.compare(expectation)
             if comparison.matches:
@@ -105,7 +105,7 @@ class Member:
         errors: list[ServerFailure] = []
         seconds: dict[str, float] = {}
         with _collected(errors):
-            if transport.needs_pause(server):
+            if transport.pauses:
                 if expectation is not None:
                     self._verifier.warm()
                 with _timed(seconds, "pause_seconds"):

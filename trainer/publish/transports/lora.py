@@ -69,6 +69,7 @@ class LoraTransport(WeightTransport):
     """
 
     overlaps = True
+    pauses = False
 
     def __init__(
         self,
@@ -133,10 +134,6 @@ class LoraTransport(WeightTransport):
         logger.warning("%s gets merged weights, as publish.lora_fallback says", server.url)
         self._plain.add(server.url)
         return self._merged.connect(server)
-
-    def needs_pause(self, server: InferenceServer) -> bool:
-        """Never: an adapter is loaded beside what is served."""
-        return False
 
     def served_name(self, server: InferenceServer) -> str | None:
         """The adapter's name at this server."""
