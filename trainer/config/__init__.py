@@ -1,36 +1,27 @@
 """Configuration of a run: one frozen tree, read once, refused at the start if anything in it is wrong."""
 
-from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings, plain_url
+from trainer.config._atropos import DataSettings, LossSettings, plain_url
 from trainer.config._base import expand_home
 from trainer.config._distillation import DistillationSettings
-from trainer.config._fields import ConfigField, config_fields, fields_by_section, option_fields
+from trainer.config._fields import config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
 from trainer.config._presets import PRESETS, Preset, PresetName, describe_preset
 from trainer.config._publish import PublishSettings
 from trainer.config._resume import ON_RESUME, OnResume, refuse_changed_settings, row_of
 from trainer.config._training import (
-    CheckpointSettings,
-    LoggingSettings,
     LoraSettings,
     ModelSettings,
     OptimizerSettings,
     TrainSettings,
 )
 from trainer.config._tree import TrainerConfig
-from trainer.config._watch import HealthSettings, WatchdogSettings
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
     "ON_RESUME",
     "PRESETS",
-    "AtroposSettings",
-    "CheckpointSettings",
-    "ConfigField",
     "DataSettings",
     "DistillationSettings",
-    "HealthSettings",
-    "JournalSettings",
-    "LoggingSettings",
     "LoraSettings",
     "LossSettings",
     "ModelSettings",
@@ -41,7 +32,6 @@ __all__ = [
     "PublishSettings",
     "TrainSettings",
     "TrainerConfig",
-    "WatchdogSettings",
     "config_fields",
     "describe_preset",
     "expand_home",
