@@ -260,3 +260,19 @@ def test_the_kl_to_the_reference_comes_off_the_scores_before_they_are_advantages
 
     lacking = prepare([group | {"ref_logprobs": None}], data, LossSettings())
     assert lacking.set_aside[0].reason.startswith("no ref_logprobs, which data.reward_kl_coefficient needs")
+
+
+def test_scores_are_judged_after_the_reference_was_taken_off_them() -> None:
+    """By the estimator, which may not be able to take them, and by data.advantage_limit."""
+    group: dict[str, Any] = {"tokens": [[1, 2]] * 2, "masks": [[-100, 2]] * 2, "scores": [1.0, 0.0]}
+    group |= {"ref_logprobs": [[1.0, -1.0]] * 2}
+    far = {"inference_logprobs": [[1.0, -0.5], [1.0, -1e30]]}
+    near = {"inference_logprobs": [[1.0, -0.5]] * 2}
+    penalty = {"reward_kl_coefficient": 1.0}
+    for estimator, samples, reason in (
+        ("maxrl", near, "the mean of the group's scores is 0, and maxrl divides by it"),
+        ("group_center", far, "the advantage of sequence 0 is -5e+29, beyond 1e+06"),
+    ):
+        data = DataSettings(advantage_estimator=estimator, **penalty)
+        prepared = prepare([group | samples], data, LossSettings(name="weighted_sft"))
+        assert [each.reason[: len(reason)] for each in prepared.set_aside] == [reason]

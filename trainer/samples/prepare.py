@@ -111,7 +111,7 @@ def prepare_batch(
             or _reward_kl_reason(group, data.reward_kl_coefficient)
             or teacher_reason(group, distillation, vocabulary_size=limits.vocabulary_size)
             or implausible_reason(
-                group,
+                _less_reference_kl(group, data.reward_kl_coefficient),
                 estimator=data.bound_estimator,
                 uses_temperature=loss.uses_temperature,
                 advantage_limit=data.advantage_limit,
@@ -119,9 +119,7 @@ def prepare_batch(
         ),
     )
     columns = token_columns(groups)
-    penalized = groups
-    if data.reward_kl_coefficient > 0:
-        penalized = [_less_reference_kl(group, data.reward_kl_coefficient) for group in groups]
+    penalized = [_less_reference_kl(group, data.reward_kl_coefficient) for group in groups]
     advantages = token_advantages(penalized, estimator=data.bound_estimator)
     of_groups = torch.split(advantages, [group.token_count for group in groups])
     without_spread = sum(not has_signal(of_group) for of_group in of_groups)
@@ -180,7 +178,10 @@ def _less_reference_kl(group: ScoredGroup, coefficient: float) -> ScoredGroup:
     """Take an estimate of each sequence's KL(sampler ‖ reference) off its score.
 
     The sum of `μ_t - ρ_t` over its trained tokens (k1), as in RLHF: Ziegler et al. 2019; Ouyang et al. 2022.
+    With a coefficient of 0 the group is returned as it is.
     """
+    if not coefficient:
+        return group
     columns = token_columns([group])
     sampler, reference = (
         tensor_of([values or b""], torch.float32)
