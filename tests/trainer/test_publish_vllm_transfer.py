@@ -21,10 +21,10 @@ from tests.trainer.transfer_stand_in import NCCLEngine, Receiver, modules
 from trainer.config import PublishSettings
 from trainer.errors import ConfigurationError
 from trainer.publish import Phase, PhaseDeadlineExceeded, ServerFailure, VllmRoutes
+from trainer.publish.engines.vllm import nccl_transport
 from trainer.publish.engines.vllm.nccl_sender import TransferGroup, build_engine, require_vllm
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 from trainer.publish.interfaces import StagedWeights
-from trainer.publish.transports import rendezvous
 
 HANDSHAKE = [
     "/atropos/adapter",
@@ -318,7 +318,7 @@ def test_a_handshake_that_cannot_succeed_says_why(
             case "hangs":
                 server.faults["/shutdown_weight_transfer_engine"] = server.hang
             case "finds no port":
-                monkeypatch.setattr(rendezvous, "PORT_ATTEMPTS", 1)
+                monkeypatch.setattr(nccl_transport, "PORT_ATTEMPTS", 1)
                 stack.enter_context(socket.create_server(("127.0.0.1", side.settings.group_port)))
             case "has two workers":
                 server.workers = 2

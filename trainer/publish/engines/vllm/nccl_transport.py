@@ -13,7 +13,9 @@ process, and gathering sharded weights is a collective. A server that waits for 
 
 from __future__ import annotations
 
+import errno
 import logging
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
@@ -38,12 +40,14 @@ from trainer.publish.engines.vllm.routes import VllmRoutes
 from trainer.publish.errors import Phase, PhaseDeadlineExceeded, ServerFailure
 from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish.transports.bounded_call import BoundedCall, NotEndedError
-from trainer.publish.transports.rendezvous import rendezvous_port
 
 logger = logging.getLogger(__name__)
 
 ABORT_SECONDS = 10.0
 """For leaving a group. vLLM gives NCCL 5 seconds to abort; a GPU that hangs longer will not come back."""
+
+PORT_ATTEMPTS = 8
+"""A rendezvous that nobody came to keeps its port for some minutes; the next attempts step over it."""
 
 Value = TypeVar("Value")
 
@@ -118,7 +122,7 @@ class VllmTransferTransport(WeightTransport):
                     stream=self._stream,
                     workers=workers,
                     address=self._settings.group_address,
-                    port=rendezvous_port(self._settings, server) if self._backend == "nccl" else 0,
+                    port=_rendezvous_port(self._settings, server) if self._backend == "nccl" else 0,
                 )
                 call = self._call(lambda: self._join(group), f"connect {server.url}")
                 client.on_failure = call.fail
@@ -256,6 +260,37 @@ class VllmTransferTransport(WeightTransport):
         if isinstance(error, ServerFailure | ConfigurationError) or not isinstance(error, Exception):
             raise error
         raise server.failure(phase, f"{type(error).__name__} in the sender: {error}") from error
+
+
+def _rendezvous_port(settings: PublishSettings, server: InferenceServer) -> int:
+    """Find a free port: the server's own, counted from `publish.group_port`, or the next that is no other's.
+
+    Raises:
+        ServerFailure: None can be had.
+    """
+    address = settings.group_address
+    servers = [plain_url(url) for url in settings.servers]
+    first = settings.group_port + servers.index(server.url)
+    ports = [first + attempt * len(servers) for attempt in range(PORT_ATTEMPTS)]
+    for port in ports:
+        try:
+            with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((address, port))
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                continue
+            raise server.failure(
+                Phase.CONNECT,
+                f"cannot listen on {address}:{port} for its workers ({error}); publish.group_address has to "
+                "be an address of this machine",
+            ) from error
+        return port
+    raise server.failure(
+        Phase.CONNECT,
+        f"the ports {', '.join(map(str, ports))} for the rendezvous are all taken; set another "
+        "publish.group_port",
+    )
 
 
 def _require_one_machine(servers: Sequence[str]) -> None:
