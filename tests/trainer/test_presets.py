@@ -59,6 +59,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
     "opo": ("policy_gradient", {"ratio_cap": 2.0}, "token", "opo", {}),
     "gpg": ("weighted_sft", {}, "token", "gpg", {}),
     "lite_ppo": ("ppo_clip", CLIP, "token", "batch_std", {"std": "n-1"}),
+    "opd": ("policy_gradient", {"ratio_cap": 2.0}, "token", "raw", {}),
 }
 
 
@@ -75,6 +76,7 @@ def test_a_preset_comes_to_the_objective_of_its_paper(name: str) -> None:
             "model": {"path": "m"},
             "loss": {"name": loss, "reduction": reduction, **loss_options},
             "data": {"advantage_estimator": estimator, "advantage_options": estimator_options},
+            "distillation": {"mode": "sampled_token", "reward_coefficient": 0} if name == "opd" else {},
         }
     )
     assert config.model_dump() == by_hand.model_dump() | {
@@ -115,8 +117,9 @@ def test_each_setting_of_each_preset_gives_way_to_one_by_hand(name: PresetName) 
         "loss.correction.icepop_high": "4.0",
         "loss.two_sided": "1.5",
         "loss.reduction": "token" if PRESETS[name].reduction != "token" else "constant",
-        "data.advantage_estimator": "raw",
+        "data.advantage_estimator": "raw" if PRESETS[name].estimator != "raw" else "group_center",
         "data.advantage_options.std": "n",
+        "distillation.mode": "reverse_kl",
     }
     for setting, value in PRESETS[name].settings.items():
         other = by_hand.get(setting, "0.3")

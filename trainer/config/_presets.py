@@ -28,6 +28,7 @@ PresetName = Literal[
     "opo",
     "gpg",
     "lite_ppo",
+    "opd",
 ]
 
 
@@ -47,6 +48,8 @@ class Preset:
     """data.advantage_estimator"""
     estimator_options: Mapping[str, Any] = field(default_factory=dict)
     """data.advantage_options"""
+    distillation: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the section `distillation`."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,10 +60,13 @@ class Preset:
             "loss.reduction": self.reduction,
             "data.advantage_estimator": self.estimator,
             **{f"data.advantage_options.{name}": value for name, value in self.estimator_options.items()},
+            **{f"distillation.{name}": value for name, value in self.distillation.items()},
         }
 
-    def lay_under(self, loss: dict[str, Any], data: dict[str, Any]) -> None:
-        """Set what is not set by hand in two sections; no options where another function was named."""
+    def lay_under(self, loss: dict[str, Any], data: dict[str, Any], distillation: dict[str, Any]) -> None:
+        """Set what is not set by hand in three sections; no options where another function was named."""
+        for name, value in self.distillation.items():
+            distillation.setdefault(name, value)
         if loss.setdefault("name", self.loss) == self.loss:
             for name, value in self.loss_options.items():
                 _set_if_absent(loss, name.split("."), value)
@@ -217,6 +223,14 @@ PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
             estimator="batch_std",
             estimator_options=_SAMPLE_STD,
         ),
+        "opd": Preset(
+            paper="on-policy distillation, arXiv 2306.13649",
+            loss="policy_gradient",
+            loss_options={"ratio_cap": 2.0},
+            reduction="token",
+            estimator="raw",
+            distillation={"mode": "sampled_token", "reward_coefficient": 0.0},
+        ),
     }
 )
 
@@ -229,12 +243,16 @@ def with_preset(values: Any) -> Any:
     """
     if not isinstance(values, Mapping):
         return values
-    loss, data = _set_by_hand(values.get("loss", {})), _set_by_hand(values.get("data", {}))
+    loss, data, distillation = (
+        _set_by_hand(values.get(section, {})) for section in ("loss", "data", "distillation")
+    )
     preset = loss.get("preset") if loss else None
-    if not isinstance(preset, str) or preset not in PRESETS or loss is None or data is None:
-        return values  # none, or what is refused where it is read
-    PRESETS[preset].lay_under(loss, data)  # type: ignore[index]
-    return {**values, "loss": loss, "data": data}
+    if not isinstance(preset, str) or preset not in PRESETS:
+        return values
+    if loss is None or data is None or distillation is None:
+        return values  # what is refused where it is read
+    PRESETS[preset].lay_under(loss, data, distillation)  # type: ignore[index]
+    return {**values, "loss": loss, "data": data, "distillation": distillation}
 
 
 def _set_by_hand(section: Any) -> dict[str, Any] | None:
