@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from atropos_client import JournalError
 from atropos_client.journal import Journal
 from local_stack.models import make_tiny_model
 from tests.trainer.batches import make_bodies
@@ -219,6 +220,7 @@ class Broken:
             1,
             "failed: /x/y: No space left on device; make room",
         ),
+        (JournalError("there is no journal in /x."), 1, "failed: there is no journal in /x\n"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
             ModuleNotFoundError("x", name="not_there"),

@@ -35,7 +35,7 @@ def test_the_alarm_names_the_share_and_the_most_frequent_reasons(caplog: pytest.
         assert share.add(groups=10, reasons=["token id 5000 is unknown"])
     (message,) = [record.getMessage() for record in caplog.records]
     assert "3 of the 20 groups (15%) of the last 2 batches were set aside" in message
-    assert "2 x scores[N]: found nan; 1 x token id N is unknown" in message
+    assert "2 x scores[0]: found nan; 1 x token id 5000 is unknown" in message
     assert "train.set_aside_alarm 0.1" in message
 
 
@@ -62,7 +62,7 @@ def test_a_run_counts_alarms_in_its_rows_and_ends_past_the_limit_with_everything
 ) -> None:
     bodies = [mixed_body(1, bad=0, good=4), mixed_body(2, bad=1, good=3), mixed_body(3, bad=4, good=1)]
     with pytest.raises(
-        TooManySetAside, match=r"5 of the 9 groups .* scores has N entries.*mend the environment"
+        TooManySetAside, match=r"5 of the 9 groups .* scores has 1 entries.*mend the environment"
     ):
         run(tiny_model_directory, tmp_path, bodies, "--train.set_aside_window", "2")
     first, second = rows(tmp_path)
@@ -95,12 +95,32 @@ def test_a_resumed_run_goes_on_with_the_window_that_its_checkpoint_has(
     assert alarms == [1, 1], "raised with the third batch, which only a window of three has"
 
 
+def test_a_window_of_reasons_without_their_numbers_is_counted_on() -> None:
+    kept = {"batches": [{"groups": 4, "reasons": {"scores has N entries": 1, "scores has 2 entries": 1}}]}
+    share = QuarantineRate(
+        TrainSettings(set_aside_window=2, set_aside_limit=0.1), QuarantineWindow.model_validate(kept)
+    )
+    with pytest.raises(TooManySetAside, match=r"reasons: 3 x scores has N entries\. That is past"):
+        share.add(groups=4, reasons=["scores has 3 entries"])
+
+
+def test_a_skipped_batch_says_its_reasons_with_their_numbers(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    generator = random.Random(5)
+    bad = [make_group(generator, scores=[1.0] * entries) for entries in (3, 2)]
+    bodies = [mixed_body(1, bad=0, good=2), json.dumps({"batch": bad}).encode(), mixed_body(2, bad=0, good=2)]
+    run(tiny_model_directory, tmp_path, bodies)
+    (row,) = rows(tmp_path, "skipped")
+    assert "were set aside: 2 x scores has 3 entries but tokens has 4 sequences" in row["reason"]
+
+
 def test_a_checkpoint_of_before_there_was_a_window_is_read(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     summary = run(tiny_model_directory, tmp_path, [mixed_body(1, bad=1, good=3)], steps=1)
     content = json.loads((summary.checkpoint / "state.json").read_text())
     assert content.pop("set_aside_window")["batches"] == [
-        {"groups": 4, "reasons": {"scores has N entries but tokens has N sequences": 1}}
+        {"groups": 4, "reasons": {"scores has 1 entries but tokens has 4 sequences": 1}}
     ]
     assert CheckpointState.model_validate(content).set_aside_window == QuarantineWindow()

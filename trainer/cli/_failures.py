@@ -56,7 +56,7 @@ def explain(error: BaseException, args: argparse.Namespace) -> int:
         said = f"out of memory: {_first_line(error)}. Lower data.tokens_per_micro_batch, or set "
         said += f"model.gradient_checkpointing true{go_on}"
     elif isinstance(error, TrainerError | AtroposClientError):
-        said = f"failed: {type(error).__name__}: {str(error).rstrip('.')}{go_on}"
+        said = f"failed: {str(error).rstrip('.')}{go_on}"
     elif isinstance(error, OSError):
         said = f"failed: {_of_the_system(error)}{go_on}"
     else:

@@ -10,6 +10,7 @@ import logging
 import re
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,8 +22,19 @@ logger = logging.getLogger(__name__)
 _REASONS_NAMED = 3
 _REASONS_KEPT = 8  # of one batch; the others count as one, so that a checkpoint's window stays small
 _OTHER_REASONS = "other reasons"
-_LONGEST_REASON = 160  # characters of a reason that a message quotes
+_LONGEST_REASON = 160  # characters of a reason that are looked at and quoted, numbers counted as one each
+_LONGEST_QUOTE = 400  # with them: a hostile number has any length
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class KindOfReason:
+    """A reason that stands for all of its kind: equal are those that differ in numbers only."""
+
+    kind: str
+    """The reason without its numbers."""
+    first: str = field(compare=False)
+    """A reason as it was given: the first of its kind where kinds are counted."""
 
 
 class BatchShare(BaseModel):
@@ -33,7 +45,7 @@ class BatchShare(BaseModel):
     groups: int
     """All groups, those set aside included."""
     reasons: dict[str, int]
-    """Groups set aside, by kind of reason."""
+    """Groups set aside, by the first reason of each kind."""
 
 
 class QuarantineWindow(BaseModel):
@@ -59,16 +71,19 @@ class QuarantineRate:
     def __init__(self, settings: TrainSettings, state: QuarantineWindow | None = None) -> None:
         self._alarm = settings.set_aside_alarm
         self._limit = settings.set_aside_limit
-        self._window: deque[tuple[int, Counter[str]]] = deque(maxlen=settings.set_aside_window)
+        self._window: deque[tuple[int, Counter[KindOfReason]]] = deque(maxlen=settings.set_aside_window)
         self._quiet_batches = 0  # left until the next warning while the share stays high
         if state is not None:
-            self._window.extend((batch.groups, Counter(batch.reasons)) for batch in state.batches)
+            self._window.extend((batch.groups, _count_kinds(batch.reasons)) for batch in state.batches)
             self._quiet_batches = state.quiet_batches
 
     @property
     def state(self) -> QuarantineWindow:
         """The state with which a resumed run judges as this one would."""
-        batches = tuple(BatchShare(groups=groups, reasons=dict(found)) for groups, found in self._window)
+        batches = tuple(
+            BatchShare(groups=groups, reasons={kind.first: count for kind, count in found.items()})
+            for groups, found in self._window
+        )
         return QuarantineWindow(batches=batches, quiet_batches=self._quiet_batches)
 
     @property
@@ -110,7 +125,7 @@ class QuarantineRate:
         return True
 
     def _summary(self) -> str:
-        reasons: Counter[str] = Counter()
+        reasons: Counter[KindOfReason] = Counter()
         for _, of_batch in self._window:
             reasons.update(of_batch)
         groups = sum(count for count, _ in self._window)
@@ -120,19 +135,29 @@ class QuarantineRate:
         )
 
 
-def _most_frequent(reasons: Counter[str]) -> Counter[str]:
+def _count_kinds(reasons: dict[str, int]) -> Counter[KindOfReason]:
+    counts: Counter[KindOfReason] = Counter()
+    for reason, count in reasons.items():
+        counts[kind_of_reason(reason)] += count
+    return counts
+
+
+def _most_frequent(reasons: Counter[KindOfReason]) -> Counter[KindOfReason]:
     if len(reasons) <= _REASONS_KEPT:
         return reasons
     kept = Counter(dict(reasons.most_common(_REASONS_KEPT)))
-    kept[_OTHER_REASONS] = reasons.total() - kept.total()
+    kept[kind_of_reason(_OTHER_REASONS)] = reasons.total() - kept.total()
     return kept
 
 
-def name_reasons(kinds: Counter[str]) -> str:
-    """List the most frequent kinds of reasons with their counts."""
-    return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common(_REASONS_NAMED))
+def name_reasons(kinds: Counter[KindOfReason]) -> str:
+    """List the most frequent kinds of reasons with their counts, each by its first reason."""
+    return "; ".join(f"{count} x {kind.first}" for kind, count in kinds.most_common(_REASONS_NAMED))
 
 
-def kind_of_reason(reason: str) -> str:
-    """A reason without its numbers, so that equal faults at different places are counted together."""
-    return _NUMBER.sub("N", reason)[:_LONGEST_REASON]
+def kind_of_reason(reason: str) -> KindOfReason:
+    """Leave a reason's numbers out of comparison, so that equal faults at different places count together."""
+    without = _NUMBER.sub("N", reason)
+    in_numbers = len(reason) - len(without)
+    quoted = reason[: min(_LONGEST_REASON + in_numbers, _LONGEST_QUOTE)]
+    return KindOfReason(without[:_LONGEST_REASON], quoted)
