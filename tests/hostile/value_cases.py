@@ -164,7 +164,7 @@ WISHES = [
     ),
     aside(
         "log-probs missing in one group",
-        "no inference_logprobs, which the loss needs",
+        "no inference_logprobs, which loss.name policy_gradient needs",
         without("inference_logprobs"),
         "no inference_logprobs",
     ),

@@ -48,7 +48,7 @@ def with_teacher(group: dict[str, Any], *, seed: int = 0, most: int = 4) -> dict
                 for token, mask in zip(tokens, masks, strict=True)
             ]
         )
-    logprobs = [[[-generator.uniform(1, 5) for _ in place] for place in row] for row in ids]
+    logprobs = [[[-generator.uniform(2, 5) for _ in place] for place in row] for row in ids]
     return group | {"distill_token_ids": ids, "distill_logprobs": logprobs}
 
 
@@ -101,6 +101,11 @@ TOKEN = GROUP["tokens"][0][-1]
             "forward_kl",
             changed(changed(TAUGHT, "distill_token_ids", [3]), "distill_logprobs", [0.5]),
             f"distill_token_ids[0][{LAST}] has a log-prob above 0 beside it",
+        ),
+        (
+            "reverse_kl",
+            changed(changed(TAUGHT, "distill_token_ids", [3, 5]), "distill_logprobs", [-0.1, -0.2]),
+            f"distill_token_ids[0][{LAST}] has probabilities beside it that add up to more than 1",
         ),
         (
             "sampled_token",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tests.trainer.batches import make_bodies, make_group
 from tests.trainer.models import tiny_model
@@ -98,6 +99,43 @@ def test_a_reference_with_fewer_tokens_is_refused(tiny_model_directory: Path, tm
     assert "knows 100 tokens" in found.found
 
 
+def gpt2_of_context(directory: Path, tokens: int) -> Path:
+    config = GPT2Config(vocab_size=259, n_positions=tokens, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def test_a_reference_with_a_shorter_context_is_refused_before_anything_is_written(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    short = str(gpt2_of_context(tmp_path / "short", 64))
+    with pytest.raises(ConfigurationError, match="has a context of 64 tokens, and sequences may have 2048"):
+        run(tiny_model_directory, tmp_path / "run", [], "--loss.reference", short)
+    assert not (tmp_path / "run").exists()
+    options = ("--loss.reference", short, "--data.max_sequence_length", "64", *KL)
+    run(tiny_model_directory, tmp_path / "run", make_bodies(1), *options, steps=1)
+    assert rows(tmp_path / "run")[0]["kl_ref"] > 0
+
+
+def test_a_reference_is_named_where_it_cannot_be_used(tiny_model_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"loss\.reference '/nope' cannot be used"):
+        run(tiny_model_directory, tmp_path / "run", [], "--loss.reference", "/nope")
+    broken = AutoModelForCausalLM.from_pretrained(tiny_model_directory)
+    with torch.no_grad():
+        broken.get_output_embeddings().weight.fill_(torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ConfigurationError, match=r"loss\.reference .*its weights hold NaN or infinities"):
+        run(tiny_model_directory, tmp_path / "run", [], "--loss.reference", str(tmp_path / "broken"))
+    other = Path(shutil.copytree(tiny_model_directory, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    first, second, *_ = tokenizer["model"]["vocab"]
+    texts = tokenizer["model"]["vocab"]
+    texts[first], texts[second] = texts[second], texts[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigurationError, match="has another tokenizer than the policy"):
+        run(tiny_model_directory, tmp_path / "elsewhere", [], "--loss.reference", str(other))
+
+
 def test_only_the_tokens_of_highest_entropy_are_trained_on(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
@@ -163,8 +201,19 @@ def test_an_adaptive_coefficient_follows_its_target_and_outlives_a_resume(
     assert found == pytest.approx([0.02, 0.03, 0.04, 0.05, 0.06, 0.07])
 
     run(tiny_model_directory, tmp_path / "halves", bodies[:2], *options, *above, steps=2)
+    for name in ("fixed", "anew"):
+        shutil.copytree(tmp_path / "halves/checkpoints", tmp_path / name / "checkpoints")
     run(tiny_model_directory, tmp_path / "halves", bodies[2:], *options, *above, steps=6)
     assert_equal_tensors(weights(tmp_path / "halves/final"), weights(tmp_path / "whole/final"))
+
+    for name, changed in (
+        ("fixed", ("--loss.entropy_coefficient", "0.3")),
+        ("anew", ("--loss.entropy_coefficient", "0.3", "--loss.entropy_target", str(entropy + 1))),
+    ):
+        names = ("--train.resume_changes", "loss.entropy_coefficient,loss.entropy_target")
+        run(tiny_model_directory, tmp_path / name, bodies[2:4], *options, *changed, *names, steps=4)
+        coefficients = [row["entropy_coefficient"] for row in rows(tmp_path / name)]
+        assert coefficients == pytest.approx([0.3, 0.3 if name == "fixed" else 0.31])
 
     below = ("--loss.entropy_target", str(entropy - 1), "--loss.entropy_coefficient", "0.02")
     run(tiny_model_directory, tmp_path / "below", bodies[:3], *options, *below, steps=3)

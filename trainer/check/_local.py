@@ -73,10 +73,10 @@ def _check_reference(config: TrainerConfig, policy: Any | None) -> list[CheckRes
     from trainer.model.reference import inspect_reference
 
     try:
-        path = inspect_reference(config.loss.reference, config.model, policy)
+        found = inspect_reference(config.loss.reference, config.model, config.data, policy)
     except ConfigurationError as error:
         return [failed(_REFERENCE, str(error), "set loss.reference to a checkpoint directory or hub id")]
-    return [] if path is None else [passed(_REFERENCE, f"{path}: as many tokens as the policy, or more")]
+    return [] if found is None else [passed(_REFERENCE, found)]
 
 
 def check_start(config: TrainerConfig) -> CheckResult:

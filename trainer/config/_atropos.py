@@ -293,6 +293,18 @@ class LossSettings(Section):
         return self.bound.needs_inference_logprobs
 
     @property
+    def user_of_inference_logprobs(self) -> str | None:
+        """What uses the sampler's log-probs, for messages; None if nothing does."""
+        if not self.needs_inference_logprobs:
+            return None
+        if self.name != "weighted_sft":
+            return f"loss.name {self.name}"
+        correction = getattr(self.bound.options, "correction", None)
+        if correction is not None and correction.is_active:
+            return "loss.correction"
+        return "loss.kl_estimator k3_unbiased"
+
+    @property
     def needs_ref_logprobs_of_groups(self) -> bool:
         """True if groups without a reference model's log-probs cannot be trained on."""
         return self.bound.needs_ref_logprobs and self.reference == "batch"

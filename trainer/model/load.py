@@ -88,7 +88,7 @@ def load_policy(
         _recompute_activations(model)
     limits = ModelLimits(
         vocabulary_size=model.get_input_embeddings().num_embeddings,
-        max_sequence_length=_context_length(model.config.get_text_config(), data.max_sequence_length),
+        max_sequence_length=context_length(model.config.get_text_config(), data.max_sequence_length),
     )
     identity = None
     if settings.lora is not None:
@@ -123,7 +123,9 @@ def load_beside(setting: str, path: str, settings: ModelSettings) -> Any:
     """
     with _explained(setting, path):
         attention = loaded_implementation(settings.attention)
-        model = load_model(path, trust_remote_code=settings.trust_remote_code, attention=attention)
+        model = load_model(
+            path, trust_remote_code=settings.trust_remote_code, attention=attention, setting=setting
+        )
     _switch_dropout_off(model)
     return model
 
@@ -135,7 +137,7 @@ def inspect_beside(setting: str, path: str, settings: ModelSettings) -> Any | No
         ConfigurationError: It cannot be loaded, or not every tensor is accounted for.
     """
     with _explained(setting, path):
-        return load_structure(path, trust_remote_code=settings.trust_remote_code)
+        return load_structure(path, trust_remote_code=settings.trust_remote_code, setting=setting)
 
 
 def load_policy_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -240,7 +242,8 @@ def _recompute_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _context_length(config: Any, wanted: int | None) -> int:
+def context_length(config: Any, wanted: int | None) -> int:
+    """Longest sequence in tokens for `data.max_sequence_length`; without it, the model's context."""
     context = getattr(config, "max_position_embeddings", None)
     if wanted is None:
         return int(context) if context else 1 << 30

@@ -33,19 +33,22 @@ LOADING_ERRORS: Final = (OSError, ValueError, ImportError, SafetensorError, Runt
 """Errors that transformers raises for a directory that it cannot load."""
 
 
-def load_model(path: str, *, trust_remote_code: bool, attention: str | None) -> Any:
+def load_model(
+    path: str, *, trust_remote_code: bool, attention: str | None, setting: str = "model.path"
+) -> Any:
     """Load a causal language model in float32, on the CPU, exactly as the checkpoint holds it.
 
     Args:
         path: Directory, or hub id.
         trust_remote_code: Whether code beside the weights may run.
         attention: The attention implementation, by transformers' name.
+        setting: Which setting names the path, for messages.
 
     Raises:
         ConfigurationError: A tensor is missing, unknown, or of another shape; or an adapter lies there.
         OSError, ValueError, ...: See `LOADING_ERRORS`.
     """
-    _refuse_adapter(path)
+    _refuse_adapter(setting, path)
     model, info = AutoModelForCausalLM.from_pretrained(
         path,
         config=AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code),
@@ -56,25 +59,26 @@ def load_model(path: str, *, trust_remote_code: bool, attention: str | None) -> 
         ignore_mismatched_sizes=True,  # they are refused here, by name
         output_loading_info=True,
     )
-    _refuse_differences(path, info)
+    _refuse_differences(setting, path, info)
     return model
 
 
-def load_structure(path: str, *, trust_remote_code: bool) -> Any | None:
+def load_structure(path: str, *, trust_remote_code: bool, setting: str = "model.path") -> Any | None:
     """Build the model without its weights, and account for every tensor by the files' headers alone.
 
     Args:
         path: Directory; None is returned for a hub id, whose files may not be here yet, and for quantized
             weights, which only the load itself can judge.
         trust_remote_code: Whether code beside the weights may run.
+        setting: See `load_model`.
 
     Raises:
         ConfigurationError, OSError, ValueError, ...: See `load_model`.
     """
-    require_directory_or_hub_id("model.path", path)
+    require_directory_or_hub_id(setting, path)
     if not Path(path).is_dir():
         return None
-    _refuse_adapter(path)
+    _refuse_adapter(setting, path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None):
         return None
@@ -89,7 +93,7 @@ def load_structure(path: str, *, trust_remote_code: bool) -> Any | None:
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    _refuse_differences(path, info)
+    _refuse_differences(setting, path, info)
     return model
 
 
@@ -122,13 +126,13 @@ def _tensors_without_values(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _refuse_adapter(path: str) -> None:
+def _refuse_adapter(setting: str, path: str) -> None:
     found = find_adapter_config_file(path)
     if found is None:
         return
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ConfigurationError(
-            f"model.path {path!r} holds an adapter ({found}) and no model; merge it into its base, and name "
+            f"{setting} {path!r} holds an adapter ({found}) and no model; merge it into its base, and name "
             "the merged directory"
         )
     raise ConfigurationError(
@@ -137,7 +141,7 @@ def _refuse_adapter(path: str) -> None:
     )
 
 
-def _refuse_differences(path: str, info: dict[str, Any]) -> None:
+def _refuse_differences(setting: str, path: str, info: dict[str, Any]) -> None:
     """Refuse what differs between the checkpoint and the model that its config.json describes.
 
     transformers has left out what an architecture may lack or ignore: tied weights, buffers, further heads.
@@ -163,7 +167,7 @@ def _refuse_differences(path: str, info: dict[str, Any]) -> None:
     )
     hint = f"; the names carry the prefix {prefix!r} of a wrapper: save the model inside it" if prefix else ""
     raise ConfigurationError(
-        f"model.path {path!r}: its tensors are not those that its config.json describes. "
+        f"{setting} {path!r}: its tensors are not those that its config.json describes. "
         f"{'; '.join(found)}{hint}. Nothing is trained with random values in their place"
     )
 

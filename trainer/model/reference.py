@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import ModelSettings
+from trainer.config import DataSettings, ModelSettings
 from trainer.errors import ConfigurationError
 from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
-from trainer.model.load import inspect_beside, load_beside
+from trainer.model.load import context_length, inspect_beside, load_beside
 from trainer.model.select_packing import choose_packing
 from trainer.model.token_logprobs import TokenLogProbs, token_logprobs
 from trainer.packing import MicroBatch, Packing
@@ -65,7 +67,7 @@ def load_reference(
         return ReferenceModel(model=policy, head=head, is_policy=True)
     path = settings.path if setting == "base" else setting
     model = load_beside("loss.reference", path, settings).to(next(policy.parameters()).device)
-    _refuse_fewer_tokens(path, model, limits.vocabulary_size)
+    _refuse_smaller(path, model, limits)
     try:
         choose_packing(model, packing, settings.attention, longest_sequence=limits.max_sequence_length)
     except ConfigurationError as error:
@@ -77,35 +79,71 @@ def load_reference(
     return ReferenceModel(model=model, head=head, is_policy=False)
 
 
-def inspect_reference(setting: str, settings: ModelSettings, policy: Any | None) -> str | None:
+def inspect_reference(
+    setting: str, settings: ModelSettings, data: DataSettings, policy: Any | None
+) -> str | None:
     """Look at the model that `loss.reference` names without loading its weights.
 
     Args:
         setting: See `load_reference`.
         settings: Section `model`.
+        data: Section `data`, for the longest sequence.
         policy: The policy without its weights, or None if that is not here yet.
 
     Returns:
-        Its path; None if no other model is named.
+        What was found; None if no other model is named.
 
     Raises:
-        ConfigurationError: It cannot be loaded, or has a smaller vocabulary.
+        ConfigurationError: It cannot be loaded, has a smaller vocabulary or a shorter context, or another
+            tokenizer.
     """
     if setting in ("batch", "base"):
         return None
     structure = inspect_beside("loss.reference", setting, settings)
-    if structure is not None and policy is not None:
-        _refuse_fewer_tokens(setting, structure, policy.get_input_embeddings().num_embeddings)
-    return setting
+    if structure is None or policy is None:
+        return f"{setting}: a hub id, not looked at"
+    _refuse_smaller(
+        setting,
+        structure,
+        ModelLimits(
+            vocabulary_size=policy.get_input_embeddings().num_embeddings,
+            max_sequence_length=context_length(policy.config.get_text_config(), data.max_sequence_length),
+        ),
+    )
+    _refuse_other_tokens(setting, settings.tokenizer_path or settings.path)
+    return f"{setting}: the policy's vocabulary, and no shorter context"
 
 
-def _refuse_fewer_tokens(path: str, model: Any, vocabulary_size: int) -> None:
+def _refuse_smaller(path: str, model: Any, limits: ModelLimits) -> None:
     known = model.get_input_embeddings().num_embeddings
-    if known < vocabulary_size:
+    if known < limits.vocabulary_size:
         raise ConfigurationError(
-            f"loss.reference {path!r} knows {known} tokens, the policy {vocabulary_size}: "
+            f"loss.reference {path!r} knows {known} tokens, the policy {limits.vocabulary_size}: "
             "a reference has the policy's tokenizer"
         )
+    context = context_length(model.config.get_text_config(), None)
+    if context < limits.max_sequence_length:
+        raise ConfigurationError(
+            f"loss.reference {path!r} has a context of {context} tokens, and sequences may have "
+            f"{limits.max_sequence_length}: set data.max_sequence_length to {context}, or name another"
+        )
+
+
+def _refuse_other_tokens(reference: str, policy: str) -> None:
+    """Compare what the token ids stand for, where both have a file that says it."""
+    ours, theirs = (_token_texts(Path(each) / "tokenizer.json") for each in (policy, reference))
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ConfigurationError(
+            f"loss.reference {reference!r} has another tokenizer than the policy ({policy!r}): the same ids "
+            "stand for other texts there"
+        )
+
+
+def _token_texts(file: Path) -> Any | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()

@@ -131,13 +131,17 @@ def refuse_looking_ahead(model: nn.Module) -> None:
         raise ConfigurationError(
             f"{name} cannot be trained: a test of one sequence failed, {reason}"
         ) from error
+    if not bool(torch.isfinite(found).all()):
+        raise ConfigurationError(
+            f"{type(inner).__name__} has log-probs that are no numbers: its weights hold NaN or infinities"
+        )
     ahead = float((found - after_the_end).abs().amax())
     back = float((found - after_the_start).abs().amax())
     if not ahead <= max(_MOST_LOOKING_AHEAD, _MOST_LOOKING_AHEAD_TO_BACK * back):
         raise ConfigurationError(
             f"{type(inner).__name__} is no causal language model: other tokens at the end change the "
             f"log-probs of those before them, by {ahead:.2g}. An encoder (BERT, RoBERTa) cannot be "
-            "trained here; set model.path to a decoder"
+            "used here; name a decoder"
         )
 
 

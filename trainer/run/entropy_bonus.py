@@ -25,15 +25,20 @@ class EntropyBonus:
 
     def __init__(self, settings: LossSettings, state: dict[str, float]) -> None:
         self._settings = settings
-        self._coefficient = state.get("coefficient", settings.entropy_coefficient)
-        self._entropy = state.get("entropy", -math.inf)
+        self._coefficient = settings.entropy_coefficient
+        self._entropy = -math.inf
+        if settings.entropy_target is not None and state:
+            self._entropy = state["entropy"]
+            if state["first"] == settings.entropy_coefficient:  # another one begins anew
+                self._coefficient = state["coefficient"]
 
     @property
     def state(self) -> dict[str, float]:
         """What a checkpoint has to hold; empty where nothing is adapted."""
         if self._settings.entropy_target is None or math.isinf(self._entropy):
             return {}
-        return {"coefficient": self._coefficient, "entropy": self._entropy}
+        first = self._settings.entropy_coefficient
+        return {"first": first, "coefficient": self._coefficient, "entropy": self._entropy}
 
     @property
     def coefficient(self) -> float:

@@ -106,7 +106,7 @@ def join_run(config: TrainerConfig) -> JoinedRun:
         AnotherProcessFailed: Process 0 met one of these.
     """
     policy = inspect_model(config.model)  # before anything is written
-    inspect_reference(config.loss.reference, config.model, policy)
+    inspect_reference(config.loss.reference, config.model, config.data, policy)
     accelerator = make_accelerator(config)
     if accelerator.is_main_process:
         logger.info("Training with %s, on %s", describe_processes(accelerator), accelerator.device)

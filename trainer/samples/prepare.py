@@ -105,7 +105,7 @@ def prepare_batch(
             set_aside_reason(
                 group,
                 limits,
-                needs_inference_logprobs=loss.bound.needs_inference_logprobs,
+                user_of_inference_logprobs=loss.user_of_inference_logprobs,
                 needs_ref_logprobs=loss.needs_ref_logprobs_of_groups,
             )
             or _reward_kl_reason(group, data.reward_kl_coefficient)

@@ -97,6 +97,7 @@ def _reason_of_sequence(
         f"names a token outside the model's vocabulary of {vocabulary_size}": (ids >= vocabulary_size).any(1),
         "names a token twice": twice,
         "has a log-prob above 0 beside it": (known & (rows.logprobs > LOGPROB_SLACK)).any(dim=1),
+        "has probabilities beside it that add up to more than 1": rows.logprobs.exp().sum(dim=1) > 1.01,
     }
     if mode == "sampled_token":
         faults["lacks the sampled token, whose log-prob distillation.mode sampled_token needs"] = (

@@ -42,7 +42,11 @@ class ModelLimits:
 
 
 def set_aside_reason(
-    group: ScoredGroup, limits: ModelLimits, *, needs_inference_logprobs: bool, needs_ref_logprobs: bool
+    group: ScoredGroup,
+    limits: ModelLimits,
+    *,
+    user_of_inference_logprobs: str | None,
+    needs_ref_logprobs: bool,
 ) -> str | None:
     """Say why `group` cannot be trained on by this model and loss; None if it can."""
     flat = group.flat
@@ -52,10 +56,10 @@ def set_aside_reason(
     largest = int(tensor_of([flat.tokens], torch.int32).max())
     if largest >= limits.vocabulary_size:
         return f"token id {largest} lies outside the model's vocabulary of {limits.vocabulary_size}"
-    if needs_inference_logprobs and group.inference_logprobs is None:
+    if user_of_inference_logprobs is not None and group.inference_logprobs is None:
         return (
-            "no inference_logprobs, which the loss needs: let the environment send them (ManagedServer "
-            "records them), or set loss.name weighted_sft"
+            f"no inference_logprobs, which {user_of_inference_logprobs} needs: let the environment send them "
+            "(ManagedServer records them), or train with loss.name weighted_sft alone"
         )
     if needs_ref_logprobs and group.ref_logprobs is None:
         return (
