@@ -160,6 +160,21 @@ def test_one_token_cannot_decide_the_step_and_clipping_bounds_the_sum() -> None:
     assert -0.5 <= float(found.min()) < float(found.max()) == 3.0
 
 
+def test_the_sampled_tokens_distance_is_in_the_metrics(tiny_model_directory: Path, tmp_path: Path) -> None:
+    body = json.dumps({"batch": [TAUGHT]}).encode()
+    run(tiny_model_directory, tmp_path, [body], "--loss.preset", "opd", steps=1)
+    differences = [
+        sampler - teacher[0]
+        for masks, samplers, teachers in zip(
+            TAUGHT["masks"], TAUGHT["inference_logprobs"], TAUGHT["distill_logprobs"], strict=True
+        )
+        for mask, sampler, teacher in zip(masks, samplers, teachers, strict=True)
+        if mask != -100
+    ]
+    (row,) = rows(tmp_path)
+    assert row["kl_teacher"] == pytest.approx(sum(differences) / len(differences), rel=1e-5)
+
+
 def plain_divergence(policy: list[float], teacher: list[float], direction: str) -> float:
     """Of one token, in plain Python."""
     p = [math.exp(value) for value in teacher]

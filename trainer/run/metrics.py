@@ -35,6 +35,7 @@ def batch_metrics(batch: PreparedBatch) -> Row:
         "advantage_std": pstdev(batch.advantages) if batch.advantages else None,
         "advantage_min": min(batch.advantages, default=None),
         "advantage_max": max(batch.advantages, default=None),
+        **({} if batch.kl_teacher is None else {"kl_teacher": batch.kl_teacher}),
         "groups": batch.groups,
         "sequences": len(batch.scores),
         "trained_tokens": round(batch.trained_tokens),

@@ -56,6 +56,9 @@ class PreparedBatch:
     groups_without_spread: int
     groups_with_binary_masks: int
     """Groups whose masks came as 0/1 and were converted."""
+    kl_teacher: float | None
+    """Estimate of KL(sampler ‖ teacher) from the sampled tokens, in nats a trained token, with
+    `distillation.mode` sampled_token."""
     normalizer: dict[str, float]
     """State of the advantage normalizer after this batch: what a checkpoint of its step has to hold, while
     the normalizer itself may be batches ahead."""
@@ -126,8 +129,11 @@ def prepare_batch(
     # A first token may be marked as trained, but nothing predicts it.
     advantages = advantages.masked_fill(columns.loss_mask == 0, 0.0)
     advantages = normalizer(advantages, columns.loss_mask)
-    if distillation.mode == "sampled_token":
-        advantages = _with_teacher(advantages, groups, columns.loss_mask, distillation)
+    kl_teacher = None
+    if distillation.mode == "sampled_token" and groups:
+        taught = _teacher_over_sampler(groups, columns.loss_mask)
+        kl_teacher = -float(taught.sum()) / max(1.0, float(columns.loss_mask.sum()))
+        advantages = distillation.reward_coefficient * advantages + distillation.coefficient * taught
     if data.advantage_clip is not None:
         advantages = advantages.clamp(*data.advantage_clip)
     samples = samples_of_groups(
@@ -159,6 +165,7 @@ def prepare_batch(
         groups=len(groups),
         groups_without_spread=without_spread,
         groups_with_binary_masks=sum(group.masks_were_binary for group in groups),
+        kl_teacher=kl_teacher,
         normalizer=normalizer.state_dict(),
     )
 
@@ -192,22 +199,16 @@ def _less_reference_kl(group: ScoredGroup, coefficient: float) -> ScoredGroup:
     return group.model_copy(update={"scores": scores})
 
 
-def _with_teacher(
-    advantages: Tensor, groups: Sequence[ScoredGroup], loss_mask: Tensor, settings: DistillationSettings
-) -> Tensor:
-    """Add to each trained token's advantage how much likelier the teacher finds it than its sampler, in nats.
+def _teacher_over_sampler(groups: Sequence[ScoredGroup], loss_mask: Tensor) -> Tensor:
+    """Return how much likelier a teacher finds each trained token than its sampler, [N] in nats.
 
-    The negative of that difference is an estimate of KL(sampler ‖ teacher) from the sampled tokens. A
-    sequence that the environment sets to zero, or wants to be fine-tuned on as it is, gets nothing of it.
+    The negative of it is an estimate of KL(sampler ‖ teacher) from the sampled tokens. A sequence that the
+    environment sets to zero, or wants to be fine-tuned on as it is, gets nothing of it.
 
     Args:
-        advantages: [N] of the rewards.
-        groups: Their groups; all have the teacher's and the sampler's log-probs.
+        groups: All have the teacher's and the sampler's log-probs; N tokens in all.
         loss_mask: [N].
-        settings: The two weights.
     """
-    if not groups:
-        return advantages
     teacher = torch.cat([sampled_token_logprobs(group) for group in groups])
     sampler = tensor_of([group.flat.inference_logprobs or b"" for group in groups], torch.float32)
     wanted = torch.tensor(
@@ -219,8 +220,8 @@ def _with_teacher(
     )
     lengths = torch.tensor([length for group in groups for length in group.flat.lengths])
     taught = (loss_mask != 0) & wanted.repeat_interleave(lengths)
-    difference = (teacher - sampler).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).masked_fill(~taught, 0.0)
-    return settings.reward_coefficient * advantages + settings.coefficient * difference
+    difference = (teacher - sampler).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return difference.masked_fill(~taught, 0.0)
 
 
 def _denominators(trained: Sequence[float], loss: LossSettings) -> list[float]:
