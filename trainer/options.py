@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, Self
+import types
+from typing import Annotated, Any, Final, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+
+def read_none(value: Any, annotation: Any) -> Any:
+    """Return None for the word none where a field may be None and has no value of that name.
+
+    Texts and secrets have one: a plain `str`, and a token. A path has not; ./none is one.
+    """
+    if not isinstance(value, str) or value.strip().lower() != "none":
+        return value
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+    if type(None) not in parts:
+        return value
+    for part in parts:
+        bare = get_args(part)[0] if get_origin(part) is Annotated else part
+        if part is str or bare is SecretStr or (get_origin(bare) is Literal and "none" in get_args(bare)):
+            return value
+    return None
 
 
 class Options(BaseModel):
@@ -17,6 +43,11 @@ class Options(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_is_none(cls, value: Any, info: ValidationInfo) -> Any:
+        return read_none(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 KlEstimator = Literal["k1", "k2", "k3", "k3_gradient_k2", "k3_unbiased"]
@@ -266,6 +297,14 @@ class ClipCovOptions(ClipOptions):
     """Only tokens whose covariance of advantage and log-prob is above it."""
     covariance_high: float = 5.0
     """Only tokens whose covariance of advantage and log-prob is below it."""
+
+    @model_validator(mode="after")
+    def _bounds_enclose_something(self) -> Self:
+        if self.covariance_low >= self.covariance_high:
+            raise ValueError(
+                f"covariance_low {self.covariance_low} is not below covariance_high {self.covariance_high}"
+            )
+        return self
 
 
 class KlCovOptions(ObjectiveOptions):

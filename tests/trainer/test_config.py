@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import certifi
 import pytest
@@ -50,6 +51,21 @@ def test_command_line_wins_over_environment_over_file_over_defaults(tmp_path: Pa
         (
             ["--loss.ratio_cap", "3"],
             r"loss\.ratio_cap: loss weighted_sft has no option ratio_cap: .*kl_coefficient",
+        ),
+        (["--loss.name", "ppo"], r"loss\.name: .*did you mean ppo_clip\?"),
+        (["--loss.name", "GSPO"], r"loss\.name: .*did you mean gspo\?"),
+        (["--loss.name", "grpo"], r"loss\.name: .*grpo is a preset.* \(--loss\.preset grpo\)"),
+        (["--loss.name", "DAPO"], r"loss\.name: .*dapo is a preset.* \(--loss\.preset dapo\)"),
+        (["--loss.preset", "drgrpo"], r"loss\.preset: .*did you mean dr_grpo\?"),
+        (["--loss.preset", "GRPO"], r"loss\.preset: .*did you mean grpo\?"),
+        (["--loss.preset", "reinforce_plus_plus"], r"loss\.preset: .*did you mean reinforce\+\+\?"),
+        (["--loss.correction.rejct", "k"], r"rejct: .*did you mean loss\.correction\.reject\?"),
+        (["--loss.correction.off_policy_limt", "1"], r"did you mean loss\.correction\.off_policy_limit\?"),
+        (["--loss.correction.else", "1"], r"else: .*; loss\.correction has: weight, ratio_cap"),
+        (["--model.lora.rnk", "4"], r"did you mean model\.lora\.rank\?"),
+        (
+            ["--loss.name", "clip_cov", "--loss.covariance_low", "6"],
+            r"covariance_low 6\.0 is not below covariance_high 5\.0",
         ),
         (["--loss.reducton", "3"], r"no option reducton \(did you mean reduction\?\)"),
         (["--loss.name", "ppo_clip", "--loss.epsilon_low", "2"], r"loss\.epsilon_low: .*less than 1 .*'2'"),
@@ -192,6 +208,26 @@ def test_words_that_look_like_numbers_stay_words() -> None:
 def test_a_setting_whose_value_is_called_none_takes_it_from_the_command_line(name: str) -> None:
     section, field = name.split(".")
     assert getattr(getattr(load(*MODEL, f"--{name}", "none"), section), field) == "none"
+
+
+def test_none_is_none_wherever_the_help_says_that_it_is_the_default(tmp_path: Path) -> None:
+    optional = [field.name for field in config_fields() if field.default == "none"]
+    optional = [name for name in optional if not name.endswith(".token")]  # a token is any text
+    named_none = {"data.advantage_normalization", "distillation.mode", "publish.transport", "model.dropout"}
+    assert "loss.preset" in optional
+    assert "model.lora.rank" not in optional
+    for name in optional:
+        config: Any = load(*MODEL, f"--{name}", "none")
+        for part in name.split("."):
+            config = getattr(config, part)
+        assert config == ("none" if name in named_none else None), name
+    file = tmp_path / "run.yaml"
+    file.write_text("loss: {preset: intellect2, two_sided: none}\nmodel: {lora: None, path: m}\n")
+    config = load(file=file)
+    assert config.loss.bound.options.model_dump()["two_sided"] is None
+    assert config.model.lora is None
+    options = load(*MODEL, "--loss.correction.weight", "none", "--loss.kl_cap", "none").loss.bound.options
+    assert options.model_dump()["kl_cap"] is None
 
 
 def test_null_clears_a_setting(tmp_path: Path) -> None:

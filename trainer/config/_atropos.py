@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from trainer.config._base import CommaPair, PathOrHubId, Section
-from trainer.config._presets import PresetName
+from trainer.config._presets import PRESETS, PresetName
 from trainer.extensions import (
     BUILT_IN_ESTIMATORS,
     BUILT_IN_LOSSES,
@@ -31,6 +31,7 @@ from trainer.extensions import (
     BoundEstimator,
     BoundLoss,
     Loss,
+    same_name,
 )
 
 PositiveSeconds = Annotated[float, Field(gt=0)]
@@ -262,8 +263,15 @@ class LossSettings(Section):
     @field_validator("name")
     @classmethod
     def _is_a_loss(cls, name: str) -> str:
-        if name not in BUILT_IN_LOSSES:
-            Loss.find(name)
+        if name in BUILT_IN_LOSSES:
+            return name
+        preset = same_name(name, PRESETS)
+        if preset is not None and same_name(name, BUILT_IN_LOSSES) is None:
+            raise ValueError(
+                f"there is no such loss: {preset} is a preset, which sets the loss and more (--loss.preset "
+                f"{preset})"
+            )
+        Loss.find(name)
         return name
 
     @model_validator(mode="after")

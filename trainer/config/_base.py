@@ -8,6 +8,8 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
+from trainer.options import read_none
+
 Item = TypeVar("Item")
 
 
@@ -49,7 +51,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _paths_are_expanded(cls, value: Any, info: ValidationInfo) -> Any:
+    def _none_is_none_and_paths_are_expanded(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
+        value = read_none(value, annotation)
         is_path = annotation is Path or Path in get_args(annotation)
         return expand_home(str(value)) if is_path and isinstance(value, str | Path) else value

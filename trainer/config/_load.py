@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from trainer.config._fields import config_fields
+from trainer.config._fields import config_fields, option_fields
 from trainer.config._tree import TrainerConfig
 from trainer.errors import ConfigurationError
+from trainer.extensions import closest_name
 
 ENVIRONMENT_PREFIX = "ATROPOS_TRAINER_"
 _NESTING = "__"
@@ -183,7 +185,7 @@ def _parse_value(text: str, *, source: str) -> Any:
 
     Reading plain words as YAML would mangle them: a token 0123 would become the number 83.
     """
-    if text.strip().lower() == "null":  # not "none", which is a value of some settings
+    if text.strip().lower() == "null":  # "none" is a value of some settings: a field's own type reads it
         return None
     if text.lstrip().startswith(("[", "{")):
         try:
@@ -219,7 +221,8 @@ def _describe(error: ValidationError, sources: Mapping[tuple[str, ...], str]) ->
         elif problem["type"] in ("model_type", "dict_type"):
             lines.append(f"  {where}: it must hold settings below it{_found(name, problem)}")
         else:
-            lines.append(f"  {where}: {problem['msg'].removeprefix('Value error, ')}{_found(name, problem)}")
+            said = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"  {where}: {said}{_found(name, problem)}{_value_hint(problem)}")
     lines.append("`atropos-train run --help` lists every setting.")
     return "\n".join(lines)
 
@@ -245,15 +248,28 @@ def _found(name: str, problem: ErrorDetails) -> str:
     return "" if secret else f" (found {_SHORT.repr(found)})"
 
 
+def _value_hint(problem: ErrorDetails) -> str:
+    """Name the value that was meant, where a setting has a few."""
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return ""
+    close = closest_name(problem["input"], re.findall(r"'([^']+)'", problem["ctx"]["expected"]))
+    return f"; did you mean {close}?" if close else ""
+
+
 def _hint(name: str) -> str:
-    known = [field.name for field in config_fields()]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
-    section = name.partition(".")[0] + "."
-    siblings = [field.removeprefix(section) for field in known if field.startswith(section)]
+    """Name the setting that was meant, or those beside it; first compared with those of its own section."""
+    known = [field.name for field in (*config_fields(), *option_fields())]
+    section, _, word = name.rpartition(".")
+    siblings = [field.rpartition(".")[2] for field in known if field.rpartition(".")[0] == section]
+    close = closest_name(word, siblings)
+    if close is not None and section:
+        return f"; did you mean {section}.{close}?"
+    if "." not in section or not siblings:
+        elsewhere = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        if elsewhere:
+            return f"; did you mean {elsewhere[0]}?"
     if siblings:
-        return f"; {section.rstrip('.')} has: {', '.join(siblings)}"
+        return f"; {section} has: {', '.join(dict.fromkeys(siblings))}"
     sections = list(TrainerConfig.model_fields)
-    close = difflib.get_close_matches(name, sections, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; the sections are: {', '.join(sections)}"
+    close = closest_name(name, sections)
+    return f"; did you mean {close}?" if close else f"; the sections are: {', '.join(sections)}"

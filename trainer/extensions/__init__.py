@@ -9,6 +9,7 @@ a batch declared with it. ``docs/extending.md`` has a complete example of each. 
     loss.name: my_module:my_loss  ──────────────────┴─> import ─> Loss ─> bind(options) ─> BoundLoss(inputs)
 """
 
+from trainer.extensions._closest import closest_name, same_name
 from trainer.extensions._estimator import (
     BUILT_IN_ESTIMATORS,
     AdvantageEstimator,
@@ -32,5 +33,7 @@ __all__ = [
     "Options",
     "OverBatch",
     "advantage_estimator",
+    "closest_name",
     "loss",
+    "same_name",
 ]

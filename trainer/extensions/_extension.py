@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from trainer.errors import ConfigurationError, TrainerError
+from trainer.extensions._closest import closest_name, same_name
 from trainer.options import Options as Options
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ class Extension(Generic[O]):
         """
         module_name, colon, attribute = cls.built_in.get(name, name).partition(":")
         if not (colon and attribute.isidentifier() and all(map(str.isidentifier, module_name.split(".")))):
-            elsewhere = cls.names_elsewhere.get(name)
-            close = [elsewhere] if elsewhere else difflib.get_close_matches(name, cls.built_in, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
+            elsewhere = same_name(name, cls.names_elsewhere)
+            close = cls.names_elsewhere[elsewhere] if elsewhere else closest_name(name, cls.built_in)
+            hint = f" (did you mean {close}?)" if close else ""
             raise ConfigurationError(
                 f"there is no {cls.noun} {name!r}{hint}: ours are {', '.join(cls.built_in)}; name one of "
                 "your own as module:function"
@@ -133,8 +133,8 @@ class Extension(Generic[O]):
 
     def _no_option(self, name: str, also: Collection[str]) -> str:
         known = list(self.options.model_fields)
-        close = difflib.get_close_matches(name, [*known, *also], n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        close = closest_name(name, [*known, *also])
+        hint = f" (did you mean {close}?)" if close else ""
         options = f"its options are {', '.join(known)}" if known else "it has none"
         return f"{self.noun} {self.__name__} has no option {name}{hint}: {options}"
 
