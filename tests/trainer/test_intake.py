@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,3 +200,17 @@ def test_what_a_resumed_run_does_again_is_written_down_once(
     assert [group["batch"] for group in groups] == [3]
     with Journal.read_only(output / "journal") as journal:
         assert [entry.outcome for entry in journal.ledger()] == ["trained", "skipped", "trained"]
+
+
+def test_settings_for_the_age_of_batches_are_warned_of_where_no_batch_has_one(
+    server: MisbehavingServer, tiny_model_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warned_of(name: str, *options: str) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run_from(server, tiny_model_directory, tmp_path / name, make_bodies(1), *options, steps=1)
+        return [message for message in caplog.messages if "no batch has an age" in message]
+
+    assert warned_of("neither", "--loss.staleness_discount", "1") == []
+    (warning,) = warned_of("both", "--loss.max_staleness", "2", "--loss.staleness_discount", "0.5")
+    assert warning.startswith("loss.max_staleness and loss.staleness_discount: no effect")

@@ -208,3 +208,30 @@ def test_the_first_line_of_a_run_says_what_its_preset_came_to(
         "token (by hand, in place of sequence), data.advantage_estimator group_norm, "
         "data.advantage_options.std n-1"
     )
+
+
+def test_the_line_of_a_preset_says_whatever_else_changes_the_objective() -> None:
+    words = ("--loss.dual_clip", "3", "--loss.correction.weight", "icepop", "--loss.kl_coefficient", "0.1")
+    words += ("--data.advantage_normalization", "batch", "--distillation.coefficient", "0.5")
+    untouched = ("--loss.kl_estimator", "k3", "--loss.max_staleness", "none", "--data.packing", "plain")
+    line = describe_preset("dapo", load("--loss.preset", "dapo", *words, *untouched))
+    assert line == describe_preset("dapo") + (
+        "; added by hand: loss.kl_coefficient 0.1, loss.correction.weight icepop, loss.dual_clip 3.0, "
+        "data.advantage_normalization batch, distillation.coefficient 0.5"
+    )
+
+
+def test_the_line_of_a_preset_names_the_options_of_another_loss_that_are_set_by_hand() -> None:
+    words = ("--loss.name", "gspo", "--loss.epsilon_low", "0.2", "--loss.epsilon_high", "4e-4")
+    line = describe_preset("dapo", load("--loss.preset", "dapo", *words))
+    assert "; added by hand: loss.epsilon_low 0.2" in line
+    assert "epsilon_high" not in line, "that is the default of gspo"
+
+
+def test_the_line_of_a_preset_names_the_constant_length_where_it_counts() -> None:
+    length = "loss.reduction constant, loss.constant_length"
+    assert f"{length} 1024, data" in describe_preset("dr_grpo", load("--loss.preset", "dr_grpo"))
+    line = describe_preset("rloo", load("--loss.preset", "rloo", "--loss.constant_length", "64"))
+    assert f"{length} 64, data" in line
+    assert "by hand" not in line
+    assert "constant_length" not in describe_preset("dapo", load("--loss.preset", "dapo"))

@@ -2,10 +2,11 @@
 
 from trainer.config._atropos import DataSettings, LossSettings, plain_url
 from trainer.config._base import expand_home
+from trainer.config._describe_preset import describe_preset
 from trainer.config._distillation import DistillationSettings
 from trainer.config._fields import config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
-from trainer.config._presets import PRESETS, Preset, PresetName, describe_preset
+from trainer.config._presets import PRESETS, Preset, PresetName
 from trainer.config._publish import PublishSettings
 from trainer.config._resume import ON_RESUME, OnResume, refuse_changed_settings, row_of
 from trainer.config._training import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -41,6 +42,8 @@ from trainer.run.train_state import PreparedRun, prepare_run
 from trainer.sources.incoming import BatchSource
 from trainer.sources.live import AtroposSource, journal_limits
 from trainer.sources.recorded import RecordedSource
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_MODES = {"owner": PRIVATE_DIRECTORY, "group": 0o750, "everyone": 0o755}
 """Permissions of published directories by `publish.readable_by`."""
@@ -95,6 +98,7 @@ def build_trainer(
         if source is None and not is_main_process:
             source = RecordedSource(())  # process 0 is asked
         elif source is None:
+            _warn_of_unknown_ages(config)
             if config.journal.enabled:
                 # Under the lock that process 0 holds on the run's directory.
                 journal = Journal.open(
@@ -128,6 +132,25 @@ def build_trainer(
             progress.served_version = lambda: publisher.served_version
         closed_on_failure.pop_all()
     return trainer
+
+
+def _warn_of_unknown_ages(config: TrainerConfig) -> None:
+    """Say that what is set for old batches does nothing where no version is ever known."""
+    loss = config.loss
+    set_for_age = [
+        name
+        for name, is_set in (
+            ("loss.max_staleness", loss.max_staleness is not None),
+            ("loss.staleness_discount", loss.staleness_discount != 1),
+        )
+        if is_set
+    ]
+    if set_for_age and config.publish.transport == "none":
+        logger.warning(
+            "%s: no effect, because with publish.transport none nobody knows which version a batch was "
+            "sampled from, so no batch has an age; publish from here, or leave it out",
+            " and ".join(set_for_age),
+        )
 
 
 def build_publisher(
