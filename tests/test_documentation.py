@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from schemas import BatchReply, ScoredGroup
 from tests.test_architecture import FLOORS
-from trainer.config import config_fields, option_fields
+from trainer.cli._main import _commands
+from trainer.config import DataSettings, DistillationSettings, LossSettings, config_fields, option_fields
 from trainer.config.__main__ import configuration_page
+from trainer.extensions import BUILT_IN_ESTIMATORS, BUILT_IN_LOSSES
+from trainer.samples.advantages import AdvantageNormalizer
+from trainer.samples.prepare import prepare_batch
+from trainer.samples.validation import ModelLimits
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -78,6 +85,43 @@ def test_the_table_of_waits_names_every_deadline_with_its_default() -> None:
     for field in config_fields():
         if field.name.startswith(("watchdog.", "health.")):
             assert field.name in page, f"docs/operations.md does not speak of {field.name}"
+
+
+def test_the_example_of_a_group_has_all_that_any_objective_needs() -> None:
+    page = (ROOT / "docs/environments.md").read_text()
+    text = page[page.index("## What a group holds") : page.index("## Which loss for")]
+    group = json.loads(text[text.index("```json") + len("```json") : text.rindex("```")])
+    explained = [name for line in re.findall(r"^- (.+?):", text, re.MULTILINE) for name in line.split("`")]
+    assert [name for name in explained if name in ScoredGroup.model_fields] == list(group)
+    loss = LossSettings.model_validate({"name": "ppo_clip", "kl_coefficient": 0.1})
+    for without in ("advantages", None):
+        sent = {name: value for name, value in group.items() if name != without}
+        prepared = prepare_batch(
+            BatchReply.model_validate({"batch": [sent]}),
+            limits=ModelLimits(vocabulary_size=64, max_sequence_length=8),
+            data=DataSettings(),
+            loss=loss,
+            normalizer=AdvantageNormalizer("none"),
+            distillation=DistillationSettings(mode="sampled_token"),
+        )
+        assert not prepared.set_aside
+        assert prepared.trained_tokens == 3
+
+
+def test_pages_that_compare_objectives_name_all_of_them() -> None:
+    objectives = (ROOT / "docs/objectives.md").read_text()
+    assert {name for name in BUILT_IN_LOSSES if f"\n| `{name}` | " not in objectives} == set()
+    advantages = (ROOT / "docs/advantages.md").read_text()
+    assert {name for name in BUILT_IN_ESTIMATORS if f"`{name}`" not in advantages} == set()
+    watched = objectives[objectives.index("## Numbers to watch") :]
+    for name in ("kl_ref", "kl_teacher", "entropy", "entropy_coefficient", "ratio", "clipped"):
+        assert f"`{name}`" in watched, name
+
+
+def test_the_architecture_page_names_every_command() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    (named,) = re.findall(r"^\| \d+ \| `cli` \| `atropos-train`: (.+) \|$", page, re.MULTILINE)
+    assert set(named.split(", ")) == set(_commands())
 
 
 def anchors_of(page: Path) -> set[str]:
