@@ -6,6 +6,7 @@ left out would make the log-probs lie.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,10 +85,10 @@ def generate_request(engine: Engine, body: GenerateRequest) -> Request:
 
 
 def _plain_message(message: ChatMessage) -> dict[str, Any]:
-    """Return a message as chat templates expect it: the content as one text."""
+    """Return a message as chat templates expect it: its content one text, arguments of calls objects."""
     plain: dict[str, Any] = message.model_dump(exclude_none=True)
-    if plain.get("tool_calls"):
-        raise RequestRefused("tool calls are not supported by the embedded server", parameter="messages")
+    for call in plain.get("tool_calls", ()):
+        _read_arguments(call)
     if isinstance(message.content, list):
         for part in message.content:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -96,6 +97,18 @@ def _plain_message(message: ChatMessage) -> dict[str, Any]:
                 )
         plain["content"] = "\n".join(part["text"] for part in message.content)
     return {"content": "", **plain}
+
+
+def _read_arguments(call: Any) -> None:
+    """Put an object in the place of the text in which a client sends the arguments of a tool call."""
+    try:
+        function = call["function"]
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"] or "{}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RequestRefused(
+            "tool_calls need a function with its arguments as JSON", parameter="messages"
+        ) from error
 
 
 def _request(

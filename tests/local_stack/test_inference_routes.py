@@ -183,12 +183,25 @@ def test_generate_takes_token_ids_in_stop(shared_inference_server: RunningInfere
         assert ended.token_ids[0] == whole.token_ids[0][: whole.token_ids[0].index(second) + 1]
 
 
+def test_a_conversation_with_tool_calls_goes_on(shared_inference_server: RunningInferenceServer) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "2"},
+    ]
+    body = {"messages": messages, "max_tokens": 2}
+    reply = shared_inference_server.post("/v1/chat/completions", body)
+    assert reply.status_code == 200
+    assert reply.json()["usage"]["completion_tokens"] in (1, 2)
+
+
 @pytest.mark.parametrize(
     ("fields", "fragment"),
     [
         ({"tools": [{"type": "function"}]}, "`tools` is not supported"),
         ({"logprobs": True}, "`logprobs` is not supported"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "tool calls are not supported"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "tool_calls need a function"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
     ],
 )
