@@ -84,12 +84,14 @@ def test_the_nearest_word_on_temperature_wins(changes: dict[str, Any], expected:
             },
             "17 tokens, more than the 16",
         ),
-        ({"inference_logprobs": None}, "no inference_logprobs"),
+        ({"inference_logprobs": None}, "no inference_logprobs, which loss.name ppo_clip needs"),
         ({}, "no ref_logprobs"),
     ],
 )
 def test_what_model_or_loss_cannot_take_is_named(changes: dict[str, Any], reason: str) -> None:
-    found = set_aside_reason(group(**changes), LIMITS, needs_inference_logprobs=True, needs_ref_logprobs=True)
+    found = set_aside_reason(
+        group(**changes), LIMITS, user_of_inference_logprobs="loss.name ppo_clip", needs_ref_logprobs=True
+    )
     assert found is not None
     assert reason in found
 
