@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from atropos_client._body import BodyReader
 from atropos_client._reading import read_as
-from atropos_client._reply import Reply, judge, may_have_removed, possibly_lost, worth_keeping
+from atropos_client._reply import Reply, judge, may_have_removed, possibly_lost
 from atropos_client._retry import NO_RETRIES, Resend, RetryPolicy, send_within
 from atropos_client._settings import ConnectionSettings
 from atropos_client._translate import translated_errors
@@ -42,7 +42,7 @@ _REMIND_SECONDS: Final = 15.0  # between two log lines that say that we still wa
 
 
 class AtroposClient(AbstractContextManager["AtroposClient"]):
-    """Speaks to one Atropos API server. Threads may share it; connections are reused.
+    """Speaks to one Atropos API server. Threads may share it; each request has a connection of its own.
 
     Example::
 
@@ -235,7 +235,8 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
         reader = BodyReader(limit=self._settings.max_body_bytes, patience=self._settings.timeouts.total)
         request = self._http.build_request(method, path, content=body, headers=headers, timeout=timeout)
         with translated_errors(), closing(self._http.send(request, stream=True)) as response:
-            content = reader.read(response, whole=worth_keeping(response))
+            # The first piece of a failing server's page is enough for the message.
+            content = reader.read(response, whole=response.status_code < 500)
             return Reply(response.status_code, response.headers, content)
 
 

@@ -30,17 +30,6 @@ class Reply:
     body: bytes
 
 
-def worth_keeping(response: httpx.Response) -> bool:
-    """Whether the connection of a reply may carry another request.
-
-    After an unhandled exception uvicorn answers 500 and closes the connection without announcing it. A
-    request sent into such a connection is reset, which would look like a second lost batch. The client
-    therefore leaves these replies before their end, which makes httpx close the connection; the first piece
-    is enough for the error message.
-    """
-    return response.status_code < 500
-
-
 def possibly_lost(error: AtroposClientError) -> BatchPossiblyLost:
     """Say of a failed ``GET /batch`` that it may have cost a batch."""
     return BatchPossiblyLost(

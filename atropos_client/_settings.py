@@ -7,16 +7,12 @@ import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from atropos_client._retry import RetryPolicy
-
-# uvicorn, which serves the API, closes a connection after 5 idle seconds. Dropping ours earlier keeps us from
-# sending a request into a connection that is being closed, which would look like a lost batch.
-_KEEPALIVE_SECONDS: Final = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +90,13 @@ class ConnectionSettings(BaseModel):
 
     def http_options(self) -> dict[str, Any]:
         """Return the keyword arguments of ``httpx.Client``."""
+        # A request that meets a kept connection while the server closes it gets no answer, and looks like a
+        # batch possibly lost. A new connection costs less than a millisecond a poll.
         return client_options(
             self.url,
             token=self.token,
             headers={"Accept": SecretStr("application/json"), **self.headers},
-            limits=httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS),
+            limits=httpx.Limits(max_keepalive_connections=0),
         ) | {"verify": ssl.create_default_context(cafile=self.ca_file) if self.ca_file else True}
 
     def phase_timeouts(self, *, batch: bool) -> httpx.Timeout:
