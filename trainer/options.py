@@ -200,6 +200,15 @@ class GspoOptions(SequenceClipOptions):
     (GSPO-token), for advantages that differ within a sequence."""
 
 
+class LuspoOptions(SequenceClipOptions):
+    """Options of `luspo`."""
+
+    epsilon_low: float = Field(default=2e-3, gt=0, lt=1)
+    """The sequence's ratio is clipped from below at 1 - epsilon_low, under a negative advantage."""
+    epsilon_high: float = Field(default=2.5e-3, gt=0)
+    """The sequence's ratio is clipped from above at 1 + epsilon_high, under a positive advantage."""
+
+
 class GmpoOptions(ObjectiveOptions):
     """Options of `gmpo`."""
 
@@ -234,9 +243,9 @@ class VespoOptions(ObjectiveOptions):
 class DppoTvOptions(ObjectiveOptions):
     """Options of `dppo_tv`."""
 
-    epsilon_low: float = Field(default=0.2, gt=0)
+    epsilon_low: float = Field(default=0.15, gt=0)
     """Under a negative advantage a token is masked once its probability fell by more."""
-    epsilon_high: float = Field(default=0.2, gt=0)
+    epsilon_high: float = Field(default=0.15, gt=0)
     """Under a positive advantage a token is masked once its probability rose by more."""
     ratio_cap: float = Field(default=20.0, gt=0)
     """Largest importance weight; larger ones are truncated to it."""
@@ -340,7 +349,7 @@ LOSS_OPTIONS: Final[dict[str, type[Options]]] = {
     "decoupled_ppo": DecoupledPpoOptions,
     "sapo": SapoOptions,
     "gmpo": GmpoOptions,
-    "luspo": SequenceClipOptions,
+    "luspo": LuspoOptions,
     "vespo": VespoOptions,
     "dppo_tv": DppoTvOptions,
     "dppo_kl": DppoKlOptions,

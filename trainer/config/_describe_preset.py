@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
-from trainer.config._presets import PRESETS, PresetName
+from trainer.config._presets import CHOICES, PRESETS, PresetName
 from trainer.config._tree import TrainerConfig
-
-_OF_THE_RUN: Final = ("loss.name", "loss.reduction", "data.advantage_estimator")
-"""Settings of a preset that are not options of a function."""
 
 
 def describe_preset(name: PresetName, config: TrainerConfig | None = None) -> str:
@@ -23,17 +20,10 @@ def describe_preset(name: PresetName, config: TrainerConfig | None = None) -> st
     if config is None:
         return ", ".join(f"{setting} {value}" for setting, value in preset.settings.items())
     come_to = _objective_settings(config)
-    exchanged = [
-        section
-        for section, setting, function in (
-            ("loss.", "loss.name", preset.loss),
-            ("data.", "data.advantage_estimator", preset.estimator),
-        )
-        if come_to[setting] != function
-    ]
+    exchanged = preset.exchanged(come_to["loss.name"], come_to["data.advantage_estimator"])
     told: dict[str, str] = {}
     for setting, value in preset.settings.items():
-        if setting not in _OF_THE_RUN and setting.startswith(tuple(exchanged)):
+        if setting not in CHOICES and setting.startswith(exchanged):
             continue
         found = come_to.get(setting)
         told[setting] = str(found) if found == value else f"{found} (by hand, in place of {value})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -23,6 +23,7 @@ PresetName = Literal[
     "dppo",
     "icepop",
     "prime_rl",
+    "ipo",
     "rloo",
     "reinforce++",
     "opo",
@@ -32,204 +33,184 @@ PresetName = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+CHOICES: Final = ("loss.name", "loss.reduction", "data.advantage_estimator")
+"""Settings of every preset; the others are options of the loss or the estimator."""
+
+
+@dataclass(frozen=True)
 class Preset:
     """The settings that make up a paper's objective."""
 
     paper: str
     """Where it is defined."""
-    loss: str
-    """loss.name"""
-    loss_options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of that loss by dotted name; they stand in the section `loss`."""
-    reduction: Literal["token", "sequence", "constant"]
-    """loss.reduction"""
-    estimator: str
-    """data.advantage_estimator"""
-    estimator_options: Mapping[str, Any] = field(default_factory=dict)
-    """data.advantage_options"""
-    distillation: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the section `distillation`."""
+    settings: Mapping[str, Any]
+    """All of them by their dotted names: CHOICES, and options of what they choose."""
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All of them by their dotted names."""
-        return {
-            "loss.name": self.loss,
-            **{f"loss.{name}": value for name, value in self.loss_options.items()},
-            "loss.reduction": self.reduction,
-            "data.advantage_estimator": self.estimator,
-            **{f"data.advantage_options.{name}": value for name, value in self.estimator_options.items()},
-            **{f"distillation.{name}": value for name, value in self.distillation.items()},
-        }
+    def exchanged(self, loss: str, estimator: str) -> tuple[str, ...]:
+        """Return the beginnings of the names of options that go with another loss or estimator than these."""
+        pairs = {"loss.": ("loss.name", loss), "data.": ("data.advantage_estimator", estimator)}
+        return tuple(
+            section for section, (choice, chosen) in pairs.items() if self.settings[choice] != chosen
+        )
 
-    def lay_under(self, loss: dict[str, Any], data: dict[str, Any], distillation: dict[str, Any]) -> None:
-        """Set what is not set by hand in three sections; no options where another function was named."""
-        for name, value in self.distillation.items():
-            distillation.setdefault(name, value)
-        if loss.setdefault("name", self.loss) == self.loss:
-            for name, value in self.loss_options.items():
-                _set_if_absent(loss, name.split("."), value)
-        loss.setdefault("reduction", self.reduction)
-        if data.setdefault("advantage_estimator", self.estimator) == self.estimator:
-            by_hand = data.get("advantage_options", {})
-            if isinstance(by_hand, Mapping):  # anything else is refused where it is read
-                data["advantage_options"] = {**self.estimator_options, **by_hand}
+    def lay_under(self, sections: dict[str, Any]) -> None:
+        """Set what is not set by hand; no options where another function was named."""
+        for choice in CHOICES:
+            _set_if_absent(sections, choice.split("."), self.settings[choice])
+        exchanged = self.exchanged(sections["loss"]["name"], sections["data"]["advantage_estimator"])
+        for name, value in self.settings.items():
+            if name not in CHOICES and not name.startswith(exchanged):
+                _set_if_absent(sections, name.split("."), value)
 
 
-_CLIP: Final[dict[str, Any]] = {"epsilon_low": 0.2, "epsilon_high": 0.2}
-_SAMPLE_STD: Final = {"std": "n-1"}  # what TRL and verl divide by
+def _settings(
+    loss: str, reduction: str, estimator: str, *, std: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """The settings of a preset; `std` is the estimator's, `correction__weight` is correction.weight."""
+    of_loss = {f"loss.{name.replace('__', '.')}": value for name, value in options.items()}
+    of_estimator = {} if std is None else {"data.advantage_options.std": std}
+    choices = {"loss.reduction": reduction, "data.advantage_estimator": estimator}
+    return {"loss.name": loss, **of_loss, **choices, **of_estimator}
 
+
+# Above each preset stands where its values are from: a section of the paper, or a file of its authors' or of
+# another trainer's code. Standard deviations are over n - 1, as in TRL (trl/trainer/grpo_trainer.py) and verl
+# (verl/trainer/ppo/core_algos.py, below: core_algos.py); the papers do not tell. None has the KL penalty of
+# its paper, because that needs a reference: docs/advantages.md names those which have one.
 PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
     {
+        # Equation 3: mean over each output, then over the group. The paper has no epsilon: 0.2 is PPO's, the
+        # default of TRL's trl/trainer/grpo_config.py.
         "grpo": Preset(
-            paper="DeepSeekMath, arXiv 2402.03300",
-            loss="ppo_clip",
-            loss_options=_CLIP,
-            reduction="sequence",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "DeepSeekMath, arXiv 2402.03300",
+            _settings("ppo_clip", "sequence", "group_norm", std="n-1", epsilon_low=0.2, epsilon_high=0.2),
         ),
+        # sail-sg/understand-r1-zero train_zero_math.py: a sum over a constant length, reward minus mean.
         "dr_grpo": Preset(
-            paper="arXiv 2503.20783",
-            loss="ppo_clip",
-            loss_options=_CLIP,
-            reduction="constant",
-            estimator="group_center",
+            "arXiv 2503.20783",
+            _settings("ppo_clip", "constant", "group_center", epsilon_low=0.2, epsilon_high=0.2),
         ),
+        # Section 4.1: 0.2 and 0.28; section 2.3: no KL; verl docs/algo/dapo.md: over tokens.
         "dapo": Preset(
-            paper="arXiv 2503.14476",
-            loss="ppo_clip",
-            loss_options={"epsilon_low": 0.2, "epsilon_high": 0.28},
-            reduction="token",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2503.14476",
+            _settings("ppo_clip", "token", "group_norm", std="n-1", epsilon_low=0.2, epsilon_high=0.28),
         ),
+        # Section 4.1: epsilon 0.2, delta 4; PrimeIntellect-ai/prime-rl src/zeroband/training/loss.py of that
+        # time, grpo_loss_clip: over the step's tokens.
         "intellect2": Preset(
-            paper="arXiv 2505.07291",
-            loss="ppo_clip",
-            loss_options=_CLIP | {"two_sided": 4.0},
-            reduction="token",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2505.07291",
+            _settings(
+                *("ppo_clip", "token", "group_norm"),
+                std="n-1",
+                epsilon_low=0.2,
+                epsilon_high=0.2,
+                two_sided=4.0,
+            ),
         ),
+        # Section 5.1: 3e-4 and 4e-4; TRL docs/source/paper_index.md: mean over each sequence.
         "gspo": Preset(
-            paper="arXiv 2507.18071",
-            loss="gspo",
-            loss_options={"epsilon_low": 3e-4, "epsilon_high": 4e-4},
-            reduction="sequence",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2507.18071",
+            _settings("gspo", "sequence", "group_norm", std="n-1", epsilon_low=3e-4, epsilon_high=4e-4),
         ),
+        # Section 5.1: 2e-3 and 2.5e-3 (TRL docs/source/paper_index.md).
         "luspo": Preset(
-            paper="arXiv 2602.05261",
-            loss="luspo",
-            loss_options={"epsilon_low": 3e-4, "epsilon_high": 4e-4},
-            reduction="sequence",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2602.05261",
+            _settings("luspo", "sequence", "group_norm", std="n-1", epsilon_low=2e-3, epsilon_high=2.5e-3),
         ),
+        # e^-0.4 and e^0.4: verl examples/gmpo_trainer, TRL trl/experimental/gmpo/gmpo_config.py.
         "gmpo": Preset(
-            paper="arXiv 2507.20673",
-            loss="gmpo",
-            loss_options={"epsilon_low": 0.4, "epsilon_high": 0.4},
-            reduction="sequence",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2507.20673",
+            _settings("gmpo", "sequence", "group_norm", std="n-1", epsilon_low=0.4, epsilon_high=0.4),
         ),
+        # Section 3.1: over all tokens, no lower bound. The paper does not tell its upper one: weights up to 5
+        # are ScaleRL's, arXiv 2510.13786 (TRL docs/source/paper_index.md).
         "cispo": Preset(
-            paper="MiniMax-M1, arXiv 2506.13585",
-            loss="cispo",
-            loss_options={"epsilon_low": 1.0, "epsilon_high": 4.0},
-            reduction="token",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "MiniMax-M1, arXiv 2506.13585",
+            _settings("cispo", "token", "group_norm", std="n-1", epsilon_low=1.0, epsilon_high=4.0),
         ),
+        # TRL docs/source/paper_index.md: 1.0, 1.05, scaled by group; grpo_trainer.py: by sequence.
         "sapo": Preset(
-            paper="arXiv 2511.20347",
-            loss="sapo",
-            loss_options={"temperature_positive": 1.0, "temperature_negative": 1.05},
-            reduction="sequence",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2511.20347",
+            _settings(
+                *("sapo", "sequence", "group_norm"),
+                std="n-1",
+                temperature_positive=1.0,
+                temperature_negative=1.05,
+            ),
         ),
+        # TRL grpo_config.py: (2, 3) and (3, 2); grpo_trainer.py: over tokens.
         "vespo": Preset(
-            paper="arXiv 2602.10693",
-            loss="vespo",
-            loss_options={
-                "power_positive": 2.0,
-                "rate_positive": 3.0,
-                "power_negative": 3.0,
-                "rate_negative": 2.0,
-            },
-            reduction="token",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2602.10693",
+            _settings(
+                *("vespo", "token", "group_norm"),
+                std="n-1",
+                power_positive=2.0,
+                rate_positive=3.0,
+                power_negative=3.0,
+                rate_negative=2.0,
+            ),
         ),
+        # verl examples/dppo_trainer/run_qwen30b_dppo.sh: 0.15, reward minus mean, over a constant length;
+        # core_algos.py and TRL trl/experimental/dppo/dppo_config.py: weights up to 20.
         "dppo": Preset(
-            paper="arXiv 2602.04879",
-            loss="dppo_tv",
-            loss_options=_CLIP | {"ratio_cap": 20.0},
-            reduction="token",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2602.04879",
+            _settings(
+                *("dppo_tv", "constant", "group_center"), epsilon_low=0.15, epsilon_high=0.15, ratio_cap=20.0
+            ),
         ),
+        # Equations 1 to 3: mean over each sequence; section 2.3.4: 0.5 and 5. What its clip bounds, the ratio
+        # to the policy before the step, is 1 in the only update of a batch.
         "icepop": Preset(
-            paper="Ring-1T, arXiv 2510.18855",
-            loss="weighted_sft",
-            loss_options={
-                "correction.weight": "icepop",
-                "correction.icepop_low": 0.5,
-                "correction.icepop_high": 5.0,
-            },
-            reduction="token",
-            estimator="group_norm",
-            estimator_options=_SAMPLE_STD,
+            "Ring-1T, arXiv 2510.18855",
+            _settings(
+                *("weighted_sft", "sequence", "group_norm"),
+                std="n-1",
+                correction__weight="icepop",
+                correction__icepop_low=0.5,
+                correction__icepop_high=5.0,
+            ),
         ),
+        # prime-rl src/prime_rl/trainer/rl/loss.py, default_loss_fn, from pull request 2187 to 3418;
+        # docs/algorithms.md: 0.2, 0.2, 1e-3, over tokens, reward minus mean.
         "prime_rl": Preset(
-            paper="prime-rl's default; arXiv 2602.04879",
-            loss="prime",
-            loss_options=_CLIP | {"mismatch_penalty": 1e-3},
-            reduction="token",
-            estimator="group_center",
+            "prime-rl's default until August 2026; arXiv 2602.04879",
+            _settings(
+                *("prime", "token", "group_center"), epsilon_low=0.2, epsilon_high=0.2, mismatch_penalty=1e-3
+            ),
         ),
+        # prime-rl packages/prime-rl-configs/src/prime_rl/configs/trainer.py, IPOLossConfig, from pull request
+        # 3586: 0.3, no penalty. Its later cap of the ratio at 1e4 is not here.
+        "ipo": Preset(
+            "prime-rl's default since September 2026",
+            _settings("ipo", "token", "group_center", epsilon=0.3, mismatch_penalty=0.0),
+        ),
+        # A sequence is one action, so its tokens are summed; core_algos.py, compute_rloo_outcome_advantage.
+        # The cap is ours, as in opo and opd: their papers are on policy.
         "rloo": Preset(
-            paper="arXiv 2402.14740",
-            loss="policy_gradient",
-            loss_options={"ratio_cap": 2.0},
-            reduction="constant",  # a sequence is one action: its tokens are summed
-            estimator="leave_one_out",
+            "arXiv 2402.14740",
+            _settings("policy_gradient", "constant", "leave_one_out", ratio_cap=2.0),
         ),
+        # The variant with a baseline, because Atropos sends groups: core_algos.py,
+        # compute_reinforce_plus_plus_baseline_outcome_advantage.
         "reinforce++": Preset(
-            paper="arXiv 2501.03262",
-            loss="ppo_clip",
-            loss_options=_CLIP,
-            reduction="token",
-            estimator="reinforce_plus_plus_baseline",
+            "arXiv 2501.03262",
+            _settings("ppo_clip", "token", "reinforce_plus_plus_baseline", epsilon_low=0.2, epsilon_high=0.2),
         ),
-        "opo": Preset(
-            paper="arXiv 2505.23585",
-            loss="policy_gradient",
-            loss_options={"ratio_cap": 2.0},
-            reduction="token",
-            estimator="opo",
-        ),
-        "gpg": Preset(paper="arXiv 2504.02546", loss="weighted_sft", reduction="token", estimator="gpg"),
+        # core_algos.py, compute_opo_outcome_advantage: lengths weigh the baseline; no KL, no entropy bonus.
+        "opo": Preset("arXiv 2505.23585", _settings("policy_gradient", "token", "opo", ratio_cap=2.0)),
+        # verl examples/gpg_trainer; core_algos.py, compute_policy_loss_gpg: no ratio, no KL, over tokens.
+        "gpg": Preset("arXiv 2504.02546", _settings("weighted_sft", "token", "gpg")),
+        # TRL docs/source/paper_index.md: scaled by batch, over tokens, PPO's clip, no KL.
         "lite_ppo": Preset(
-            paper="arXiv 2508.08221",
-            loss="ppo_clip",
-            loss_options=_CLIP,
-            reduction="token",
-            estimator="batch_std",
-            estimator_options=_SAMPLE_STD,
+            "arXiv 2508.08221",
+            _settings("ppo_clip", "token", "batch_std", std="n-1", epsilon_low=0.2, epsilon_high=0.2),
         ),
+        # verl docs/algo/opd.md, PG OPD: the negative reverse KL of the sampled token is its advantage, and
+        # there is no other.
         "opd": Preset(
-            paper="on-policy distillation, arXiv 2306.13649",
-            loss="policy_gradient",
-            loss_options={"ratio_cap": 2.0},
-            reduction="token",
-            estimator="raw",
-            distillation={"mode": "sampled_token", "reward_coefficient": 0.0},
+            "on-policy distillation, Lu et al. 2025; arXiv 2306.13649",
+            _settings("policy_gradient", "token", "raw", ratio_cap=2.0)
+            | {"distillation.mode": "sampled_token", "distillation.reward_coefficient": 0.0},
         ),
     }
 )
@@ -251,8 +232,9 @@ def with_preset(values: Any) -> Any:
         return values
     if loss is None or data is None or distillation is None:
         return values  # what is refused where it is read
-    PRESETS[preset].lay_under(loss, data, distillation)  # type: ignore[index]
-    return {**values, "loss": loss, "data": data, "distillation": distillation}
+    sections = {"loss": loss, "data": data, "distillation": distillation}
+    PRESETS[preset].lay_under(sections)  # type: ignore[index]
+    return {**values, **sections}
 
 
 def _set_by_hand(section: Any) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from trainer.losses._terms import (
     finish_loss,
     sampler_log_ratio,
 )
-from trainer.options import GmpoOptions, GspoOptions, KlOptions, SequenceClipOptions, VespoOptions
+from trainer.options import GmpoOptions, GspoOptions, KlOptions, LuspoOptions, VespoOptions
 
 TOKEN_FORM_LIMIT = 10.0
 """Largest log-ratio of GSPO's token form."""
@@ -59,8 +59,8 @@ def gspo(inputs: LossInputs, options: GspoOptions) -> tuple[Tensor, LogMetrics]:
     return finish_loss(inputs, options, clipped_surrogate(ratio, advantages, options), counts)
 
 
-@loss(SequenceClipOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
-def luspo(inputs: LossInputs, options: SequenceClipOptions) -> tuple[Tensor, LogMetrics]:
+@loss(LuspoOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
+def luspo(inputs: LossInputs, options: LuspoOptions) -> tuple[Tensor, LogMetrics]:
     """GSPO's term times the sequence's trained tokens, so that a long answer's tokens count as a short one's.
 
     ``loss = sum_t mask_t * (-n min(s A_t, clip(s, 1 - epsilon_low, 1 + epsilon_high) A_t)

@@ -91,7 +91,8 @@ def prime(inputs: LossInputs, options: PrimeOptions) -> tuple[Tensor, LogMetrics
     denominator`` with ``d_t = logprob_t - inference_logprob_t`` and ``r_t = exp(d_t)``, both with gradient;
     ``keep_t`` as in `dppo_tv`. The penalty is that of all trained tokens, masked or not.
 
-    Source: prime-rl's default objective; arXiv 2602.04879 and, for the penalty, Kimi K2.5, arXiv 2602.02276.
+    Source: prime-rl's default objective from April to August 2026 (src/prime_rl/trainer/rl/loss.py); arXiv
+    2602.04879 and, for the penalty, Kimi K2.5, arXiv 2602.02276.
 
     Args:
         inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
@@ -119,7 +120,8 @@ def ipo(inputs: LossInputs, options: IpoOptions) -> tuple[Tensor, LogMetrics]:
 
     ``keep_t`` is 0 where ``|exp(logprob_t) - exp(inference_logprob_t)| > epsilon``.
 
-    Source: prime-rl's objective of that name.
+    Source: prime-rl's objective of that name, its default since August 2026; from September on with an
+    epsilon of 0.3 and without the penalty.
 
     Args:
         inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
