@@ -1,0 +1,1 @@
+"""What only a GPU can confirm: `run.sh` runs all of it."""
