@@ -81,9 +81,9 @@ class CorrectionOptions(Options):
     """
 
     weight: Literal["none", "token_tis", "sequence_tis", "icepop"] = "none"
-    """Importance weight, for losses that have no importance ratio. token_tis: e^d, at most ratio_cap.
-    sequence_tis: e^(sum of d over the sequence), at most ratio_cap. icepop: e^d, 0 outside of icepop_low and
-    icepop_high."""
+    """Importance weight, for losses that have no importance ratio; the others refuse it. token_tis: e^d, at
+    most ratio_cap. sequence_tis: e^(sum of d over the sequence), at most ratio_cap. icepop: e^d, 0 outside of
+    icepop_low and icepop_high."""
     ratio_cap: float = Field(default=2.0, gt=0)
     """Largest weight of token_tis and sequence_tis."""
     icepop_low: float = Field(default=0.5, ge=0)
@@ -137,7 +137,21 @@ class ObjectiveOptions(KlOptions):
         return self.correction.is_active or super().needs_sampler()
 
 
-class ClipOptions(ObjectiveOptions):
+class RatioOptions(ObjectiveOptions):
+    """Options of a loss that has an importance ratio of trainer and sampler: subclass it for such a loss."""
+
+    @model_validator(mode="after")
+    def _the_ratio_counts_once(self) -> Self:
+        if self.correction.weight != "none":
+            raise ValueError(
+                f"correction.weight {self.correction.weight} would count the importance ratio twice, because "
+                "this loss has one itself: leave loss.correction.weight out, or set loss.name weighted_sft, "
+                "which has none"
+            )
+        return self
+
+
+class ClipOptions(RatioOptions):
     """Options of a loss whose importance ratio is clipped on both sides."""
 
     epsilon_low: float = Field(default=0.2, gt=0, lt=1)
@@ -156,14 +170,14 @@ class ClipOptions(ObjectiveOptions):
         return 1.0 + self.epsilon_high
 
 
-class PolicyGradientOptions(ObjectiveOptions):
+class PolicyGradientOptions(RatioOptions):
     """Options of `policy_gradient`."""
 
     ratio_cap: float = Field(default=2.0, gt=0)
     """Largest importance ratio; larger ones are truncated to it. 2 lets it at most double a token's say."""
 
 
-class CispoOptions(ObjectiveOptions):
+class CispoOptions(RatioOptions):
     """Options of `cispo`."""
 
     epsilon_low: float = Field(default=1.0, gt=0, le=1)
@@ -209,7 +223,7 @@ class LuspoOptions(SequenceClipOptions):
     """The sequence's ratio is clipped from above at 1 + epsilon_high, under a positive advantage."""
 
 
-class GmpoOptions(ObjectiveOptions):
+class GmpoOptions(RatioOptions):
     """Options of `gmpo`."""
 
     epsilon_low: float = Field(default=0.4, gt=0)
@@ -218,7 +232,7 @@ class GmpoOptions(ObjectiveOptions):
     """The log-ratio of a token is clipped from above at epsilon_high, under a positive advantage."""
 
 
-class SapoOptions(ObjectiveOptions):
+class SapoOptions(RatioOptions):
     """Options of `sapo`."""
 
     temperature_positive: float = Field(default=1.0, gt=0)
@@ -227,7 +241,7 @@ class SapoOptions(ObjectiveOptions):
     """The same under a negative advantage, where leaving is less stable."""
 
 
-class VespoOptions(ObjectiveOptions):
+class VespoOptions(RatioOptions):
     """Options of `vespo`: a sequence's weight is e^rate w^power e^(-rate w), w its importance ratio."""
 
     power_positive: float = Field(default=2.0, gt=0)
@@ -240,7 +254,7 @@ class VespoOptions(ObjectiveOptions):
     """Rate under a negative advantage."""
 
 
-class DppoTvOptions(ObjectiveOptions):
+class DppoTvOptions(RatioOptions):
     """Options of `dppo_tv`."""
 
     epsilon_low: float = Field(default=0.15, gt=0)
@@ -251,7 +265,7 @@ class DppoTvOptions(ObjectiveOptions):
     """Largest importance weight; larger ones are truncated to it."""
 
 
-class DppoKlOptions(ObjectiveOptions):
+class DppoKlOptions(RatioOptions):
     """Options of `dppo_kl`."""
 
     epsilon_low: float = Field(default=0.05, gt=0)
@@ -262,7 +276,7 @@ class DppoKlOptions(ObjectiveOptions):
     """Largest importance weight; larger ones are truncated to it."""
 
 
-class PenalizedOptions(ObjectiveOptions):
+class PenalizedOptions(RatioOptions):
     """Options of a loss with a penalty on the difference between trainer and sampler."""
 
     mismatch_penalty: float = Field(default=1e-3, ge=0)
@@ -316,7 +330,7 @@ class ClipCovOptions(ClipOptions):
         return self
 
 
-class KlCovOptions(ObjectiveOptions):
+class KlCovOptions(RatioOptions):
     """Options of `kl_cov`."""
 
     covariance_share: float = Field(default=2e-4, gt=0, le=1)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trainer.config import load_config
 from trainer.errors import ConfigurationError, DataError, MissingLogProbsError, ShapeMismatchError
 from trainer.extensions import BUILT_IN_LOSSES, Loss
 from trainer.losses import LossInputs, policy_gradient, ppo_clip, weighted_sft
@@ -385,6 +386,26 @@ def test_options_are_checked_on_a_direct_call_too(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         loss(make_inputs(), **options)
+
+
+@pytest.mark.parametrize("loss", RATIO_LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("weight", ["token_tis", "sequence_tis", "icepop"])
+def test_a_loss_with_a_ratio_refuses_to_be_weighed_by_it_again(loss: Loss[Any], weight: str) -> None:
+    told = rf"loss {loss.__name__}: correction.weight {weight} .*twice.*leave loss\.correction\.weight out"
+    with pytest.raises(ConfigurationError, match=told):
+        loss(make_inputs(), correction={"weight": weight})
+    words = ("--model.path", "m", "--loss.name", loss.__name__, "--loss.correction.weight", weight)
+    with pytest.raises(
+        ConfigurationError, match=r"loss: correction\.weight .*twice.*loss\.name weighted_sft"
+    ):
+        load_config(None, words, environment={})
+
+
+@pytest.mark.parametrize("loss", RATIO_LOSSES, ids=lambda loss: loss.__name__)
+def test_a_loss_with_a_ratio_takes_the_masks_of_a_correction(loss: Loss[Any]) -> None:
+    inputs = make_inputs(advantages=-torch.ones(3, 7, dtype=torch.float64))
+    masks = ({"reject": "token", "reject_above": 1e-6}, {"off_policy_limit": 1e-6})
+    assert any(loss(inputs, correction=mask)[0] != loss(inputs)[0] for mask in masks)
 
 
 def test_what_belongs_to_a_sequence_is_summed_and_averaged_over_its_trained_tokens_only() -> None:

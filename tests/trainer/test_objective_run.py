@@ -96,8 +96,10 @@ def test_a_step_that_is_masked_for_the_most_part_warns_once_and_counts(
 
 def test_a_correction_is_compared_on_resume(tiny_model_directory: Path, tmp_path: Path) -> None:
     run(tiny_model_directory, tmp_path, make_bodies(2), steps=2)
-    changed = ("--loss.correction.weight", "icepop", "--loss.max_staleness", "3")
-    with pytest.raises(ConfigurationError, match=r"(?s)loss\.max_staleness.*loss\.correction: .*icepop"):
+    changed = ("--loss.correction.reject", "token", "--loss.max_staleness", "3")
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)loss\.max_staleness.*loss\.correction: .*reject.*token"
+    ):
         run(tiny_model_directory, tmp_path, make_bodies(3), *changed, steps=3)
     named = ("--train.resume_changes", "loss.correction,loss.max_staleness")
     assert run(tiny_model_directory, tmp_path, make_bodies(3), *changed, *named, steps=3).step == 3

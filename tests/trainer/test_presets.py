@@ -227,12 +227,12 @@ def test_the_first_line_of_a_run_says_what_its_preset_came_to(
 
 
 def test_the_line_of_a_preset_says_whatever_else_changes_the_objective() -> None:
-    words = ("--loss.dual_clip", "3", "--loss.correction.weight", "icepop", "--loss.kl_coefficient", "0.1")
+    words = ("--loss.dual_clip", "3", "--loss.correction.reject", "token", "--loss.kl_coefficient", "0.1")
     words += ("--data.advantage_normalization", "batch", "--distillation.coefficient", "0.5")
     untouched = ("--loss.kl_estimator", "k3", "--loss.max_staleness", "none", "--data.packing", "plain")
     line = describe_preset("dapo", load("--loss.preset", "dapo", *words, *untouched))
     assert line == describe_preset("dapo") + (
-        "; added by hand: loss.kl_coefficient 0.1, loss.correction.weight icepop, loss.dual_clip 3.0, "
+        "; added by hand: loss.kl_coefficient 0.1, loss.correction.reject token, loss.dual_clip 3.0, "
         "data.advantage_normalization batch, distillation.coefficient 0.5"
     )
 

@@ -149,6 +149,8 @@ class Extension(Generic[O]):
         except ValidationError as error:
             wrong = "; ".join(
                 f"{'.'.join(map(str, each['loc']))} is {each['input']!r}: {each['msg']}"
+                if each["loc"]
+                else each["msg"].removeprefix("Value error, ")
                 for each in error.errors()
             )
             raise ConfigurationError(f"{self.noun} {self.__name__}: {wrong}") from error

@@ -28,7 +28,7 @@ from trainer.losses._sequence_level import gmpo, gspo, luspo, vespo
 from trainer.losses._terms import finish_loss, policy_metrics
 from trainer.losses._trust_region import dppo_kl, dppo_tv, ipo, prime
 from trainer.losses._weighted_sft import weighted_sft
-from trainer.options import ClipOptions, CorrectionOptions, KlOptions, ObjectiveOptions
+from trainer.options import ClipOptions, CorrectionOptions, KlOptions, ObjectiveOptions, RatioOptions
 
 __all__ = [
     "ClipOptions",
@@ -36,6 +36,7 @@ __all__ = [
     "KlOptions",
     "LossInputs",
     "ObjectiveOptions",
+    "RatioOptions",
     "cispo",
     "clip_cov",
     "correction_weights",
