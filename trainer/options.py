@@ -309,6 +309,10 @@ class DecoupledPpoOptions(ClipOptions):
     ratio_cap: float | None = Field(default=None, gt=0)
     """Largest weight of the proximal policy against the sampler's; larger ones are truncated to it. None: not
     bounded."""
+    proximal: Literal["recomputed", "interpolated"] = "recomputed"
+    """The proximal policy. recomputed: that of the weights before the update, which is the policy itself in
+    the only update of a batch: nothing is clipped. interpolated: estimated to be one version older than the
+    policy, between it and the sampler by the batch's age: the clip bounds what one version changed."""
 
 
 class ClipCovOptions(ClipOptions):

@@ -62,6 +62,10 @@ def test_command_line_wins_over_environment_over_file_over_defaults(tmp_path: Pa
         (["--loss.correction.rejct", "k"], r"rejct: .*did you mean loss\.correction\.reject\?"),
         (["--loss.correction.off_policy_limt", "1"], r"did you mean loss\.correction\.off_policy_limit\?"),
         (["--loss.correction.else", "1"], r"else: .*; loss\.correction has: weight, ratio_cap"),
+        (
+            ["--data.reward_kl_coefficient", "0.1", "--loss.reference", "base"],
+            r"that environments send .* loss\.reference base is computed here.*leave loss\.reference out",
+        ),
         (["--model.lora.rnk", "4"], r"did you mean model\.lora\.rank\?"),
         (
             ["--loss.name", "clip_cov", "--loss.covariance_low", "6"],

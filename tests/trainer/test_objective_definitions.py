@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -31,6 +31,9 @@ class Sequence:
     def mean_difference(self) -> float:
         return sum(self.differences) / len(self.policy)
 
+
+AGE = 3
+"""Versions between sampler and policy."""
 
 Terms = tuple[list[float], list[float]]
 """The term of each token, and the derivative of their sum by the log-prob of each token."""
@@ -66,6 +69,7 @@ def loss_inputs(batch: list[Sequence], denominator: float) -> LossInputs:
         ref_logprobs=column("reference"),
         sequence_ids=ids,
         denominator=denominator,
+        staleness=AGE,
     )
 
 
@@ -116,6 +120,18 @@ def decoupled_ppo(each: Sequence) -> Terms:
     weights = [min(math.exp(difference), 5.0) for difference in each.differences]
     slopes = [-weight * advantage for weight, advantage in zip(weights, each.advantages, strict=True)]
     return slopes, slopes
+
+
+def interpolated_decoupled_ppo(each: Sequence) -> Terms:
+    """The clip bounds one of the versions that lie between sampler and policy; the others weigh."""
+    terms, slopes = [], []
+    for difference, advantage in zip(each.differences, each.advantages, strict=True):
+        weight, ratio = min(math.exp(difference * (AGE - 1) / AGE), 5.0), math.exp(difference / AGE)
+        bound = 1.3 if advantage >= 0 else 0.8
+        stopped = ratio > bound if advantage >= 0 else ratio < bound
+        terms.append(-weight * (bound if stopped else ratio) * advantage)
+        slopes.append(0.0 if stopped else -weight * ratio * advantage)
+    return terms, slopes
 
 
 def sapo(each: Sequence) -> Terms:
@@ -254,6 +270,10 @@ MODES: dict[str, tuple[str, dict[str, object], Callable[[Sequence], Terms]]] = {
     "gspo, token form": ("gspo", {"epsilon_low": 0.1, "epsilon_high": 0.2, "form": "token"}, gspo_token),
     "cispo": ("cispo", {"epsilon_low": 0.5, "epsilon_high": 0.5}, cispo),
     "decoupled_ppo": ("decoupled_ppo", {"ratio_cap": 5.0}, decoupled_ppo),
+    "decoupled_ppo, interpolated": (
+        *("decoupled_ppo", {"epsilon_high": 0.3, "ratio_cap": 5.0, "proximal": "interpolated"}),
+        interpolated_decoupled_ppo,
+    ),
     "sapo": ("sapo", {}, sapo),
     "gmpo": ("gmpo", {"epsilon_low": 0.2, "epsilon_high": 0.3}, gmpo),
     "luspo": ("luspo", {"epsilon_low": 0.1, "epsilon_high": 0.2}, luspo),
@@ -296,6 +316,18 @@ def test_value_and_gradient_are_those_of_the_formula(mode: str, seed: int) -> No
     assert value.item() == pytest.approx(sum(sum(terms) for terms, _ in parts) / 7, rel=1e-12)
     expected = [slope / 7 for _, slopes in parts for slope in slopes]
     assert gradient.tolist() == pytest.approx(expected, rel=1e-10, abs=1e-14)
+
+
+@pytest.mark.parametrize("staleness", [None, 0, 1])
+def test_the_interpolated_proximal_policy_of_young_samples_is_the_sampler(staleness: int | None) -> None:
+    inputs = replace(loss_inputs(ragged_batch(5), denominator=7.0), staleness=staleness)
+    found = []
+    for bound in (resolve_loss("ppo_clip"), resolve_loss("decoupled_ppo", proximal="interpolated")):
+        value, metrics = bound(inputs)
+        (gradient,) = torch.autograd.grad(value, inputs.logprobs)
+        found.append((value.item(), gradient.tolist(), metrics["clipped"].item()))
+    assert found[0] == found[1]
+    assert found[0][2] > 0
 
 
 def kl_estimates(estimator: str, x: float, difference: float) -> tuple[float, float]:
@@ -389,7 +421,7 @@ def test_a_mask_of_the_correction_takes_the_term_and_leaves_the_penalty_and_the_
     value, metrics = resolve_loss("weighted_sft", kl_coefficient=0.5, correction=correction)(inputs)
     assert metrics["masked"].item() == inputs.loss_mask.sum().item()
     assert value.item() == pytest.approx(0.5 * metrics["kl_ref"].item() / 7)
-    both = {"weight": "token_tis", **correction, "reject_above": 0.05}
-    _, metrics = resolve_loss("dppo_tv", correction=both)(inputs)
+    masks = correction | {"reject_above": 0.05}
+    _, metrics = resolve_loss("dppo_tv", correction=masks)(inputs)
     _, of_loss = resolve_loss("dppo_tv")(inputs)
     assert metrics["masked"] > of_loss["masked"]

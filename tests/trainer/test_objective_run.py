@@ -78,6 +78,24 @@ def test_older_batches_weigh_less(tiny_model_directory: Path, tmp_path: Path) ->
         assert second[name] == pytest.approx(first[name] / 2, rel=1e-5)
 
 
+def test_an_interpolated_proximal_policy_widens_the_clip_with_the_age(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    """The same weights at each step: only the age that is taken for the batch's grows."""
+    bodies = make_bodies(1) * 4
+    options = ("--optimizer.learning_rate", "0", "--loss.epsilon_low", "0.6", "--loss.epsilon_high", "1")
+    names = {"plain": ("ppo_clip",), "interpolated": ("decoupled_ppo", "--loss.proximal", "interpolated")}
+    for name, loss in names.items():
+        run(tiny_model_directory, tmp_path / name, bodies, "--loss.name", *loss, *options, steps=4)
+    plain, found = rows(tmp_path / "plain"), rows(tmp_path / "interpolated")
+    assert [row["staleness"] for row in found] == [0, 1, 2, 3]
+    for step in (0, 1):
+        assert found[step]["grad_norm"] == pytest.approx(plain[step]["grad_norm"], rel=1e-5)
+    clipped = [row["clipped"] for row in found]
+    assert clipped[1] == plain[1]["clipped"] == plain[3]["clipped"]
+    assert clipped[1] > clipped[2] > clipped[3]
+
+
 def test_a_step_that_is_masked_for_the_most_part_warns_once_and_counts(
     tiny_model_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

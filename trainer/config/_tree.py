@@ -67,6 +67,17 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _kl_in_the_reward_comes_with_the_groups(self) -> Self:
+        if self.data.reward_kl_coefficient and self.loss.reference != "batch":
+            raise ValueError(
+                "data.reward_kl_coefficient takes the reference's log-probs that environments send "
+                f"(ref_logprobs), and loss.reference {self.loss.reference} is computed here, after scores "
+                "have become advantages: have the KL in the loss (loss.kl_coefficient instead of "
+                "data.reward_kl_coefficient), or leave loss.reference out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _packages_are_installed(self) -> Self:
         wanted = {"peft": "model.lora"} if self.model.lora is not None else {}
         wanted |= {"prometheus_client": "health.prometheus"} if self.health.prometheus else {}

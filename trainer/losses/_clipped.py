@@ -64,14 +64,17 @@ def decoupled_ppo(inputs: LossInputs, options: DecoupledPpoOptions) -> tuple[Ten
     [+ kl_coefficient * KL_t]) / denominator`` with ``r_t = exp(logprob_t - proximal_logprob_t)`` and ``w_t =
     min(exp(proximal_logprob_t - inference_logprob_t), ratio_cap)``, held constant in the gradient.
 
-    The proximal policy is that of the weights before the batch's first update; in that update it is the
-    policy itself, so ``r_t`` is 1 with a gradient: staleness never clips, it only weighs.
+    The proximal policy is that of the weights before the update; in the only update of a batch it is the
+    policy itself, so ``r_t`` is 1 with a gradient: staleness never clips, it only weighs. `proximal`
+    interpolated takes the policy of one version before instead, as estimated from samples that are `a`
+    versions old: ``proximal_logprob = inference_logprob + (a - 1) / a (logprob - inference_logprob)``. At an
+    age of 1 or 0, or where it is not known, that is the sampler, and the loss `ppo_clip`'s.
 
     Source: Hilton et al. 2021, "Batch size-invariance for policy optimization", arXiv 2110.00641; AReaL,
-    arXiv 2505.24298.
+    arXiv 2505.24298, and its "proximal log-probability approximation" (prox_logp_method loglinear).
 
     Args:
-        inputs: Token-aligned; ``inference_logprobs`` are required; ``proximal_logprobs`` None: those of now.
+        inputs: Token-aligned; ``inference_logprobs`` are required; ``staleness`` is used by interpolated.
         options: See there.
 
     Returns:
@@ -83,10 +86,10 @@ def decoupled_ppo(inputs: LossInputs, options: DecoupledPpoOptions) -> tuple[Ten
     """
     sampler = inputs.sampler_logprobs("decoupled_ppo")
     logprobs = inputs.at_trained_tokens(inputs.logprobs)
-    proximal = logprobs
-    if inputs.proximal_logprobs is not None:
-        proximal = inputs.at_trained_tokens(inputs.proximal_logprobs)
-    proximal = proximal.detach()
+    proximal = logprobs.detach()
+    if options.proximal == "interpolated":
+        age = max(1, inputs.staleness or 1)
+        proximal = torch.lerp(sampler, proximal, (age - 1) / age)
     weight = torch.exp(log_ratio(proximal, sampler))
     if options.ratio_cap is not None:
         weight = torch.clamp(weight, max=options.ratio_cap)

@@ -42,8 +42,8 @@ class LossInputs:
             trained tokens of the *whole* optimizer step, so that the losses of its micro-batches add up to
             the loss of the step; or a tensor that broadcasts to the shape, for reductions per sequence. None:
             this call's own ``loss_mask.sum() + 1e-8``.
-        proximal_logprobs: The log-prob of each token under the weights that the first update of this batch
-            began with, for `decoupled_ppo`. None: those of now, as in the only update of a batch.
+        staleness: How many versions older than the policy the sampler's was, for `decoupled_ppo`. None: not
+            known.
         sequence_ids: Which sequence each token belongs to, int64 from 0; a sequence is never split over
             two calls. None: each row of ``[B, T]`` is one.
         sequence_count: How many sequences there are. None: one more than the largest of ``sequence_ids``,
@@ -62,7 +62,7 @@ class LossInputs:
     inference_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     denominator: float | Tensor | None = None
-    proximal_logprobs: Tensor | None = None
+    staleness: int | None = None
     sequence_ids: Tensor | None = None
     sequence_count: int | None = None
     statistics: Any = None
@@ -179,7 +179,6 @@ class LossInputs:
             "loss_mask": self.loss_mask,
             "inference_logprobs": self.inference_logprobs,
             "ref_logprobs": self.ref_logprobs,
-            "proximal_logprobs": self.proximal_logprobs,
             "sequence_ids": self.sequence_ids,
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}

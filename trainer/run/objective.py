@@ -17,7 +17,8 @@ from trainer.run.entropy_bonus import EntropyBonus
 class Objective:
     """Turns a micro-batch and the policy's log-probs into a scalar to differentiate.
 
-    ``reward_coefficient * loss + coefficient * sum_t mask_t KL_t / denominator - entropy bonus``
+    ``staleness_discount^age * (reward_coefficient * loss + coefficient * sum_t mask_t KL_t / denominator -
+    entropy bonus)``
 
     Args:
         config: Its sections `loss` and `distillation`.
@@ -26,6 +27,7 @@ class Objective:
 
     def __init__(self, config: TrainerConfig, entropy_bonus: EntropyBonus) -> None:
         self._loss = config.loss.bound
+        self._staleness_discount = config.loss.staleness_discount
         self._distillation = config.distillation
         self._entropy_bonus = entropy_bonus
 
@@ -35,7 +37,7 @@ class Objective:
         return self._entropy_bonus.coefficient > 0
 
     def __call__(
-        self, batch: MicroBatch, scores: TokenLogProbs, statistics: Any
+        self, batch: MicroBatch, scores: TokenLogProbs, *, statistics: Any, staleness: int | None
     ) -> tuple[Tensor, LossInputs, dict[str, Tensor]]:
         """Return the objective (0-dim), what it was computed from, and sums for the metrics.
 
@@ -43,6 +45,7 @@ class Objective:
             batch: A micro-batch.
             scores: The policy's, of its tokens.
             statistics: See `LossInputs`.
+            staleness: See `LossInputs`.
         """
         inputs = LossInputs(
             logprobs=scores.logprobs,
@@ -54,10 +57,12 @@ class Objective:
             sequence_ids=batch.sequence_ids,
             sequence_count=batch.sequence_count,
             statistics=statistics,
+            staleness=staleness,
         )
         loss, metrics = self._loss(inputs)
         loss, teacher_metrics = self._add_teacher(loss, inputs, batch, scores)
         loss, entropy_metrics = self._entropy_bonus.add(loss, inputs, scores.entropy)
+        loss = loss * self._staleness_discount ** max(0, staleness or 0)
         return loss, inputs, {**metrics, **teacher_metrics, **entropy_metrics}
 
     def _add_teacher(

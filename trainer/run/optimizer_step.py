@@ -138,8 +138,7 @@ class StepRunner:
         seed_step(self._config.train.seed, step, self._accelerator.process_index)
         staleness = step - served_version if served_version >= 0 else None
         idle = time.monotonic() - self._idle_since if self._idle_since is not None else None
-        weight = self._config.loss.staleness_discount ** max(0, staleness or 0)
-        sums = self.accumulate(micro_batches, weight=weight, should_abort=should_abort)
+        sums = self.accumulate(micro_batches, staleness=staleness, should_abort=should_abort)
         totals = self._over_processes(sums)
         mismatch = take_mismatch(totals)
         loss = totals.pop("loss")
@@ -194,7 +193,7 @@ class StepRunner:
         self,
         micro_batches: list[MicroBatch],
         *,
-        weight: float = 1.0,
+        staleness: int | None = None,
         should_abort: Callable[[], bool] = lambda: False,
     ) -> dict[str, Tensor]:
         """Compute the gradients of a step, replacing those that were there.
@@ -222,7 +221,7 @@ class StepRunner:
             last = index == len(share) - 1
             # Gradients are exchanged between processes once a step, with the last micro-batch.
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
-                for name, value in self._backward(micro_batch, statistics, weight).items():
+                for name, value in self._backward(micro_batch, statistics, staleness).items():
                     sums[name] = sums[name] + value if name in sums else value
         return sums
 
@@ -256,7 +255,7 @@ class StepRunner:
         )
         return self._loss.step_statistics(tokens, self._loss.options)
 
-    def _backward(self, batch: MicroBatch, statistics: Any, weight: float) -> dict[str, Tensor]:
+    def _backward(self, batch: MicroBatch, statistics: Any, staleness: int | None) -> dict[str, Tensor]:
         """Forward and backward; returns loss, token count and metrics as sums, 0-dim, detached."""
         with self._accelerator.autocast():
             scores = token_logprobs(
@@ -266,8 +265,7 @@ class StepRunner:
                 head=self._prepared.head,
                 entropy_gradient=self._objective.differentiates_entropy,
             )
-        loss, inputs, metrics = self._objective(batch, scores, statistics)
-        loss = loss * weight
+        loss, inputs, metrics = self._objective(batch, scores, statistics=statistics, staleness=staleness)
         entropy = scores.entropy.detach()
         # Data parallelism averages gradients over processes; ours are shares of a sum.
         self._accelerator.backward(loss * self._accelerator.num_processes)
