@@ -11,10 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.config import load_config
+from trainer.config import LossSettings, load_config
 from trainer.errors import ConfigurationError, DataError, MissingLogProbsError, ShapeMismatchError
 from trainer.extensions import BUILT_IN_LOSSES, Loss
-from trainer.losses import LossInputs, policy_gradient, ppo_clip, weighted_sft
+from trainer.losses import (
+    LossInputs,
+    clip_cov,
+    decoupled_ppo,
+    kl_cov,
+    luspo,
+    policy_gradient,
+    ppo_clip,
+    prime,
+    weighted_sft,
+)
 
 ALL_LOSSES: tuple[Loss[Any], ...] = tuple(Loss.find(name) for name in BUILT_IN_LOSSES)
 OLDEST: tuple[Loss[Any], ...] = (weighted_sft, policy_gradient, ppo_clip)
@@ -58,7 +68,7 @@ def one_token(advantage: float, ratio: float, **changes: Any) -> LossInputs:
     return LossInputs(**(fields | changes))
 
 
-def value_and_gradient(loss: Loss[Any], inputs: LossInputs, **options: float) -> tuple[float, Tensor]:
+def value_and_gradient(loss: Loss[Any], inputs: LossInputs, **options: Any) -> tuple[float, Tensor]:
     value, _ = loss(inputs, **options)
     (gradient,) = torch.autograd.grad(value, inputs.logprobs)
     return value.item(), gradient
@@ -176,6 +186,51 @@ def test_on_policy_all_three_losses_have_one_gradient() -> None:
     gradients = [value_and_gradient(loss, inputs)[1] for loss in OLDEST]
     torch.testing.assert_close(gradients[1], gradients[0])
     torch.testing.assert_close(gradients[2], gradients[0])
+
+
+@EVERY_LOSS
+def test_on_policy_a_sequence_of_one_advantage_has_one_gradient_under_every_loss(loss: Loss[Any]) -> None:
+    """Summed over its tokens, it is minus the advantage times the tokens; luspo weighs a long one more."""
+    advantages = torch.tensor([[1.5], [-0.5], [0.0]], dtype=torch.float64).expand(3, 7)
+    mask = (make_inputs().loss_mask > 0).double()
+    inputs = make_inputs(advantages=advantages, loss_mask=mask, spread=0.0, denominator=1.0)
+    nothing_is_held_back = {"covariance_low": 1e8, "covariance_high": 1e9}
+    _, gradient = value_and_gradient(loss, inputs, **nothing_is_held_back if loss is clip_cov else {})
+    lengths = mask.sum(1)
+    expected = -advantages[:, 0] * lengths * (lengths if loss is luspo else 1)
+    assert gradient.sum(1).tolist() == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("loss", [ppo_clip, decoupled_ppo, prime, kl_cov], ids=lambda loss: loss.__name__)
+def test_beyond_a_log_ratio_of_twenty_a_token_has_no_gradient_through_it(loss: Loss[Any]) -> None:
+    near, far = (one_token(-1.0, math.exp(log_ratio)) for log_ratio in (19.0, 21.0))
+    options = {"proximal": "interpolated"} if loss is decoupled_ppo else {}
+    assert value_and_gradient(loss, near, **options)[1].item() > 1e8
+    assert value_and_gradient(loss, far, **options)[1].item() == 0.0
+
+
+@pytest.mark.parametrize("difference", [-21.0, 21.0])
+def test_beyond_a_log_ratio_of_twenty_the_reference_has_no_gradient(difference: float) -> None:
+    inputs = one_token(0.0, 1.0)
+    far = LossInputs(**(vars_of(inputs) | {"ref_logprobs": inputs.logprobs.detach() + difference}))
+    assert value_and_gradient(weighted_sft, far, kl_coefficient=1.0)[1].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "user"),
+    [
+        ({}, None),
+        ({"kl_coefficient": 0.1}, None),
+        ({"correction": {"weight": "token_tis"}}, "loss.correction"),
+        ({"correction": {"reject": "token"}}, "loss.correction"),
+        ({"kl_coefficient": 0.1, "kl_estimator": "k3_unbiased"}, "loss.kl_estimator k3_unbiased"),
+        ({"name": "ppo_clip"}, "loss.name ppo_clip"),
+    ],
+)
+def test_what_uses_the_samplers_logprobs_is_named(options: dict[str, Any], user: str | None) -> None:
+    settings = LossSettings(**options)
+    assert settings.user_of_inference_logprobs == user
+    assert settings.bound.needs_inference_logprobs == (user is not None)
 
 
 def test_kl_is_zero_with_zero_gradient_between_equal_policies() -> None:

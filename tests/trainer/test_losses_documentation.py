@@ -17,7 +17,15 @@ from torch import Tensor
 from schemas import ScoredGroup
 from trainer.config import LossSettings
 from trainer.extensions import BUILT_IN_LOSSES, Options
-from trainer.losses import CorrectionOptions, KlOptions, LossInputs, policy_gradient, ppo_clip, weighted_sft
+from trainer.losses import (
+    CorrectionOptions,
+    KlOptions,
+    LossInputs,
+    policy_gradient,
+    ppo_clip,
+    resolve_loss,
+    weighted_sft,
+)
 from trainer.model.weighted_sft_call import compute_advantage_weighted_sft_loss
 from trainer.samples.advantages import group_center, token_advantages
 
@@ -107,6 +115,26 @@ def test_the_function_has_its_documented_value_under_each_alignment(
 
 def choices(model: type[BaseModel], field: str) -> set[str]:
     return set(get_args(model.model_fields[field].annotation)) - {"none"}
+
+
+def test_the_page_of_objectives_names_every_number_of_every_loss() -> None:
+    page = (Path(__file__).parents[2] / "docs/objectives.md").read_text(encoding="utf-8")
+    table = page.partition("## Numbers to watch")[2].partition("Arithmetic:")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    of_the_run = {"effective_sample_share", "entropy", "entropy_coefficient", "kl_teacher"}
+    tokens = torch.full((2, 3), -0.5, requires_grad=True)
+    inputs = LossInputs(
+        logprobs=tokens,
+        advantages=torch.ones(2, 3),
+        loss_mask=torch.ones(2, 3),
+        inference_logprobs=tokens.detach(),
+        ref_logprobs=tokens.detach(),
+    )
+    found = set(resolve_loss("weighted_sft", correction={"weight": "icepop"})(inputs)[1])
+    found |= resolve_loss("ppo_clip", dual_clip=3.0)(inputs)[1].keys()
+    for name in BUILT_IN_LOSSES:
+        found |= resolve_loss(name)(inputs)[1].keys()
+    assert set(re.findall(r"`(\w+)`", " ".join(cells))) == found | of_the_run
 
 
 def test_the_page_of_objectives_has_a_row_for_every_choice() -> None:

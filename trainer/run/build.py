@@ -142,6 +142,7 @@ def _warn_of_unknown_ages(config: TrainerConfig) -> None:
         for name, is_set in (
             ("loss.max_staleness", loss.max_staleness is not None),
             ("loss.staleness_discount", loss.staleness_discount != 1),
+            ("loss.proximal", getattr(loss.bound.options, "proximal", "") == "interpolated"),
         )
         if is_set
     ]
