@@ -67,8 +67,9 @@ def take_settings_of_accelerate(environment: MutableMapping[str, str] = os.envir
         if _is_on(environment.get(name, "")):
             raise ConfigurationError(
                 f"Accelerate was told to use {way} ({name}={environment[name]}, by `accelerate launch` or "
-                "its configuration file), but this trainer keeps whole weights in every process: start it "
-                f"with `{_COMMAND}`, or set distributed_type to MULTI_GPU"
+                "its configuration file), but this trainer spreads weights itself: start it with "
+                f"`{_COMMAND}`, or set distributed_type to MULTI_GPU, and set parallel.mode to sharded where "
+                "the weights are to be spread over the processes"
             )
     for name in sorted(environment):
         if not name.startswith("ACCELERATE_") or name in _OF_THE_START:

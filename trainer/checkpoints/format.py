@@ -5,12 +5,14 @@
     step-000010/
     ├── model/                 the base with new weights in float32 (adapters merged, under LoRA)
     ├── adapter/               PEFT directory, under LoRA only: what resume reads
-    ├── optimizer.safetensors  AdamW's moments, one tensor a name "<parameter>/<moment>"
+    ├── optimizer.safetensors  AdamW's moments, one tensor a name "<parameter>/<moment>"; several files,
+    │                          optimizer-00001-of-00003.safetensors, where they are large
     ├── state.json             step, policy version, counters, normalizer, seeds
     └── manifest.json          sizes and checksums of all the others, configuration, library versions
 
 A checkpoint appears under its name only when all of it is on the disk and was read back. Nothing in it is a
-pickle. Which of several is used, kept and deleted: `trainer.checkpoints.retention`.
+pickle, and nothing in it tells how many processes wrote it, or how weights were spread over them. Which of
+several is used, kept and deleted: `trainer.checkpoints.retention`.
 """
 
 from __future__ import annotations
@@ -24,11 +26,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from atropos_client.private_files import make_private_directory
-from atropos_client.readable import require_readable
+from atropos_client.private_files import PRIVATE_DIRECTORY, make_private_directory
 from trainer.checkpoints.manifest import (
     Manifest,
     forget_cached_pages,
@@ -38,16 +38,20 @@ from trainer.checkpoints.manifest import (
     verify_files,
     write_manifest,
 )
+from trainer.checkpoints.optimizer_state import read_optimizer, write_optimizer
 from trainer.errors import CheckpointError, DamagedCheckpoint
-from trainer.export.atomic_directory import atomic_directory
-from trainer.export.hf_model import write_model_directory
+from trainer.export.hf_model import fill_model_directory
+from trainer.export.shared_directory import failing_together, shared_directory
 from trainer.model.base_checkpoint import BaseCheckpoint
+from trainer.model.sharding import Spread
 from trainer.model.weight_stream import WeightStream
 from trainer.samples.quarantine_rate import QuarantineWindow
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"
+
+_WHOLE = Spread()
 
 
 class CheckpointState(BaseModel):
@@ -134,8 +138,11 @@ def write_checkpoint(
     state: CheckpointState,
     configuration: Mapping[str, Any],
     versions: Mapping[str, str],
+    spread: Spread = _WHOLE,
 ) -> None:
     """Write a checkpoint, atomically; one of the same name is replaced.
+
+    Where weights are spread over processes, all of them call it, and each writes some of the files.
 
     It is flushed to the disk, read back from there (where the system can be made to) and compared with its
     checksums before it gets its name.
@@ -148,22 +155,25 @@ def write_checkpoint(
         state: The small part.
         configuration: Of the run, without secrets.
         versions: Of the libraries that count; for readers.
+        spread: How model and optimizer state are spread.
 
     Raises:
-        CheckpointError: It could not be written; `path` is then as it was before.
+        CheckpointError: It could not be written, by this process or another; `path` is then as it was before.
     """
     try:
         make_private_directory(path.parent)
-        with atomic_directory(path, replace=True, verify=_read_back) as directory:
-            write_model_directory(directory / "model", WeightStream(model, base, dtype=torch.float32))
-            if hasattr(model, "peft_config"):
-                adapted: Any = model
-                adapted.save_pretrained(directory / "adapter", safe_serialization=True)
-            save_file(
-                _optimizer_tensors(optimizer, state.parameter_names), directory / "optimizer.safetensors"
-            )
-            (directory / STATE_NAME).write_text(state.model_dump_json(indent=1), encoding="utf-8")
-            write_manifest(directory, configuration=configuration, versions=versions)
+        spread.settle(model)
+        with shared_directory(path, spread, replace=True, verify=_read_back) as directory:
+            with failing_together(spread, path):
+                (directory / "model").mkdir(mode=PRIVATE_DIRECTORY, exist_ok=True)
+                stream = WeightStream(model, base, dtype=torch.float32, spread=spread)
+                fill_model_directory(directory / "model", stream)
+                _write_adapter(directory / "adapter", model, spread)
+                write_optimizer(directory, optimizer, state.parameter_names, spread)
+                if spread.rank == 0:
+                    (directory / STATE_NAME).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+            if spread.rank == 0:
+                write_manifest(directory, configuration=configuration, versions=versions)
     except DamagedCheckpoint as error:
         raise CheckpointError(
             f"the checkpoint {path} could not be read back as it was written: {error}. The disk or its "
@@ -171,7 +181,8 @@ def write_checkpoint(
         ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
-    logger.info("Wrote checkpoint %s", path)
+    if spread.rank == 0:
+        logger.info("Wrote checkpoint %s", path)
 
 
 def _read_back(directory: Path) -> None:
@@ -184,42 +195,33 @@ def trained_parameter_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's state as flat tensors; parameter names cannot hold a slash."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{key}": value.detach().contiguous().cpu()
-        for index, moments in state.items()
-        for key, value in moments.items()
-    }
+def _write_adapter(directory: Path, model: Any, spread: Spread) -> None:
+    """Let PEFT write the adapters, on process 0; nothing without any."""
+    if not hasattr(model, "peft_config"):
+        return
+    tensors = None  # PEFT's own choice of them
+    if spread.sharded:
+        state = model.state_dict()
+        tensors = {name: spread.whole_on(state[name], 0) for name in state if "lora_" in name}
+    if spread.rank == 0:
+        model.save_pretrained(directory, safe_serialization=True, state_dict=tensors)
 
 
-def restore_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
-    """Give `optimizer` the moments it had.
+def restore_optimizer(
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, model: nn.Module, spread: Spread = _WHOLE
+) -> None:
+    """Give `optimizer`, which trains `model`, the moments it had.
 
     Raises:
         CheckpointError: The checkpoint trained other parameters, or its file is damaged.
     """
+    names = trained_parameter_names(model)
     if names != checkpoint.state.parameter_names:
         raise CheckpointError(
             f"{checkpoint.path} trained {len(checkpoint.state.parameter_names)} parameters, this run trains "
             f"{len(names)} or others; resume with the same model and model.lora settings"
         )
-    tensors = _load(checkpoint.path / "optimizer.safetensors")
-    index_of = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        state.setdefault(index_of[parameter], {})[key] = tensor
+    read = read_optimizer(checkpoint.path, checkpoint.manifest, dict(model.named_parameters()), spread)
+    state = {index: read[name] for index, name in enumerate(names) if name in read}
     fresh = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        require_readable(path)  # safetensors says of a file that may not be read that there is none
-        return load_file(path)
-    except PermissionError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged or missing: {error}") from error

@@ -6,6 +6,7 @@ from trainer.config._describe_preset import describe_preset
 from trainer.config._distillation import DistillationSettings
 from trainer.config._fields import config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
+from trainer.config._parallel import ParallelSettings
 from trainer.config._presets import PRESETS, Preset, PresetName
 from trainer.config._publish import PublishSettings
 from trainer.config._resume import ON_RESUME, OnResume, refuse_changed_settings, row_of
@@ -28,6 +29,7 @@ __all__ = [
     "ModelSettings",
     "OnResume",
     "OptimizerSettings",
+    "ParallelSettings",
     "Preset",
     "PresetName",
     "PublishSettings",

@@ -58,6 +58,7 @@ ON_RESUME: Final[Mapping[str, OnResume]] = {
     "train.max_consecutive_skips": OnResume.FREE,
     "train.set_aside_*": OnResume.FREE,
     "train.*": OnResume.NAMED,
+    "parallel.*": OnResume.FREE,
     "publish.*": OnResume.FREE,
     "checkpoint.*": OnResume.FREE,
     "logging.*": OnResume.FREE,

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
 from trainer.config._base import Section
 from trainer.config._distillation import DistillationSettings
+from trainer.config._parallel import ParallelSettings
 from trainer.config._presets import with_preset
 from trainer.config._publish import PublishSettings
 from trainer.config._training import (
@@ -41,6 +42,8 @@ class TrainerConfig(Section):
     """AdamW, its schedule, and clipping."""
     train: TrainSettings = Field(default_factory=TrainSettings)
     """The run."""
+    parallel: ParallelSettings = Field(default_factory=ParallelSettings)
+    """How the weights are spread over the processes that train together."""
     publish: PublishSettings = Field(default_factory=PublishSettings)
     """Publishing weights and proving that they are served."""
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
@@ -74,6 +77,16 @@ class TrainerConfig(Section):
                 f"(ref_logprobs), and loss.reference {self.loss.reference} is computed here, after scores "
                 "have become advantages: have the KL in the loss (loss.kl_coefficient instead of "
                 "data.reward_kl_coefficient), or leave loss.reference out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _published_weights_are_whole(self) -> Self:
+        if self.publish.transport != "none" and self.parallel.mode != "replicated":
+            raise ValueError(
+                f"publish.transport is {self.publish.transport!r}, which does not yet publish weights that "
+                f"are spread over processes (parallel.mode {self.parallel.mode!r}); set parallel.mode to "
+                "'replicated', or publish.transport to 'none'"
             )
         return self
 

@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.errors import CheckpointError
-from trainer.export.atomic_directory import atomic_directory
+from trainer.export.shared_directory import shared_directory
+from trainer.export.tensor_file import TensorFile, write_tensors
 from trainer.model.base_checkpoint import INDEX_FILE, BaseCheckpoint, StoredTensor, WeightFile, make_header
 from trainer.model.weight_stream import WeightEntry, WeightStream
 
@@ -51,9 +50,8 @@ def write_model_directory(
         CheckpointError: An adapter cannot be merged, or the file system refused. `path` is then as it was.
     """
     try:
-        with atomic_directory(path, replace=replace, durable=durable, mode=mode) as directory:
-            entries = {entry.name: entry for entry in stream.entries()}
-            _fill(directory, stream.base, entries, stream.weights() if weights is None else weights)
+        with shared_directory(path, stream.spread, replace=replace, durable=durable, mode=mode) as directory:
+            fill_model_directory(directory, stream, weights)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {path}: {error}") from error
 
@@ -73,35 +71,60 @@ def capture_model(stream: WeightStream) -> Callable[..., None]:
     return partial(write_model_directory, stream=stream, weights=weights)
 
 
-def _fill(
-    directory: Path,
-    base: BaseCheckpoint,
-    entries: Mapping[str, WeightEntry],
-    weights: Iterable[tuple[str, Tensor]],
+def fill_model_directory(
+    directory: Path, stream: WeightStream, weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> None:
+    """Write the model of `stream` into an empty directory.
+
+    Where its weights are spread over processes, all of them call it: each writes some of the weight files,
+    and gets the tensors for these whole, one at a time.
+
+    Args:
+        directory: The same on every process.
+        stream: The weights, and the base that they are written like.
+        weights: See `write_model_directory`.
+
+    Raises:
+        CheckpointError: An adapter cannot be merged.
+        OSError: The file system refused.
+    """
+    base, spread = stream.base, stream.spread
+    entries = {entry.name: entry for entry in stream.entries()}
     layouts = {name: _layout(file, entries) for name, file in base.weight_files.items()}
+    owners = spread.owners({name: sum(each.nbytes for each in layouts[name].values()) for name in layouts})
+    places: dict[str, TensorFile] = {}
+    with ExitStack() as stack:
+        failure: OSError | None = None
+        try:
+            if spread.rank == 0:
+                _write_beside(directory, base, layouts)
+            for file_name in (name for name in layouts if owners[name] == spread.rank):
+                layout, stored = layouts[file_name], base.weight_files[file_name]
+                header = stored.header if layout == stored.tensors else make_header(stored.metadata, layout)
+                file = stack.enter_context(TensorFile(directory / file_name, layout, header))
+                for name in layout:
+                    if name in entries:
+                        places[name] = file
+                    else:  # the model has no such tensor
+                        file.copy(name, stored.read(name))
+        except OSError as error:
+            failure = error
+        if weights is None:
+            of_weights = {name: owners[file] for file, layout in layouts.items() for name in layout}
+            weights = stream.weights(of_weights)
+        write_tensors(places, weights, failure)
+        if spread.sharded:
+            for file in set(places.values()):
+                file.flush()
+
+
+def _write_beside(
+    directory: Path, base: BaseCheckpoint, layouts: Mapping[str, Mapping[str, StoredTensor]]
+) -> None:
     for name, content in base.files.items():
         path = directory / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(_index(content, base, layouts) if name == INDEX_FILE else content)
-    with ExitStack() as stack:
-        places = {}
-        for file_name, layout in layouts.items():
-            stored = base.weight_files[file_name]
-            file = stack.enter_context((directory / file_name).open("xb"))
-            header = stored.header if layout == stored.tensors else make_header(stored.metadata, layout)
-            offset = file.write(len(header).to_bytes(8, "little")) + file.write(header)
-            for name, tensor in layout.items():
-                if name in entries:
-                    places[name] = file, offset
-                else:  # the model has no such tensor
-                    file.seek(offset)
-                    file.writelines(stored.read(name))
-                offset += tensor.nbytes
-        for name, weight in weights:
-            file, offset = places[name]
-            file.seek(offset)
-            file.write(_bytes_of(weight))
 
 
 def _layout(file: WeightFile, entries: Mapping[str, WeightEntry]) -> Mapping[str, StoredTensor]:
@@ -129,8 +152,3 @@ def _index(content: bytes, base: BaseCheckpoint, layouts: Mapping[str, Mapping[s
     if before == after:
         return content
     return re.sub(rb'("total_size"\s*:\s*)[\d.]+', rb"\g<1>%d" % after, content)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    numbers: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(numbers)

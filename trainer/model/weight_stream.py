@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError
 from trainer.model.base_checkpoint import BaseCheckpoint, StoredTensor
+from trainer.model.sharding import Spread
 from trainer.model.wrappers import (
     adapted_layers,
     merged_weight,
@@ -33,6 +34,7 @@ from trainer.model.wrappers import (
 )
 
 _BUCKET_BYTES = 1 << 28
+_WHOLE = Spread()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -83,6 +85,7 @@ class WeightStream:
         dtype: Floating-point weights are cast to it, except those that the architecture keeps in float32.
             None: each has the type that it has in the base.
         bucket_bytes: For whoever sends several weights at once: how many bytes.
+        spread: How the weights are spread over processes; they are not gathered when it is made.
 
     Raises:
         CheckpointError: The weights cannot be read one at a time, cannot be brought into the base's layout,
@@ -96,8 +99,10 @@ class WeightStream:
         *,
         dtype: torch.dtype | None = None,
         bucket_bytes: int = _BUCKET_BYTES,
+        spread: Spread = _WHOLE,
     ) -> None:
         self.base = base
+        self.spread = spread
         self._inner = unwrap(model)
         tensors = base.tensors
         self._units = _fit(self._inner, _plan(self._inner), tensors)
@@ -144,32 +149,56 @@ class WeightStream:
         """Lists the weights in their order, without touching any data."""
         return list(self._entries.values())
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every weight with its name, contiguous, on the model's device; none is kept.
+    def weights(self, owners: Mapping[str, int] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights with their names, contiguous, on the model's device; none is kept.
+
+        Args:
+            owners: Of weights that are spread: which process gets each of them whole. All processes have to
+                go through it, and each is given what it owns. None: process 0 owns all.
 
         Raises:
             CheckpointError: An adapter cannot be merged, or the model is not what it was.
         """
         live = weights_by_name(self._inner)
         adapted = adapted_layers(self._inner)
-        for unit in self._units:
-            made = self._make(unit, live, adapted)
+        for unit, owner in self._turns(owners or {}):
+            if not self.spread.sends_to(owner):
+                continue
+            made = self._make(unit, live, adapted, owner)
             made_on = _current_stream(self.device)
             while made:
                 name, tensor = made.pop()
+                if (owners or {}).get(name, 0) != owner:
+                    continue
                 _hand_over(tensor, made_on)
                 yield name, tensor
                 del tensor  # before the next one is made
 
+    def _turns(self, owners: Mapping[str, int]) -> list[tuple[_Unit, int]]:
+        """The units, and who gets each; owners in turn, so that they write at the same time."""
+        turns = []
+        counts: dict[int, int] = defaultdict(int)
+        for unit in self._units:
+            for owner in sorted({owners.get(name, 0) for name in unit.shapes}):
+                turns.append((counts[owner], owner, unit))
+                counts[owner] += 1
+        return [(unit, owner) for _, owner, unit in sorted(turns, key=lambda turn: turn[:2])]
+
     def _make(
-        self, unit: _Unit, live: Mapping[str, Tensor], adapted: Mapping[str, Any]
+        self, unit: _Unit, live: Mapping[str, Tensor], adapted: Mapping[str, Any], owner: int
     ) -> list[tuple[str, Tensor]]:
-        """The unit's weights, the first one last."""
+        """The unit's weights on their owner, the first one last; nothing on other processes."""
         entries = [self._entries[name] for name in reversed(unit.shapes)]
         kinds = {entry.dtype for entry in entries}
         early = kinds.pop() if len(kinds) == 1 else None  # what is cast first takes less memory to convert
         with torch.no_grad():
-            tensors = {name: self._read(name, live, adapted, early) for name in unit.sources}
+            tensors = {}
+            for name in unit.sources:
+                whole = self.spread.whole_on(self._read(name, live, adapted, early), owner)
+                if whole is not None:
+                    tensors[name] = whole
+            if not tensors:
+                return []
             if unit.converted:
                 tensors = _in_checkpoint_layout(self._inner, tensors)
             else:

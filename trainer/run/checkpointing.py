@@ -73,13 +73,15 @@ class CheckpointWriter:
         return checkpoint_path(self._directory, self._step)
 
     def write(self) -> None:
-        """Write a checkpoint of the current step, on process 0, and delete the oldest; waits for nobody.
+        """Write a checkpoint of the current step, and delete the oldest.
+
+        Process 0 does it, and waits for nobody; where weights are spread over processes, all do it together.
 
         Raises:
             CheckpointError: It cannot be written.
         """
         with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
-            if self._accelerator.is_main_process:
+            if self._accelerator.is_main_process or self._prepared.spread.sharded:
                 self._write()
         self._step = self._tracker.step
         self._settled_batch = self._tracker.settled.batches
@@ -102,15 +104,17 @@ class CheckpointWriter:
             logger.error("No checkpoint of step %d: %s", step, error)  # noqa: TRY400
 
     def write_final_model(self) -> Path:
-        """Write the finished model, on process 0.
+        """Write the finished model, on process 0, or where weights are spread on all together.
 
         Raises:
             CheckpointError: It cannot be written.
         """
         path = self._config.train.output_dir / "final"
-        if self._accelerator.is_main_process:
+        spread = self._prepared.spread
+        if self._accelerator.is_main_process or spread.sharded:
             policy = self._prepared.policy
-            write_model_directory(path, WeightStream(policy.model, policy.base), replace=True)
+            spread.settle(policy.model)
+            write_model_directory(path, WeightStream(policy.model, policy.base, spread=spread), replace=True)
         return path
 
     def _write(self) -> None:
@@ -122,7 +126,10 @@ class CheckpointWriter:
             state=self._state(),
             configuration=self._config.model_dump(mode="json"),
             versions=self._versions,
+            spread=self._prepared.spread,
         )
+        if not self._accelerator.is_main_process:
+            return
         settings = self._config.checkpoint
         prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
         self._prune_ledger()

@@ -82,6 +82,7 @@ class StepRunner:
         self._prepared = prepared
         self._accelerator = prepared.accelerator
         self._model = prepared.model
+        self._spread = prepared.spread
         self._optimizer = prepared.optimizer
         self._loss = config.loss.bound
         self._scores = StepScores(config.loss, prepared)
@@ -206,6 +207,7 @@ class StepRunner:
         """
         share = self._scores.complete(self._share(micro_batches), should_abort=should_abort)
         if share is None:
+            self._spread.settle(self._model)
             raise StepAborted
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
@@ -216,14 +218,19 @@ class StepRunner:
             sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
         for index, micro_batch in enumerate(share):
             if should_abort():
+                self._spread.settle(self._model)
                 self._optimizer.zero_grad(set_to_none=True)
                 raise StepAborted
-            last = index == len(share) - 1
-            # Gradients are exchanged between processes once a step, with the last micro-batch.
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._model):
+            with self._exchanging_gradients(last=index == len(share) - 1):
                 for name, value in self._backward(micro_batch, statistics, staleness).items():
                     sums[name] = sums[name] + value if name in sums else value
         return sums
+
+    def _exchanging_gradients(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Between processes that hold whole weights once a step, with the last micro-batch."""
+        if self._spread.sharded:
+            return self._spread.micro_batch(self._model, last=last)
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
 
     def _share(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """This process's micro-batches; all processes get equally many, so that none waits for ever."""
@@ -267,8 +274,8 @@ class StepRunner:
             )
         loss, inputs, metrics = self._objective(batch, scores, statistics=statistics, staleness=staleness)
         entropy = scores.entropy.detach()
-        # Data parallelism averages gradients over processes; ours are shares of a sum.
-        self._accelerator.backward(loss * self._accelerator.num_processes)
+        # DistributedDataParallel averages gradients over processes; ours are shares of a sum.
+        self._accelerator.backward(loss if self._spread.sharded else loss * self._accelerator.num_processes)
         return {
             **drop_own_comparison(metrics),
             **mismatch_sums(

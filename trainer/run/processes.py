@@ -34,6 +34,7 @@ from trainer.launch import (
 )
 from trainer.model.load import choose_mixed_precision, inspect_model
 from trainer.model.reference import inspect_reference
+from trainer.model.sharding import plan_spread
 from trainer.run.places import journal_directory, require_places
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_GROUP_TIMEOUT)],
     )
     refuse_separate_runs(accelerator.num_processes, alone=alone)
+    plan_spread(config.parallel, accelerator.num_processes)
     return accelerator
 
 

@@ -15,7 +15,6 @@ from trainer.checkpoints.format import (
     Checkpoint,
     CheckpointState,
     restore_optimizer,
-    trained_parameter_names,
 )
 from trainer.config import OptimizerSettings, TrainerConfig
 from trainer.model.lm_head import LogitTransform
@@ -23,6 +22,7 @@ from trainer.model.lm_head.select import choose_head
 from trainer.model.load import Policy, load_policy
 from trainer.model.reference import ReferenceModel, load_reference
 from trainer.model.select_packing import choose_packing
+from trainer.model.sharding import Spread, make_spread
 from trainer.packing import Packing
 from trainer.run.data_parallel import freeze_unused_parameters, settle_gradient_buckets
 from trainer.run.entropy_bonus import EntropyBonus
@@ -45,6 +45,8 @@ class PreparedRun:
     """Its `model` is the unwrapped one."""
     model: nn.Module
     """As Accelerate wrapped it."""
+    spread: Spread
+    """How its weights are spread over the processes."""
     optimizer: torch.optim.Optimizer
     normalizer: AdvantageNormalizer
     entropy_bonus: EntropyBonus
@@ -93,6 +95,13 @@ def prepare_run(
 
 def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> PreparedRun:
     accelerator = joined.accelerator
+    spread = make_spread(
+        config.parallel,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        device=accelerator.device,
+        control=joined.control,
+    )
     checkpoint = find_checkpoint(config, accelerator, accept)
     # Equal weights everywhere: adapters are drawn at random.
     set_seed(config.train.seed)
@@ -115,19 +124,23 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         packing=packing,
         limits=policy.limits,
     )
+    spread.shard(policy.model)
     optimizer = make_optimizer(policy.model, config.optimizer)
     normalizer = AdvantageNormalizer(config.data.advantage_normalization)
     if checkpoint is not None:
-        restore_optimizer(checkpoint, optimizer, trained_parameter_names(policy.model))
+        restore_optimizer(checkpoint, optimizer, policy.model, spread)
         normalizer.load_state_dict(checkpoint.state.normalizer)
     bonus = EntropyBonus(config.loss, checkpoint.state.entropy_bonus if checkpoint is not None else {})
-    model, wrapped_optimizer = accelerator.prepare(policy.model, optimizer)
-    if accelerator.num_processes > 1:
+    # Sharded, it synchronizes gradients itself: without what Accelerate puts around copies.
+    model = accelerator.prepare_model(policy.model, evaluation_mode=spread.sharded)
+    wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
+    if spread.copies > 1 and not spread.sharded:
         settle_gradient_buckets(model)
     return PreparedRun(
         joined=joined,
         policy=policy,
         model=model,
+        spread=spread,
         optimizer=wrapped_optimizer,
         normalizer=normalizer,
         entropy_bonus=bonus,

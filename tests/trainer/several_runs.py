@@ -1,0 +1,41 @@
+"""Short runs one after the other in one process; several such processes share each of them.
+
+Starting processes costs more than a short run does. Each run finds the others anew, at a port of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState
+from torch import distributed
+
+from tests.trainer.batches import make_bodies
+from tests.trainer.runs import run
+from trainer.errors import TrainerError
+
+
+def run_one(model: str, output: str, options: list[str], *, steps: int, first: int = 0) -> None:
+    try:
+        run(Path(model), Path(output), make_bodies(steps)[first:], *options, steps=steps)
+    except TrainerError as error:
+        rank = os.environ["RANK"]
+        Path(f"{output}.refused-{rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+def main(runs: list[dict[str, Any]]) -> None:
+    for each in runs:
+        os.environ["MASTER_PORT"] = str(each.pop("port"))
+        run_one(**each)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,161 @@
+"""Weights spread over processes: the gradients, the weights and the checkpoints that one process makes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from tests.forked import forked_ranks
+from tests.trainer.batches import VOCABULARY, make_bodies
+from tests.trainer.runs import run
+from trainer.errors import ConfigurationError
+
+_COMMON = ["--data.tokens_per_micro_batch", "40", "--checkpoint.every", "1", "--checkpoint.keep", "9"]
+# Where a gradient is nearly zero AdamW divides its last bits by as little.
+_COMMON += ["--optimizer.epsilon", "1e-5"]
+_LORA = ["--model.lora.rank", "4", "--optimizer.learning_rate", "1e-2"]
+_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def untied(tiny_model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 whose head is not its embedding, with the tiny model's tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "untied"
+    shutil.copytree(tiny_model_directory, directory)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=50,  # which 3 and 4 do not divide
+            intermediate_size=70,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(directory)
+    return directory
+
+
+def run_in_processes(count: int, runs: list[dict[str, Any]], log: Path) -> None:
+    plan = log.with_suffix(".json")
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in runs]
+    plan.write_text(json.dumps([each | {"port": port} for each, port in zip(runs, ports, strict=True)]))
+    ranks = forked_ranks(count, 0, "tests.trainer.several_runs", [plan], stdout=log, stderr=log)
+    try:
+        assert [rank.wait(200) for rank in ranks] == [0] * count, log.read_text()[-5000:]
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(log.read_text()[-5000:]) from error
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def assert_alike(ours: Path, theirs: Path, ending: str) -> None:
+    """Each tensor whose name ends so: to 1e-6 of the largest entry of them all."""
+    found, expected = load_file(ours), load_file(theirs)
+    assert found.keys() == expected.keys()
+    compared = {name: tensor for name, tensor in expected.items() if name.endswith(ending)}
+    largest = max(float(tensor.abs().max()) for tensor in compared.values())
+    for name, tensor in compared.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6 * largest, msg=f"{ours}: {name}")
+
+
+def assert_trained_alike(ours: Path, theirs: Path) -> None:
+    """The first step's gradients, which are its first moments but for a factor; the weights at the end."""
+    for step, file, ending in (
+        (1, "optimizer.safetensors", "/exp_avg"),
+        (_STEPS, "model/model.safetensors", ""),
+    ):
+        path = f"checkpoints/step-{step:06d}/{file}"
+        assert_alike(ours / path, theirs / path, ending)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "cases"),
+    [
+        (
+            2,
+            {
+                "tied": ["--parallel.mode", "sharded"],
+                "untied": ["--parallel.mode", "gathered", "--model.gradient_checkpointing", "true"],
+                "lora-tied": ["--parallel.mode", "sharded", *_LORA],
+            },
+        ),
+        (
+            3,
+            {
+                "untied": ["--parallel.mode", "sharded", "--model.gradient_checkpointing", "true"],
+                "lora-untied": ["--parallel.mode", "gathered", *_LORA],
+            },
+        ),
+        (
+            4,
+            {
+                "untied": ["--parallel.mode", "sharded", "--parallel.shard", "2"],
+                "tied": ["--parallel.mode", "gathered", "--parallel.replicate", "2"],
+            },
+        ),
+    ],
+)
+def test_spread_over_processes_a_run_computes_what_one_process_does(
+    count: int,
+    cases: dict[str, list[str]],
+    tiny_model_directory: Path,
+    untied: Path,
+    tmp_path: Path,
+) -> None:
+    models = {"tied": tiny_model_directory, "untied": untied}
+    runs = [
+        {
+            "model": str(models[name.rpartition("-")[2]]),
+            "output": str(tmp_path / f"ours-{name}"),
+            "options": [*_COMMON, *options],
+            "steps": _STEPS,
+        }
+        for name, options in cases.items()
+    ]
+    run_in_processes(count, runs, tmp_path / "ours.log")
+    for name, options in cases.items():
+        model = models[name.rpartition("-")[2]]
+        run(model, tmp_path / name, make_bodies(_STEPS), *_COMMON, *_without_parallel(options), steps=_STEPS)
+        assert_trained_alike(tmp_path / f"ours-{name}", tmp_path / name)
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"ours-{name}/checkpoints/step-000004/model")
+
+
+def _without_parallel(options: list[str]) -> list[str]:
+    pairs = list(zip(options[::2], options[1::2], strict=True))
+    return [word for pair in pairs if not pair[0].startswith("--parallel") for word in pair]
+
+
+def test_another_number_of_processes_and_modes_that_cannot_be_are_refused(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    for options, message in (
+        (["--parallel.processes", "4"], "parallel.processes is 4, but 1 train together"),
+        (["--parallel.shard", "2"], "set parallel.mode to 'sharded'"),
+        (["--parallel.mode", "sharded", "--parallel.shard", "2"], "has to be the number of processes, 1"),
+        (
+            ["--parallel.mode", "sharded", "--publish.transport", "disk", "--publish.servers", "http://x:1"],
+            "does not yet publish weights that are spread",
+        ),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            run(tiny_model_directory, tmp_path / "run", make_bodies(1), *options, steps=1)
+    assert not (tmp_path / "run/checkpoints").exists()

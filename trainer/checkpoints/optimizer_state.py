@@ -1,0 +1,153 @@
+"""AdamW's state on the disk: safetensors, one tensor a name `<parameter>/<moment>`.
+
+Small states are one file, `optimizer.safetensors`; larger ones several. Which tensor lies in which file
+depends on their sizes alone, so that any number of processes writes the same bytes, and any other reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from atropos_client.readable import require_readable
+from trainer.checkpoints.manifest import Manifest
+from trainer.errors import CheckpointError
+from trainer.export.tensor_file import TensorFile, write_tensors
+from trainer.model.base_checkpoint import StoredTensor
+from trainer.model.sharding import Spread
+
+FILE_BYTES: Final = 4 << 30
+"""Most bytes of a file, but for one that holds a single larger tensor; one process writes each."""
+
+_STEM: Final = "optimizer"
+
+
+def write_optimizer(
+    directory: Path,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    spread: Spread,
+    *,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Write an optimizer's state; where it is spread over processes, all of them call it.
+
+    Args:
+        directory: The same on every process.
+        optimizer: AdamW, or what wraps it.
+        names: Of its parameters, in its order; they cannot hold a slash.
+        spread: How the state is spread.
+        file_bytes: See `FILE_BYTES`.
+
+    Raises:
+        OSError: The file system refused.
+    """
+    tensors = {
+        f"{names[index]}/{moment}": value.detach()
+        for index, moments in optimizer.state_dict()["state"].items()
+        for moment, value in moments.items()
+    }
+    files = _divide(
+        {name: StoredTensor(each.dtype, tuple(each.shape)) for name, each in tensors.items()}, file_bytes
+    )
+    owners = spread.owners(
+        {file: sum(each.nbytes for each in content.values()) for file, content in files.items()}
+    )
+    places: dict[str, TensorFile] = {}
+    with ExitStack() as stack:
+        failure: OSError | None = None
+        try:
+            for file, content in files.items():
+                if owners[file] == spread.rank:
+                    opened = stack.enter_context(TensorFile(directory / file, content))
+                    places |= dict.fromkeys(content, opened)
+        except OSError as error:
+            failure = error
+        of_tensors = {name: owners[file] for file, content in files.items() for name in content}
+        write_tensors(places, _whole(tensors, of_tensors, spread), failure)
+        if spread.sharded:
+            for written in set(places.values()):
+                written.flush()
+
+
+def read_optimizer(
+    directory: Path, manifest: Manifest, parameters: Mapping[str, Tensor], spread: Spread
+) -> dict[str, dict[str, Tensor]]:
+    """Read the state of each parameter; of a spread one only what this process holds.
+
+    Args:
+        directory: The checkpoint.
+        manifest: Of it: which files there are.
+        parameters: By name.
+        spread: How they are spread.
+
+    Raises:
+        CheckpointError: A file is damaged, missing, or may not be read.
+        KeyError: There is a state of an unknown parameter.
+    """
+    state: dict[str, dict[str, Tensor]] = {}
+    for path in (directory / name for name in manifest.files if _is_optimizer(name)):
+        try:
+            require_readable(path)  # safetensors says of a file that may not be read that there is none
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - a file of tensors is no mapping
+                    parameter, _, moment = name.rpartition("/")
+                    of = parameters[parameter]
+                    state.setdefault(parameter, {})[moment] = _own(file, name, of, spread)
+        except PermissionError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged or missing: {error}") from error
+    return state
+
+
+def _own(file: Any, name: str, parameter: Tensor, spread: Spread) -> Tensor:
+    stored = file.get_slice(name)
+    if tuple(stored.get_shape()) != tuple(parameter.shape):  # a count of steps
+        whole: Tensor = file.get_tensor(name)
+        return whole
+    first, past = spread.own_rows(parameter)
+    return spread.as_part(stored[first:past], parameter)
+
+
+def _is_optimizer(name: str) -> bool:
+    return "/" not in name and name.startswith(_STEM) and name.endswith(".safetensors")
+
+
+def _divide(tensors: Mapping[str, StoredTensor], most: int) -> dict[str, dict[str, StoredTensor]]:
+    """Put tensors, in their order, into files of at most so many bytes; wide types first, for alignment."""
+    parts: list[dict[str, StoredTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if parts[-1] and size + tensor.nbytes > most:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    names = [f"{_STEM}.safetensors"]
+    if len(parts) > 1:
+        names = [
+            f"{_STEM}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)
+        ]
+    return dict(zip(names, parts, strict=True))
+
+
+def _whole(
+    tensors: Mapping[str, Tensor], owners: Mapping[str, int], spread: Spread
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that this process writes, whole, one at a time; owners in turn."""
+    counts: dict[int, int] = {}
+    turns = []
+    for name in tensors:
+        counts[owners[name]] = counts.get(owners[name], 0) + 1
+        turns.append((counts[owners[name]], owners[name], name))
+    for _, owner, name in sorted(turns):
+        whole = spread.whole_on(tensors[name], owner)
+        if whole is not None:
+            yield name, whole

@@ -1,0 +1,284 @@
+"""The one place that knows how weights are spread over processes: whole on each, or a part on each.
+
+Parts are those of torch's FSDP2 (`fully_shard`): of each parameter every process holds some rows, and a layer
+is gathered when it is computed. The rest of the trainer asks here to have a model sharded, and for own rows
+and whole tensors; with one process, or a copy on each, all of that is trivial.
+
+Layout: each layer is gathered by itself. The final norm and the head are one group that stays gathered from
+its forward to its backward pass, because the head's weight is used beside its module (see
+`trainer.model.lm_head`); a tied embedding belongs to that group. What is left is the root's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from trainer.config import ParallelSettings
+from trainer.errors import ConfigurationError
+from trainer.model.wrappers import unwrap
+
+_COPIES, _PARTS = "replicate", "shard"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How many copies of the weights there are, over how many processes each is spread, and our place."""
+
+    copies: int = 1
+    """Copies of the weights, all the same after every step."""
+    parts: int = 1
+    """Processes that share one copy. 1: each holds whole weights."""
+    gathered: bool = False
+    """Layers stay gathered within a step."""
+    rank: int = 0
+    """This process among all."""
+    mesh: DeviceMesh | None = None
+    """Of [copies, parts]; None: whole weights."""
+    control: Any = None
+    """Group for what processes tell each other by the CPU. None: the default group does that."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold parts."""
+        return self.mesh is not None
+
+    @property
+    def processes(self) -> int:
+        """Processes that train together."""
+        return self.copies * self.parts
+
+    def shard(self, model: nn.Module) -> None:
+        """Spread a model in place; what is decided by its whole weights has to be decided before.
+
+        Its parameters become others, of which each process holds some rows: the optimizer is made after it.
+
+        Args:
+            model: On its device, as it will be called, not yet wrapped by Accelerate.
+
+        Raises:
+            ConfigurationError: The model does not say which of its modules are layers.
+        """
+        if self.mesh is None:
+            return
+        inner = unwrap(model)
+        layers = _layers(inner)
+        if not layers:
+            raise ConfigurationError(
+                f"parallel.mode: {type(inner).__name__} does not say which of its modules are layers, so it "
+                "cannot be gathered layer by layer; set parallel.mode to replicated"
+            )
+        mesh = self.mesh if self.copies > 1 else self.mesh[_PARTS]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=not self.gathered)
+        embedding, ends = _ends(inner, layers)
+        if embedding is not None:
+            fully_shard(embedding, mesh=mesh, reshard_after_forward=not self.gathered)
+        if ends:
+            fully_shard(ends if len(ends) > 1 else ends[0], mesh=mesh, reshard_after_forward=False)
+        root: Any = fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # Gradients are shares of a sum, so nothing is divided.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        root.set_reduce_scatter_unused_params(True)  # experts that no token was sent to on this process
+
+    def settle(self, model: nn.Module) -> None:
+        """Let go of gathered weights and of unfinished gradients: `parameters()` are parts again.
+
+        After every pass that no backward pass follows. All that was gathered is out of date after the next
+        optimizer step, and would be computed with.
+        """
+        if self.mesh is None:
+            return
+        model.zero_grad(set_to_none=True)  # those of gathered weights
+        for module in model.modules():  # the root alone is not enough
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @contextlib.contextmanager
+    def micro_batch(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Within it one micro-batch of a step is computed, forward and backward.
+
+        Sharded, gradients are summed over the processes of a copy after each micro-batch, so that no process
+        ever holds all of them; over the copies, after the last. Gathered, all of it after the last.
+        """
+        if self.mesh is not None:
+            root: Any = model
+            if self.gathered:
+                root.set_requires_gradient_sync(last)
+                root.set_reshard_after_backward(last)
+            else:
+                root.set_requires_all_reduce(last)
+        yield
+
+    def own_part(self, whole: Tensor, parameter: Tensor) -> Tensor:
+        """Return this process's part of a tensor that has a parameter's shape, spread as the parameter is."""
+        if not isinstance(parameter, DTensor):
+            return whole
+        first, past = self.own_rows(parameter)
+        return self.as_part(whole[first:past].clone(), parameter)
+
+    def own_rows(self, parameter: Tensor) -> tuple[int, int]:
+        """Return the first row of a parameter that this process holds, and the one past its last."""
+        rows = parameter.shape[0]
+        if not isinstance(parameter, DTensor):
+            return 0, rows
+        size = -(-rows // self.parts)
+        first = min(size * (self.rank % self.parts), rows)
+        return first, min(first + size, rows)
+
+    def as_part(self, rows: Tensor, parameter: Tensor) -> Tensor:
+        """Return own rows as a part of a tensor that is spread as the parameter is."""
+        if not isinstance(parameter, DTensor):
+            return rows
+        part: Tensor = DTensor.from_local(
+            rows.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return part
+
+    def owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Divide things of some size over the processes: the largest first, each to whoever has least.
+
+        Process 0 gets all where each process has whole weights.
+        """
+        loads = [0] * (self.processes if self.sharded else 1)
+        result = {}
+        for name in sorted(sizes, key=lambda each: (-sizes[each], each)):
+            result[name] = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
+            loads[result[name]] += sizes[name]
+        return result
+
+    def any(self, ours: bool) -> bool:
+        """Return whether any process says yes; where weights are spread, all have to ask."""
+        if not self.sharded:
+            return ours
+        votes = torch.tensor([int(ours)])
+        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX, group=self.control)
+        return bool(votes.item())
+
+    def text_of_process_0(self, text: str) -> str:
+        """Return process 0's text on every process; where weights are spread, all have to ask."""
+        if not self.sharded:
+            return text
+        size = torch.tensor([len(text.encode())])
+        distributed.broadcast(size, 0, group=self.control)
+        told = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == 0:
+            told = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        distributed.broadcast(told, 0, group=self.control)
+        return bytes(told.tolist()).decode()
+
+    def sends_to(self, owner: int) -> bool:
+        """Whether this process has rows of what is made whole on `owner`, or is it."""
+        return owner // self.parts == self.rank // self.parts
+
+    def whole_on(self, tensor: Tensor, owner: int) -> Tensor | None:
+        """Return a tensor whole on one process, None on the others, which send their rows and keep nothing.
+
+        Every process has to call it, in the same order.
+        """
+        if self.mesh is None or not isinstance(tensor, DTensor):
+            return tensor.detach() if self.rank == owner else None
+        if not self.sends_to(owner):
+            return None
+        rows, size = tensor.shape[0], -(-tensor.shape[0] // self.parts)
+        own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+        padded = own.new_zeros((size, *tensor.shape[1:]))
+        padded[: len(own)] = own
+        received = [torch.empty_like(padded) for _ in range(self.parts)] if self.rank == owner else None
+        distributed.gather(padded, received, dst=owner, group=self.mesh[_PARTS].get_group())
+        return None if received is None else torch.cat(received)[:rows]
+
+
+def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:
+    """Resolve section `parallel` for a number of processes.
+
+    Returns:
+        Copies of the weights, and the number of processes that each is spread over.
+
+    Raises:
+        ConfigurationError: Another number of processes is wanted, or these cannot be divided so.
+    """
+    if settings.processes not in (None, processes):
+        raise ConfigurationError(
+            f"parallel.processes is {settings.processes}, but {processes} train together; start that many "
+            f"(torchrun --nproc_per_node), or set parallel.processes to {processes}"
+        )
+    whole = settings.mode == "replicated"
+    parts = settings.shard or (1 if whole else max(1, processes // (settings.replicate or 1)))
+    copies = settings.replicate or max(1, processes // parts)
+    if copies * parts != processes:
+        raise ConfigurationError(
+            f"parallel.shard x parallel.replicate has to be the number of processes, {processes}; they are "
+            f"{settings.shard or 'not set'} and {settings.replicate or 'not set'} in mode {settings.mode}"
+        )
+    return copies, parts
+
+
+def make_spread(
+    settings: ParallelSettings, *, processes: int, rank: int, device: torch.device, control: Any = None
+) -> Spread:
+    """Make the layout of a run's processes, which have found each other.
+
+    Args:
+        settings: Section `parallel`.
+        processes: That train together.
+        rank: This one.
+        device: Where the weights are.
+        control: See `Spread.control`.
+
+    Raises:
+        ConfigurationError: See `plan_spread`.
+    """
+    copies, parts = plan_spread(settings, processes)
+    if parts == 1:
+        return Spread(copies=copies, rank=rank)
+    mesh = init_device_mesh(device.type, (copies, parts), mesh_dim_names=(_COPIES, _PARTS))
+    return Spread(
+        copies=copies,
+        parts=parts,
+        gathered=settings.mode == "gathered",
+        rank=rank,
+        mesh=mesh,
+        control=control,
+    )
+
+
+def _layers(inner: Any) -> list[nn.Module]:
+    """The model's layers, as its architecture names their classes."""
+    names = set(inner._no_split_modules or ())
+    return [module for module in inner.modules() if type(module).__name__ in names]
+
+
+def _ends(inner: Any, layers: list[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
+    """Return the embedding, unless it is tied, and the modules of the end: embedding if tied, norm, head."""
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    if head is None:
+        return None, []
+    tied = any(own is other for own in embedding.parameters() for other in head.parameters())
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    norms = [
+        module
+        for module in decoder.children()
+        if "norm" in type(module).__name__.lower()
+        and id(module) not in inside
+        and any(True for _ in module.parameters(recurse=False))
+    ]
+    ends = [*norms, head] if len(norms) == 1 else [head]
+    return (None, [embedding, *ends]) if tied else (embedding, ends)
