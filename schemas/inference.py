@@ -1,13 +1,14 @@
-"""What inference servers say over HTTP: vLLM's routes as of 0.32, and Atropos's `/generate`.
+"""What inference servers say over HTTP: vLLM's routes as of 0.32.
 
-Both ends use these models: the trainer and the environments as clients, the embedded server as a server.
-Generation requests keep unknown fields (`model_extra`), because vLLM accepts them; the server decides which
-of them it must refuse. Everything else drops unknown fields, so that a newer server can add some.
+Both ends use these models: the trainer as a client, the embedded server as a server. A request for
+completions keeps unknown fields (`model_extra`), because vLLM accepts them; the server decides which of them
+it must refuse. Everything else drops unknown fields, so that a newer server can add some.
 
 Log-probs are natural logarithms. A value of minus infinity travels as `LOWEST_LOGPROB`, because JSON has no
 infinity.
 
-Not here: what a field does to the sampling (that is the server's business), SGLang's shapes, streaming.
+Not here: what a field does to the sampling (that is the server's business), Atropos's `/generate` (that is
+`inference_plugins/atropos_generate.py`), SGLang's shapes, streaming.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity in every log-prob that is sent as JSON; the value is vLLM's."""
@@ -25,10 +26,6 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 TokenIds = list[TokenId]
 PauseMode = Literal["abort", "wait", "keep"]
 """What becomes of the requests in flight: ended, finished first, or frozen until `/resume`."""
-
-
-def _identifier(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
 
 
 def _now() -> int:
@@ -114,49 +111,56 @@ PromptLogProbs = list[dict[int, TokenLogProb] | None]
 """Entry `t` speaks of prompt token `t`: that token first, then the `k` likeliest ones. Entry 0 is None."""
 
 
-# --- sampling -------------------------------------------------------------------------------------
+# --- completions ----------------------------------------------------------------------------------
 
 
-class SamplingFields(_OpenMessage):
-    """Fields that all three generation routes share; None means the server's default."""
-
-    n: int | None = 1
-    """Samples per prompt."""
-    temperature: float | None = None
-    """0 is greedy."""
-    top_p: float | None = None
-    top_k: int | None = None
-    """0 and -1 mean the whole vocabulary."""
-    min_p: float | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    max_tokens: int | None = None
-    stop: str | list[str] | None = None
-    """The text ends before the first of these; the token ids keep the tokens that completed it."""
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    prompt_logprobs: int | None = None
-    """Also score the prompt: that many likeliest tokens per position, besides the prompt's own token."""
-
-
-class CompletionRequest(SamplingFields):
-    """Body of `POST /v1/completions`."""
+class CompletionRequest(_OpenMessage):
+    """Body of `POST /v1/completions`; defaults are neutral, limits vLLM's, and null is the default."""
 
     model: str | None = None
     prompt: TokenIds | list[TokenIds] | str | list[str]
     """One prompt or several, as token ids or as text."""
-    max_tokens: int | None = 16
-    logprobs: int | None = None
+    n: int = Field(default=1, ge=1, le=16_384)
+    """Samples per prompt."""
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    """0 and -1 mean the whole vocabulary."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    """None: the server's; it may come as -1."""
+    max_tokens: int = Field(default=16, ge=1)
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """The text ends before the first of these; the token ids keep the tokens that completed it."""
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = Field(default=None, ge=0, le=20)
     """Also return the sampled tokens' log-probs, and those of that many likeliest tokens."""
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """Also score the prompt: that many likeliest tokens per position, besides the prompt's own token."""
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     """Write tokens in `logprobs` as `token_id:<id>` instead of as text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        given = {name: value for name, value in fields.items() if value is not None}
+        return given if given.get("seed") != -1 else {**given, "seed": None}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _take_one_text(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
 
 
 class CompletionLogProbs(_Message):
     """Log-probs of one completion; the lists are parallel, one entry per generated token."""
 
-    text_offset: list[int] = Field(default_factory=list)
     token_logprobs: list[float | None] = Field(default_factory=list)
     tokens: list[str] = Field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = Field(default_factory=list)
@@ -181,7 +185,7 @@ class CompletionChoice(_Message):
 class CompletionReply(_Message):
     """Reply of `POST /v1/completions`."""
 
-    id: str = Field(default_factory=lambda: _identifier("cmpl"))
+    id: str = Field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     object: Literal["text_completion"] = "text_completion"
     created: int = Field(default_factory=_now)
     model: str
@@ -200,89 +204,16 @@ class ChatMessage(_OpenMessage):
     """Text, or a list of parts such as `{"type": "text", "text": ...}`."""
 
 
-class ChatCompletionRequest(SamplingFields):
-    """Body of `POST /v1/chat/completions`."""
+class ChatCompletionRequest(_OpenMessage):
+    """Body of `POST /v1/chat/completions`; what it says of the sampling is as in `CompletionRequest`."""
 
     model: str | None = None
     messages: list[ChatMessage]
+    max_tokens: int | None = None
     max_completion_tokens: int | None = None
     """Wins over `max_tokens`; with neither, the rest of the context."""
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
-
-
-class ChatReplyMessage(_Message):
-    """The message that the model wrote."""
-
-    role: str = "assistant"
-    content: str | None = None
-
-
-class ChatCompletionChoice(_Message):
-    """One sample of a chat completion."""
-
-    index: int
-    message: ChatReplyMessage
-    finish_reason: str | None = "stop"
-    stop_reason: int | str | None = None
-
-
-class ChatCompletionReply(_Message):
-    """Reply of `POST /v1/chat/completions`."""
-
-    id: str = Field(default_factory=lambda: _identifier("chatcmpl"))
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int = Field(default_factory=_now)
-    model: str
-    choices: list[ChatCompletionChoice]
-    usage: Usage
-
-
-# --- Atropos's own generation route ---------------------------------------------------------------
-
-
-class GeneratePrompt(_Message):
-    """The prompt of `/generate` as an object; one of the two fields is set."""
-
-    prompt_token_ids: TokenIds | None = None
-    prompt: str | None = None
-
-
-class GenerateRequest(SamplingFields):
-    """Body of `POST /generate`, as Atropos environments with `server_type: vllm` send it."""
-
-    prompt: GeneratePrompt | TokenIds | str
-    max_tokens: int | None = 16
-    logprobs: int | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_token_ids_out_of_stop(cls, fields: Any) -> Any:
-        """Environments put the id of their end-of-sequence token into `stop`."""
-        stop = fields.get("stop") if isinstance(fields, dict) else None
-        entries = stop if isinstance(stop, list) else [stop]
-        ids = [each for each in entries if isinstance(each, int) and not isinstance(each, bool)]
-        if not ids:
-            return fields
-        texts = [each for each in entries if each not in ids]
-        return {**fields, "stop": texts, "stop_token_ids": [*(fields.get("stop_token_ids") or []), *ids]}
-
-
-class GenerateReply(_Message):
-    """Reply of `POST /generate`; lists over samples are parallel, `n` long."""
-
-    text: list[str]
-    finish_reasons: list[str]
-    prompt_token_ids: list[int]
-    token_ids: list[list[int]]
-    logprobs: list[list[list[dict[int, float]]]] | None = None
-    """[sample][token] -> one dict, the sampled token's id and log-prob first: that is where Atropos looks."""
-    prompt_logprobs: list[dict[int, float] | None] | None = None
-    """[prompt token] -> id to log-prob, the prompt's own token first; entry 0 is None."""
-    weight_version: str | None = None
-    """Label of the weights that were served when the last sample ended; not in Atropos's own protocol."""
-    weight_version_start: str | None = None
-    """The label when the request arrived: its tokens came from weights between this label and the other."""
 
 
 # --- tokenizer ------------------------------------------------------------------------------------

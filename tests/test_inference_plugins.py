@@ -1,6 +1,7 @@
 """`/generate` for stock vLLM: over the embedded server, which has vLLM's routes, and over a broken one.
 
-What a real vLLM makes of it is in `tests/vllm`.
+What Atropos reads of it is in `tests/local_stack/test_inference_routes.py`, and what a real vLLM makes of it
+in `tests/vllm`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pytest
 
 from inference_plugins import atropos_generate
 from inference_plugins.atropos_generate import AtroposGenerate, to_completion_request, to_generate_reply
-from schemas.inference import CurrentAdapter, ErrorReply, GenerateReply
+from schemas.inference import CurrentAdapter, ErrorReply
 from tests.compose import ROOT
 from tests.conftest import RunningInferenceServer
 
@@ -33,30 +34,6 @@ def over(app: Any, *, root_path: str = "") -> httpx.AsyncClient:
     """A client of the middleware around an application."""
     transport = httpx.ASGITransport(app=AtroposGenerate(app), root_path=root_path)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
-def embedded_app(url: str) -> Any:
-    """The embedded server as an application, but without the `/generate` that it has of its own."""
-
-    async def without_generate(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-        assert scope["path"] != "/generate", "the middleware let /generate through"
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            body = (await receive()).get("body", b"")
-            reply = await client.request(
-                scope["method"], scope["path"], content=body, headers={"content-type": "application/json"}
-            )
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": reply.status_code, "headers": headers})
-        await send({"type": "http.response.body", "body": reply.content})
-
-    return without_generate
-
-
-@pytest.fixture
-async def embedded(inference_server: RunningInferenceServer) -> AsyncIterator[httpx.AsyncClient]:
-    """The middleware over the embedded server."""
-    async with over(embedded_app(inference_server.url)) as client:
-        yield client
 
 
 @dataclass
@@ -135,51 +112,24 @@ def choice(index: int = 0, *, tokens: tuple[int, ...] = (7, 8), **fields: Any) -
 # --- over the embedded server ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"logprobs": None}, {"logprobs": 2, "prompt_logprobs": 2}])
-async def test_it_answers_as_a_server_that_has_the_route(
-    inference_server: RunningInferenceServer, embedded: httpx.AsyncClient, fields: dict[str, Any]
+async def test_a_refusal_reaches_the_caller_as_it_is(
+    shared_inference_server: RunningInferenceServer,
 ) -> None:
-    native = inference_server.post("/generate", {**REQUEST, **fields}).json()
-    reply = await embedded.post("/generate", json={**REQUEST, **fields})
-    assert reply.status_code == 200, reply.text
-    answer = reply.json()
-    GenerateReply.model_validate(answer)
-    assert answer.keys() == native.keys()
-    assert flattened(answer) == pytest.approx(flattened(native), abs=1e-4)
-
-
-async def test_every_reply_of_a_group_carries_a_log_prob_for_each_token(embedded: httpx.AsyncClient) -> None:
-    answer = (await embedded.post("/generate", json={**REQUEST, "n": 8, "temperature": 1.0})).json()
-    assert len(answer["text"]) == len(answer["finish_reasons"]) == 8
-    for tokens, logprobs in zip(answer["token_ids"], answer["logprobs"], strict=True):
-        assert [int(next(iter(entry[0]))) for entry in logprobs] == tokens
-        assert all(next(iter(entry[0].values())) < 0 for entry in logprobs)
-
-
-async def test_a_refusal_reaches_the_caller_as_it_is(embedded: httpx.AsyncClient) -> None:
-    reply = await embedded.post("/generate", json={**REQUEST, "max_tokens": -1})
+    reply = shared_inference_server.post("/generate", {**REQUEST, "max_tokens": -1})
     assert reply.status_code == 400
     assert "max_tokens" in ErrorReply.model_validate(reply.json()).error.message
 
 
-async def test_other_routes_pass_through(embedded: httpx.AsyncClient) -> None:
-    assert (await embedded.get("/health")).status_code == 200
-    assert (await embedded.get("/v1/models")).json()["data"][0]["id"] == "tiny"
-
-
-@pytest.mark.parametrize("through_the_middleware", [False, True])
 async def test_the_first_label_is_that_of_the_arrival_and_the_last_that_of_the_end(
-    inference_server: RunningInferenceServer, embedded: httpx.AsyncClient, through_the_middleware: bool
+    inference_server: RunningInferenceServer,
 ) -> None:
-    native = httpx.AsyncClient(base_url=inference_server.url)
-    async with native:
-        client = embedded if through_the_middleware else native
-        await native.post("/pause", params={"mode": "keep"})
+    async with httpx.AsyncClient(base_url=inference_server.url) as client:
+        await client.post("/pause", params={"mode": "keep"})
         request = asyncio.create_task(client.post("/generate", json=REQUEST))
         for _ in range(200):  # it arrives, and waits
             await asyncio.sleep(0.005)
-        await native.post("/update_weight_version", json={"new_version": "17"})
-        await native.post("/resume")
+        await client.post("/update_weight_version", json={"new_version": "17"})
+        await client.post("/resume")
         answer = (await request).json()
     assert (answer["weight_version_start"], answer["weight_version"]) == ("default", "17")
 
@@ -452,15 +402,6 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
     command = [sys.executable, "-I", "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['atropos_generate']"
-
-
-def flattened(value: Any, path: str = "") -> dict[str, float]:
-    """Every number of nested lists and dicts under its path; everything else as part of the path."""
-    if isinstance(value, dict):
-        return {k: v for name, each in value.items() for k, v in flattened(each, f"{path}/{name}").items()}
-    if isinstance(value, list):
-        return {k: v for at, each in enumerate(value) for k, v in flattened(each, f"{path}/{at}").items()}
-    return {path: value} if isinstance(value, (int, float)) else {f"{path}={value}": 0.0}
 
 
 def scope_of(path: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The HTTP application over one engine, and running it.
 
-The routes are those of vLLM 0.32 that environments, publishing and `check` use, and Atropos's `/generate`.
+The routes are those of vLLM 0.32 that environments, publishing and `check` use. Atropos's `/generate` is
+answered as it is with vLLM: by the middleware of `inference_plugins`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import socket
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Query
@@ -20,6 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from inference_plugins.atropos_generate import AtroposGenerate
 from local_stack.inference.engine import Engine
 from local_stack.inference.errors import (
     EngineFailure,
@@ -29,8 +31,8 @@ from local_stack.inference.errors import (
     validation_message,
 )
 from local_stack.inference.records import Request
-from local_stack.inference.replies import chat_reply, completion_reply, generate_reply
-from local_stack.inference.requests import chat_request, completion_requests, generate_request
+from local_stack.inference.replies import chat_reply, completion_reply
+from local_stack.inference.requests import completion_requests, render_chat
 from schemas.inference import (
     CacheResetReply,
     ChatCompletionRequest,
@@ -39,7 +41,6 @@ from schemas.inference import (
     CompletionRequest,
     ErrorInfo,
     ErrorReply,
-    GenerateRequest,
     ModelCard,
     ModelList,
     PauseMode,
@@ -77,7 +78,7 @@ class InferenceServer(uvicorn.Server):
             app.add_exception_handler(kind, _on_error)
         super().__init__(
             uvicorn.Config(
-                app,
+                AtroposGenerate(app),
                 host=host,
                 port=port,
                 access_log=False,
@@ -119,17 +120,12 @@ def _add_routes(app: FastAPI, engine: Engine, model_name: str) -> None:
         return _json(completion_reply(engine.codec, model_name, body, requests))
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest, http: Http) -> Response:
+    async def chat_completions(body: ChatCompletionRequest, http: Http) -> dict[str, Any]:
         check_model(body.model)
-        request = chat_request(engine, body)
-        await _generate(engine, [request], http)
-        return _json(chat_reply(model_name, request))
-
-    @app.post("/generate")
-    async def generate(body: GenerateRequest, http: Http) -> Response:
-        request = generate_request(engine, body)
-        await _generate(engine, [request], http)
-        return _json(generate_reply(body, request))
+        rendered = render_chat(engine, body)
+        requests = completion_requests(engine, rendered)
+        await _generate(engine, requests, http)
+        return chat_reply(completion_reply(engine.codec, model_name, rendered, requests))
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> TokenizeReply:

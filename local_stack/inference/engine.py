@@ -86,7 +86,6 @@ class Engine:
             if not self.alive:
                 raise EngineFailure("the server is stopping")
             for request in requests:
-                request.weight_version_start = self.weight_version
                 self._batch.add(request)
             self._changes.notify_all()
         try:
@@ -160,5 +159,4 @@ class Engine:
     def _deliver(self, requests: list[Request]) -> None:
         for request in requests:
             if not request.done.done():
-                request.weight_version = self.weight_version
                 request.done.set_result(None)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from random import Random
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from schemas.inference import CompletionRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,35 +26,6 @@ class EngineSettings:
     """Most sequences that run at once; the rest waits."""
     seed: int = 0
     """Of the sampling of requests without a seed of their own, together with their order of arrival."""
-
-
-class SamplingParameters(BaseModel):
-    """How to continue a prompt; every default is the neutral value, every limit vLLM's."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    n: int = Field(default=1, ge=1, le=16_384)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    """0 is greedy."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
-    """0 and -1: the whole vocabulary."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    seed: int | None = None
-    max_tokens: int = Field(default=16, ge=1)
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    stop_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    logprobs: int = Field(default=0, ge=0, le=20)
-    """Also return the log-probs of that many likeliest tokens at every position."""
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
-    """None: do not score the prompt; k: score it and return the k likeliest tokens, too."""
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken; the threshold is vLLM's."""
-        return self.temperature < 1e-5
 
 
 TopLogProbs = list[tuple[int, float]]
@@ -89,16 +60,15 @@ class Request:
     """One prompt to continue; made in the event loop that waits for it."""
 
     prompt_ids: list[int]
-    parameters: SamplingParameters
+    parameters: CompletionRequest
+    """How to continue it; of its prompts, this is one."""
+    max_tokens: int
+    """As asked for, or what the context has room for."""
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Done when every sequence has ended."""
     sequences: list[Sequence] = field(default_factory=list)
     prompt_scores: PromptScores | None = None
     """None if not asked for, or aborted before."""
-    weight_version_start: str = ""
-    """The label when the engine took the request."""
-    weight_version: str = ""
-    """The label when it ended."""
 
     @property
     def finished(self) -> bool:

@@ -1,22 +1,17 @@
-"""From finished requests to replies, in the shapes of vLLM and of Atropos."""
+"""From finished requests to a reply in vLLM's shape."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
-from itertools import accumulate
+from typing import Any
 
 from local_stack.inference.records import Request, Sequence, TopLogProbs
 from local_stack.inference.text import TextCodec
 from schemas.inference import (
-    ChatCompletionChoice,
-    ChatCompletionReply,
-    ChatReplyMessage,
     CompletionChoice,
     CompletionLogProbs,
     CompletionReply,
     CompletionRequest,
-    GenerateReply,
-    GenerateRequest,
     PromptLogProbs,
     TokenLogProb,
     Usage,
@@ -34,7 +29,6 @@ def completion_reply(
     def logprobs(sequence: Sequence) -> CompletionLogProbs:
         tokens = [name(token_id) for token_id in sequence.output_ids]
         return CompletionLogProbs(
-            text_offset=list(accumulate(map(len, tokens[:-1]), initial=0))[: len(tokens)],
             token_logprobs=list(sequence.logprobs),
             tokens=tokens,
             top_logprobs=[{name(token): value for token, value in pairs} for pairs in _candidates(sequence)],
@@ -55,38 +49,28 @@ def completion_reply(
             )
             for number, sequence in enumerate(request.sequences, start=len(choices))
         )
-    return CompletionReply(model=model, choices=choices, usage=_usage(requests))
-
-
-def chat_reply(model: str, request: Request) -> ChatCompletionReply:
-    """Make the reply of `/v1/chat/completions`."""
-    choices = [
-        ChatCompletionChoice(
-            index=number,
-            message=ChatReplyMessage(content=sequence.text),
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-        )
-        for number, sequence in enumerate(request.sequences)
-    ]
-    return ChatCompletionReply(model=model, choices=choices, usage=_usage([request]))
-
-
-def generate_reply(body: GenerateRequest, request: Request) -> GenerateReply:
-    """Make the reply of `/generate`."""
-    logprobs = None
-    if body.logprobs is not None:
-        logprobs = [[[dict(pairs)] for pairs in _candidates(sequence)] for sequence in request.sequences]
-    return GenerateReply(
-        text=[sequence.text for sequence in request.sequences],
-        finish_reasons=[sequence.finish_reason or "abort" for sequence in request.sequences],
-        prompt_token_ids=request.prompt_ids,
-        token_ids=[sequence.output_ids for sequence in request.sequences],
-        logprobs=logprobs,
-        prompt_logprobs=request.prompt_scores,
-        weight_version=request.weight_version,
-        weight_version_start=request.weight_version_start,
+    prompt_tokens = sum(len(request.prompt_ids) for request in requests)
+    completion_tokens = sum(len(s.output_ids) for request in requests for s in request.sequences)
+    usage = Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
     )
+    return CompletionReply(model=model, choices=choices, usage=usage)
+
+
+def chat_reply(completion: CompletionReply) -> dict[str, Any]:
+    """Make the reply of `/v1/chat/completions` of the completion's."""
+    choices = [
+        {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text},
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        for choice in completion.choices
+    ]
+    return {**completion.model_dump(), "object": "chat.completion", "choices": choices}
 
 
 def _candidates(sequence: Sequence) -> list[TopLogProbs]:
@@ -102,9 +86,3 @@ def _prompt_logprobs(request: Request) -> PromptLogProbs | None:
         None if entry is None else {token: TokenLogProb(logprob=value) for token, value in entry.items()}
         for entry in request.prompt_scores
     ]
-
-
-def _usage(requests: ListLike[Request]) -> Usage:
-    prompt = sum(len(request.prompt_ids) for request in requests)
-    completion = sum(len(s.output_ids) for request in requests for s in request.sequences)
-    return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)

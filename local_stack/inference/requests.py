@@ -1,4 +1,4 @@
-"""From requests as they arrive to requests that the engine can run, or a clear refusal.
+"""From a request as it arrives to requests that the engine can run, or a clear refusal.
 
 Limits follow vLLM 0.32. What this server cannot do is refused, never ignored: a penalty that was silently
 left out would make the log-probs lie.
@@ -7,21 +7,17 @@ left out would make the log-probs lie.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from local_stack.inference.engine import Engine
-from local_stack.inference.errors import RequestRefused, validation_message
-from local_stack.inference.records import Request, SamplingParameters
-from schemas.inference import (
-    ChatCompletionRequest,
-    ChatMessage,
-    CompletionRequest,
-    GeneratePrompt,
-    GenerateRequest,
-)
+from local_stack.inference.errors import RequestRefused
+from local_stack.inference.records import Request
+from local_stack.inference.sampling import is_greedy
+from schemas.inference import ChatCompletionRequest, ChatMessage, CompletionRequest
 
 _UNSUPPORTED = frozenset(
     {
@@ -33,55 +29,49 @@ _UNSUPPORTED = frozenset(
     }
 )
 """Fields that vLLM knows and this server does not."""
-_UNSUPPORTED_IN_CHAT = _UNSUPPORTED | {
-    *("chat_template", "continue_final_message", "tools"),
-    # Who needs tokens or log-probs uses `/v1/completions` or `/generate`.
-    *("logprobs", "prompt_logprobs", "return_token_ids", "top_logprobs"),
-}
+_UNSUPPORTED_IN_CHAT = frozenset(
+    {
+        *("chat_template", "continue_final_message", "tools"),
+        # Who needs tokens or log-probs uses `/v1/completions` or `/generate`.
+        *("logprobs", "prompt_logprobs", "return_token_ids", "top_logprobs"),
+    }
+)
 _ASKS_FOR_NOTHING: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (None, True),
-    "best_of": (None, 1),
-    "prompt_logprobs": (None,),
-    "repetition_penalty": (None, 1),
-    "response_format": (None, {"type": "text"}),
-    "thinking_token_budget": (None, -1),
-    "tool_choice": (None, "none", "auto"),
+    "add_special_tokens": (True,),
+    "best_of": (1,),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "thinking_token_budget": (-1,),
+    "tool_choice": ("none", "auto"),
 }
-"""Their values that may be given all the same; of other fields those are None, false, 0 and empty ones."""
+"""Their values that may be given all the same, besides None, false, 0 and empty ones."""
 
 
 def completion_requests(engine: Engine, body: CompletionRequest) -> list[Request]:
     """Make one engine request per prompt."""
-    prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-    if not prompts:
-        raise RequestRefused("prompt must be provided and non-empty", parameter="prompt")
-    if isinstance(prompts[0], int):
-        prompts = [prompts]
-    return [_request(engine, dict(body), prompt, _UNSUPPORTED) for prompt in prompts]
+    _refuse(_UNSUPPORTED, body.model_extra or {})
+    if body.n > 1 and is_greedy(body):
+        raise RequestRefused(f"n must be 1 when using greedy sampling, got {body.n}.", parameter="n")
+    one = isinstance(body.prompt, str) or all(isinstance(each, int) for each in body.prompt)
+    prompts: list[Any] = [body.prompt] if one else list(body.prompt)
+    return [_request(engine, body, prompt) for prompt in prompts]
 
 
-def chat_request(engine: Engine, body: ChatCompletionRequest) -> Request:
-    """Render the conversation; the completion may fill the rest of the context."""
+def render_chat(engine: Engine, body: ChatCompletionRequest) -> CompletionRequest:
+    """Ask for a completion of the rendered conversation; it may fill the rest of the context."""
+    sampling = body.model_extra or {}
+    _refuse(_UNSUPPORTED_IN_CHAT, sampling)
     prompt_ids = engine.codec.encode_chat(
         [_plain_message(message) for message in body.messages],
         **(body.chat_template_kwargs or {}),
         add_generation_prompt=body.add_generation_prompt,
     )
-    fields = dict(body)
     room = max(1, engine.max_model_len - len(prompt_ids))
-    fields["max_tokens"] = body.max_completion_tokens or body.max_tokens or room
-    return _request(engine, fields, prompt_ids, _UNSUPPORTED_IN_CHAT)
-
-
-def generate_request(engine: Engine, body: GenerateRequest) -> Request:
-    """Make the request of Atropos's own route: one prompt."""
-    prompt = body.prompt
-    if isinstance(prompt, GeneratePrompt):
-        given = prompt.prompt if prompt.prompt_token_ids is None else prompt.prompt_token_ids
-        if given is None:
-            raise RequestRefused("prompt needs `prompt_token_ids` or `prompt`", parameter="prompt")
-        prompt = given
-    return _request(engine, dict(body), prompt, _UNSUPPORTED)
+    max_tokens = body.max_completion_tokens or body.max_tokens or room
+    try:
+        return CompletionRequest.model_validate({**sampling, "prompt": prompt_ids, "max_tokens": max_tokens})
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
 
 
 def _plain_message(message: ChatMessage) -> dict[str, Any]:
@@ -111,20 +101,16 @@ def _read_arguments(call: Any) -> None:
         ) from error
 
 
-def _request(
-    engine: Engine,
-    fields: Mapping[str, Any],
-    prompt: str | list[int],
-    unsupported: frozenset[str],
-) -> Request:
-    for name in sorted(unsupported & fields.keys()):
-        value, harmless = fields[name], _ASKS_FOR_NOTHING.get(name)
-        if value not in harmless if harmless else value:
+def _refuse(names: Set[str], given: Mapping[str, Any]) -> None:
+    for name in sorted(names & given.keys()):
+        if given[name] and given[name] not in _ASKS_FOR_NOTHING.get(name, ()):
             raise RequestRefused(
                 f"`{name}` is not supported by the embedded server; leave it out, or use vLLM", parameter=name
             )
+
+
+def _request(engine: Engine, body: CompletionRequest, prompt: str | list[int]) -> Request:
     prompt_ids = engine.codec.encode(prompt) if isinstance(prompt, str) else prompt
-    parameters = _parameters(fields)
     length = engine.max_model_len
     if not prompt_ids:
         raise RequestRefused("The decoder prompt cannot be empty", parameter="prompt")
@@ -135,32 +121,15 @@ def _request(
             "Please reduce the length of the input prompt.",
             parameter="input_tokens",
         )
-    if parameters.max_tokens > length:
+    if body.max_tokens > length:
         raise RequestRefused(
-            f"max_tokens must be in [1, {length}], got {parameters.max_tokens}", parameter="max_tokens"
+            f"max_tokens must be in [1, {length}], got {body.max_tokens}", parameter="max_tokens"
         )
-    for name, ids in (("prompt", prompt_ids), ("stop_token_ids", parameters.stop_token_ids)):
+    for name, ids in (("prompt", prompt_ids), ("stop_token_ids", body.stop_token_ids)):
         if outside := [token for token in ids if not 0 <= token < engine.vocabulary_size]:
             raise RequestRefused(
                 f"Token id {outside[0]} is out of vocabulary: the model has {engine.vocabulary_size} tokens",
                 parameter=name,
             )
     # Like vLLM: a completion that would not fit is allowed and ends at the context's end.
-    room = min(parameters.max_tokens, length - len(prompt_ids))
-    return Request(prompt_ids, parameters.model_copy(update={"max_tokens": room}))
-
-
-def _parameters(fields: Mapping[str, Any]) -> SamplingParameters:
-    given = {name: value for name, value in fields.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
-    if given.get("seed") == -1:  # vLLM's way to say none
-        del given["seed"]
-    try:
-        parameters = SamplingParameters.model_validate(given)
-    except ValidationError as error:
-        details = error.errors()
-        raise RequestRefused(validation_message(details), parameter=str(details[0]["loc"][0])) from error
-    if parameters.greedy and parameters.n > 1:
-        raise RequestRefused(f"n must be 1 when using greedy sampling, got {parameters.n}.", parameter="n")
-    return parameters
+    return Request(prompt_ids, body, max_tokens=min(body.max_tokens, length - len(prompt_ids)))

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from local_stack.inference.records import SamplingParameters, TopLogProbs
-from schemas.inference import LOWEST_LOGPROB
+from local_stack.inference.records import TopLogProbs
+from schemas.inference import LOWEST_LOGPROB, CompletionRequest
 
 
 class Sampled(NamedTuple):
@@ -27,7 +27,7 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    logits: torch.Tensor, parameters: ListLike[SamplingParameters], numbers: ListLike[float]
+    logits: torch.Tensor, parameters: ListLike[CompletionRequest], numbers: ListLike[float]
 ) -> list[Sampled]:
     """Sample one token per row.
 
@@ -37,7 +37,7 @@ def sample(
         numbers: Uniform in [0, 1), one per row.
     """
     logprobs = logits.log_softmax(dim=-1)
-    temperatures = [1.0 if entry.greedy else entry.temperature for entry in parameters]
+    temperatures = [1.0 if is_greedy(entry) else entry.temperature for entry in parameters]
     shaped = logprobs / torch.tensor(temperatures)[:, None]
     for row, entry in enumerate(parameters):
         shaped[row] = _truncated(shaped[row], entry)
@@ -47,15 +47,20 @@ def sample(
     # Below the total even after rounding: then the token has a probability.
     target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)[:, 0]
-    greedy = torch.tensor([entry.greedy for entry in parameters])
+    greedy = torch.tensor([is_greedy(entry) for entry in parameters])
     chosen = torch.where(greedy, shaped.argmax(dim=-1), drawn)
     logprobs = logprobs.clamp(min=LOWEST_LOGPROB)
     own = logprobs.gather(1, chosen[:, None])[:, 0]
-    top = [_likeliest(row, entry.logprobs) for row, entry in zip(logprobs, parameters, strict=True)]
+    top = [_likeliest(row, entry.logprobs or 0) for row, entry in zip(logprobs, parameters, strict=True)]
     return [Sampled(*each) for each in zip(chosen.tolist(), own.tolist(), top, strict=True)]
 
 
-def _truncated(logits: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
+def is_greedy(parameters: CompletionRequest) -> bool:
+    """Tell whether the likeliest token is taken; the threshold is vLLM's."""
+    return parameters.temperature < 1e-5
+
+
+def _truncated(logits: torch.Tensor, parameters: CompletionRequest) -> torch.Tensor:
     """Keep the `top_k` likeliest, of these the mass `top_p`, of these what reaches `min_p`."""
     # transformers' functions want the tokens before, and ignore them.
     nothing, batch = torch.empty(0, dtype=torch.int64), logits[None]

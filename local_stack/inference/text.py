@@ -69,7 +69,7 @@ class TextCodec:
             sequence.finish_reason = "stop"
         elif token in parameters.stop_token_ids or (token in self._further_eos and not parameters.ignore_eos):
             sequence.finish_reason, sequence.stop_reason = "stop", token
-        elif len(sequence.output_ids) >= parameters.max_tokens:
+        elif len(sequence.output_ids) >= sequence.request.max_tokens:
             sequence.finish_reason = "length"
         if parameters.stop or sequence.finish_reason:
             sequence.text = self.text(sequence)

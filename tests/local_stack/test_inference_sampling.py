@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_stack.inference.records import SamplingParameters
 from local_stack.inference.sampling import sample
+from schemas.inference import CompletionRequest
 from tests.conftest import RunningInferenceServer
 
 PROMPT = [1, 87, 85, 71, 84]
 
 
-def draw(logits: torch.Tensor, parameters: SamplingParameters, count: int, seed: int = 0) -> torch.Tensor:
+def asked(**fields: Any) -> CompletionRequest:
+    """What a request says of the sampling."""
+    return CompletionRequest(prompt=PROMPT, **fields)
+
+
+def draw(logits: torch.Tensor, parameters: CompletionRequest, count: int, seed: int = 0) -> torch.Tensor:
     """Sample `count` tokens from one row of logits. [count]."""
     numbers = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
     outcome = sample(logits.expand(count, -1), [parameters] * count, numbers)
@@ -33,7 +39,7 @@ def test_the_token_is_the_one_whose_share_of_the_cumulative_distribution_the_num
     vocabulary: int, temperature: float, number: float, seed: int
 ) -> None:
     logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * 4
-    parameters = SamplingParameters(temperature=temperature)
+    parameters = asked(temperature=temperature)
     outcome = sample(logits, [parameters], [number])
     cumulative = (logits[0].double() / temperature).softmax(dim=-1).cumsum(dim=-1)
     ((token, logprob, _),) = outcome
@@ -46,7 +52,7 @@ def test_the_token_is_the_one_whose_share_of_the_cumulative_distribution_the_num
 def test_frequencies_match_the_distribution() -> None:
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1)) * 2
     count = 10_000
-    counts = torch.bincount(draw(logits, SamplingParameters(), count), minlength=1000)
+    counts = torch.bincount(draw(logits, asked(), count), minlength=1000)
     expected = logits[0].softmax(dim=-1) * count
     likely = expected > 20
     chi_squared = ((counts - expected) ** 2 / expected)[likely].sum().item()
@@ -58,24 +64,24 @@ def test_impossible_tokens_are_never_drawn_even_at_the_ends_of_the_unit_interval
     logits = torch.full((3, 600), -torch.inf)
     logits[:, 255] = logits[:, 300] = 0.0
     numbers = [0.0, 0.5, math.nextafter(1.0, 0.0)]
-    outcome = sample(logits, [SamplingParameters()] * 3, numbers)
+    outcome = sample(logits, [asked()] * 3, numbers)
     assert [each.token_id for each in outcome] == [255, 300, 300]
 
 
 @pytest.mark.parametrize(
     ("parameters", "allowed"),
     [
-        (SamplingParameters(top_k=2), {0, 1}),
-        (SamplingParameters(top_p=0.49), {0}),
-        (SamplingParameters(top_p=0.51), {0, 1}),
-        (SamplingParameters(min_p=0.31), {0, 1}),
-        (SamplingParameters(top_k=3, top_p=0.6), {0, 1}),
-        (SamplingParameters(temperature=0.0), {0}),
-        (SamplingParameters(), {0, 1, 2, 3}),
+        (asked(top_k=2), {0, 1}),
+        (asked(top_p=0.49), {0}),
+        (asked(top_p=0.51), {0, 1}),
+        (asked(min_p=0.31), {0, 1}),
+        (asked(top_k=3, top_p=0.6), {0, 1}),
+        (asked(temperature=0.0), {0}),
+        (asked(), {0, 1, 2, 3}),
     ],
 )
 def test_truncation_keeps_exactly_the_tokens_it_should(
-    parameters: SamplingParameters, allowed: set[int]
+    parameters: CompletionRequest, allowed: set[int]
 ) -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert set(draw(logits, parameters, 2000).tolist()) == allowed
@@ -84,10 +90,10 @@ def test_truncation_keeps_exactly_the_tokens_it_should(
 def test_rows_with_different_parameters_do_not_disturb_one_another() -> None:
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(2))
     parameters = [
-        SamplingParameters(),
-        SamplingParameters(temperature=0.0),
-        SamplingParameters(top_k=1),
-        SamplingParameters(temperature=0.7, top_p=0.9, logprobs=2),
+        asked(),
+        asked(temperature=0.0),
+        asked(top_k=1),
+        asked(temperature=0.7, top_p=0.9, logprobs=2),
     ]
     numbers = [0.1, 0.2, 0.3, 0.4]
     together = sample(logits, parameters, numbers)
