@@ -21,7 +21,7 @@ from trainer.samples.advantages import (
 )
 from trainer.samples.quarantine_rate import kind_of_reason, name_reasons
 from trainer.samples.sample import Sample, samples_of_groups, token_columns
-from trainer.samples.teacher import sampled_token_logprobs, teacher_reason
+from trainer.samples.teacher import TeacherRows, sampled_token_logprobs, teacher_reason, teacher_rows
 from trainer.samples.validation import (
     ModelLimits,
     QuarantinedGroup,
@@ -102,27 +102,35 @@ def prepare_batch(
     Every process calls it with the same batch and gets the same answer; they divide the work afterwards.
     """
     distillation = distillation or DistillationSettings()
-    groups, set_aside = split_batch(
-        reply,
-        lambda group: (
-            set_aside_reason(
-                group,
-                limits,
-                user_of_inference_logprobs=loss.user_of_inference_logprobs,
-                needs_ref_logprobs=loss.needs_ref_logprobs_of_groups,
-            )
-            or _reward_kl_reason(group, data.reward_kl_coefficient)
-            or teacher_reason(group, distillation, vocabulary_size=limits.vocabulary_size)
-            or implausible_reason(
-                _less_reference_kl(group, data.reward_kl_coefficient),
-                estimator=data.bound_estimator,
-                uses_temperature=loss.uses_temperature,
-                advantage_limit=data.advantage_limit,
-            )
-        ),
-    )
+    penalized: list[ScoredGroup] = []
+    candidates: list[list[TeacherRows]] = []
+
+    def reason_against(group: ScoredGroup) -> str | None:
+        reason = set_aside_reason(
+            group,
+            limits,
+            user_of_inference_logprobs=loss.user_of_inference_logprobs,
+            needs_ref_logprobs=loss.needs_ref_logprobs_of_groups,
+        ) or _reward_kl_reason(group, data.reward_kl_coefficient)
+        if reason is not None:
+            return reason
+        rows = teacher_rows(group) if distillation.mode != "none" else []
+        less_kl = _less_reference_kl(group, data.reward_kl_coefficient)
+        reason = teacher_reason(
+            group, rows, distillation, vocabulary_size=limits.vocabulary_size
+        ) or implausible_reason(
+            less_kl,
+            estimator=data.bound_estimator,
+            uses_temperature=loss.uses_temperature,
+            advantage_limit=data.advantage_limit,
+        )
+        if reason is None:
+            penalized.append(less_kl)
+            candidates.append(rows)
+        return reason
+
+    groups, set_aside = split_batch(reply, reason_against)
     columns = token_columns(groups)
-    penalized = [_less_reference_kl(group, data.reward_kl_coefficient) for group in groups]
     advantages = token_advantages(penalized, estimator=data.bound_estimator)
     of_groups = torch.split(advantages, [group.token_count for group in groups])
     without_spread = sum(not has_signal(of_group) for of_group in of_groups)
@@ -131,7 +139,7 @@ def prepare_batch(
     advantages = normalizer(advantages, columns.loss_mask)
     kl_teacher = None
     if distillation.mode == "sampled_token" and groups:
-        taught = _teacher_over_sampler(groups, columns.loss_mask)
+        taught = _teacher_over_sampler(groups, candidates, columns.loss_mask)
         kl_teacher = -float(taught.sum()) / max(1.0, float(columns.loss_mask.sum()))
         advantages = distillation.reward_coefficient * advantages + distillation.coefficient * taught
     if data.advantage_clip is not None:
@@ -143,7 +151,7 @@ def prepare_batch(
         default_temperature=lambda env_id: data.sampling_temperature_of.get(
             -1 if env_id is None else env_id, data.sampling_temperature
         ),
-        with_teacher=distillation.is_loss,
+        teacher=candidates if distillation.is_loss else None,
     )
     trained = columns.per_sequence(columns.loss_mask)
     totals = columns.per_sequence(advantages)
@@ -199,17 +207,22 @@ def _less_reference_kl(group: ScoredGroup, coefficient: float) -> ScoredGroup:
     return group.model_copy(update={"scores": scores})
 
 
-def _teacher_over_sampler(groups: Sequence[ScoredGroup], loss_mask: Tensor) -> Tensor:
+def _teacher_over_sampler(
+    groups: Sequence[ScoredGroup], candidates: Sequence[Sequence[TeacherRows]], loss_mask: Tensor
+) -> Tensor:
     """Return how much likelier a teacher finds each trained token than its sampler, [N] in nats.
 
     The negative of it is an estimate of KL(sampler ‖ teacher) from the sampled tokens. A sequence that the
     environment sets to zero, or wants to be fine-tuned on as it is, gets nothing of it.
 
     Args:
-        groups: All have the teacher's and the sampler's log-probs; N tokens in all.
+        groups: All have the sampler's log-probs; N tokens in all.
+        candidates: The teacher's, of each group.
         loss_mask: [N].
     """
-    teacher = torch.cat([sampled_token_logprobs(group) for group in groups])
+    teacher = torch.cat(
+        [sampled_token_logprobs(group, rows) for group, rows in zip(groups, candidates, strict=True)]
+    )
     sampler = tensor_of([group.flat.inference_logprobs or b"" for group in groups], torch.float32)
     wanted = torch.tensor(
         [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from schemas import IGNORE_INDEX, ScoredGroup
 from trainer.samples.advantages import tensor_of
-from trainer.samples.teacher import TeacherRows, teacher_rows
+from trainer.samples.teacher import TeacherRows
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def samples_of_groups(
     advantages: Tensor,
     *,
     default_temperature: Callable[[int | None], float] = lambda env_id: 1.0,
-    with_teacher: bool = False,
+    teacher: Sequence[Sequence[TeacherRows]] | None = None,
 ) -> list[Sample]:
     """Turn groups into samples; their tensors are views into those given.
 
@@ -111,7 +111,7 @@ def samples_of_groups(
         columns: Their tokens, see `token_columns`.
         advantages: [N] float32, token-aligned, 0 where nothing is trained.
         default_temperature: Temperature of an environment whose groups do not say theirs.
-        with_teacher: Whether the groups' distillation fields, which they then have, go into the samples.
+        teacher: A teacher's candidates, of each group, which go into the samples. None: not wanted.
     """
     tokens = torch.split(columns.tokens, columns.lengths)
     loss_masks = torch.split(columns.loss_mask, columns.lengths)
@@ -121,7 +121,9 @@ def samples_of_groups(
         flat = group.flat
         inference_logprobs = _rows(flat.inference_logprobs, flat.lengths)
         ref_logprobs = _rows(flat.ref_logprobs, flat.lengths)
-        teacher = teacher_rows(group) if with_teacher else [None] * len(flat.lengths)
+        candidates: Sequence[TeacherRows | None] = (
+            [None] * len(flat.lengths) if teacher is None else teacher[group_index]
+        )
         for index in range(group.sequence_count):
             row = len(samples)
             samples.append(
@@ -135,7 +137,7 @@ def samples_of_groups(
                     score=group.scores[index],
                     env_id=group.env_id,
                     group_index=group_index,
-                    teacher=teacher[index],
+                    teacher=candidates[index],
                 )
             )
     return samples

@@ -35,7 +35,7 @@ class TeacherRows:
 
 
 def teacher_rows(group: ScoredGroup) -> list[TeacherRows]:
-    """Give the candidates of each sequence of a group that has them as tensors."""
+    """Give the candidates of each sequence of a group as tensors; an empty list if it has none."""
     pairs = zip(group.distill_token_ids or [], group.distill_logprobs or [], strict=True)
     return [
         TeacherRows(
@@ -46,20 +46,26 @@ def teacher_rows(group: ScoredGroup) -> list[TeacherRows]:
     ]
 
 
-def sampled_token_logprobs(group: ScoredGroup) -> Tensor:
-    """Return the teacher's log-prob of each token, [N] float32, its sequences one after another.
+def sampled_token_logprobs(group: ScoredGroup, candidates: Sequence[TeacherRows]) -> Tensor:
+    """Return the teacher's log-prob of each token of a group, [N] float32, one sequence after another.
 
     Minus infinity where the token is not among the candidates.
     """
     found = []
-    for tokens, rows in zip(group.tokens, teacher_rows(group), strict=True):
+    for tokens, rows in zip(group.tokens, candidates, strict=True):
         is_sampled = rows.token_ids == torch.tensor(tokens)[:, None]
         found.append(rows.logprobs.masked_fill(~is_sampled, -torch.inf).amax(dim=1))
     return torch.cat(found)
 
 
-def teacher_reason(group: ScoredGroup, settings: DistillationSettings, *, vocabulary_size: int) -> str | None:
-    """Say why the group cannot be distilled from; None if it can, or if that is not asked."""
+def teacher_reason(
+    group: ScoredGroup,
+    candidates: Sequence[TeacherRows],
+    settings: DistillationSettings,
+    *,
+    vocabulary_size: int,
+) -> str | None:
+    """Say why a group with these candidates cannot be distilled from; None if it can, or is not to be."""
     if settings.mode == "none":
         return None
     if group.distill_token_ids is None:
@@ -69,9 +75,7 @@ def teacher_reason(group: ScoredGroup, settings: DistillationSettings, *, vocabu
         )
     if settings.mode == "sampled_token" and group.inference_logprobs is None:
         return "no inference_logprobs, which distillation.mode sampled_token compares the teacher's with"
-    for index, (tokens, masks, rows) in enumerate(
-        zip(group.tokens, group.masks, teacher_rows(group), strict=True)
-    ):
+    for index, (tokens, masks, rows) in enumerate(zip(group.tokens, group.masks, candidates, strict=True)):
         reason = _reason_of_sequence(index, tokens, masks, rows, settings.mode, vocabulary_size)
         if reason is not None:
             return reason
