@@ -21,7 +21,8 @@ def draw_picture(report: Report, path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=200, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     steps = range(1, len(report.rewards) + 1)
-    axes.plot(steps, report.rewards, "o", color=_REWARD, alpha=0.35, markersize=4, label="reward, each step")
+    faint = axes.plot(steps, report.rewards, "o", color=_REWARD, alpha=0.35, markersize=4)
+    faint[0].set(label="reward, each step", clip_on=False)  # the last one lies on the edge
     means = running_mean(report.rewards, _AVERAGED_STEPS)
     axes.plot(steps, means, color=_REWARD, linewidth=2.2, label=f"reward, mean of {_AVERAGED_STEPS} steps")
     last = max(1, report.steps)

@@ -154,5 +154,20 @@ def test_the_picture_is_drawn_for_short_and_incomplete_runs_too(
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 10
 
 
+def test_the_last_point_of_the_picture_is_not_cut_by_the_frame(tmp_path: Path) -> None:
+    path = tmp_path / "report.png"
+    draw_picture(report(rewards=[0.2, 0.2, 0.8, 0.2, 0.2, 0.2, 0.2, 0.8], steps=8), path)
+    with Image.open(path) as image:
+        pixels = image.convert("RGB").load()
+    assert pixels is not None
+    widths = []
+    for y in range(400):  # the upper half, where no line runs
+        row = "".join("x" if pixels[x, y][2] - pixels[x, y][0] > 20 else " " for x in range(1600))
+        widths.append([len(run) for run in row.split()])
+    # The two points at 0.8 are alone in their rows, and of one width.
+    inner, last = max(found for found in widths if len(found) == 2)
+    assert inner == pytest.approx(last, abs=1)
+
+
 def test_the_running_mean_uses_what_there_is_at_the_beginning() -> None:
     assert running_mean([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]

@@ -65,6 +65,7 @@ CASES = [
                         ("below", "{texts} is in the way: it is no directory"),
                         ("long", "File name too long; choose another place"),
                         ("device", "/dev/null is in the way: it is no directory")]),
+    ("run --model.path {model} --train.output_dir /proc/none", 1, "(train.output_dir /proc/none; choose"),
     ("check --model.path {model} --train.output_dir {below} --atropos.url http://a", 1, "{below}: Not"),
     ("local --run-dir {below}", 1, "{below}: Not a directory"),
     # The model.

@@ -38,6 +38,7 @@ def test_command_line_wins_over_environment_over_file_over_defaults(tmp_path: Pa
             ["--train.resume_changes", "optimizer.learning_rat"],
             r"no such setting; did you mean optimizer\.learning_rate\?",
         ),
+        (["--train.resume_changes", "optimiser.*"], r"names 'optimiser\.\*': there is no such setting"),
         (["--trian.steps", "3"], r"trian: there is no such setting; did you mean train\?"),
         (["--nonsense.key", "3"], r"the sections are: model, atropos"),
         (["--train.completely_else", "3"], r"train has: steps, seed"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ from transformers import (
 from tests.trainer.batches import VOCABULARY, make_bodies
 from tests.trainer.runs import rows, run
 from trainer.check._local import check_model, check_start
+from trainer.cli._logging import configure_logging
 from trainer.config import load_config
 from trainer.errors import ConfigurationError
 from trainer.model.load import dropout_rates, inspect_model, load_policy
 from trainer.model.select_packing import choose_packing
+from trainer.model.tokenizer import require_directory_or_hub_id
 
 Tensors = dict[str, torch.Tensor]
 
@@ -164,6 +167,17 @@ def test_a_base_that_was_removed_before_resuming_is_named(
         run(model, tmp_path / "run", make_bodies(1), *lora, steps=2)
 
 
+def test_what_begins_like_a_directory_here_is_a_path_and_the_hub_is_not_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for gone in ("runs/first", "./first", "~/first"):
+        with pytest.raises(ConfigurationError, match=rf"'{gone}' cannot be used: it does not exist"):
+            require_directory_or_hub_id("model.path", gone)
+    require_directory_or_hub_id("model.path", "somebody/first")
+
+
 def test_adapters_are_not_resumed_on_other_weights_of_the_same_shape(
     changed_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -272,6 +286,16 @@ def test_adapters_keep_their_own_dropout(changed_checkpoint: Callable[..., Path]
     config = load_config(None, words, environment={})
     rates = dropout_rates(load_policy(config.model, config.data).model)
     assert set(rates.values()) == {0.25}
+
+
+def test_what_peft_asks_by_an_old_name_does_not_reach_the_screen(tiny_model_directory: Path) -> None:
+    pytest.importorskip("peft")
+    words = ("--model.path", str(tiny_model_directory), "--model.lora.rank", "4")
+    config = load_config(None, words, environment={})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        configure_logging("ERROR")
+        load_policy(config.model, config.data)
 
 
 def checked(model: Path, output: Path, *words: str) -> list[str]:

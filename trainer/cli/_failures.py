@@ -58,7 +58,7 @@ def explain(error: BaseException, args: argparse.Namespace) -> int:
     elif isinstance(error, TrainerError | AtroposClientError):
         said = f"failed: {str(error).rstrip('.')}{go_on}"
     elif isinstance(error, OSError):
-        said = f"failed: {_of_the_system(error)}{go_on}"
+        said = f"failed: {_of_the_system(error)}{_at_the_output(error, config)}{go_on}"
     else:
         said = (
             f"failed: unexpected {type(error).__name__}: {_first_line(error)}. This is a bug; please report "
@@ -127,6 +127,15 @@ def _of_the_system(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename is not None else ""
     remedy = _REMEDIES.get(error.errno or 0)
     return f"{where}{error.strerror}{f'; {remedy}' if remedy else ''}"
+
+
+def _at_the_output(error: OSError, config: TrainerConfig | None) -> str:
+    """Name the setting, where what the system refused is the output directory or on the way to it."""
+    if config is None or not isinstance(error.filename, str):
+        return ""
+    output = config.train.output_dir
+    at_fault = output.absolute().is_relative_to(Path(error.filename).absolute())
+    return f" (train.output_dir {output}; choose another)" if at_fault else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ A setting has the same dotted name everywhere: `train.steps` is `steps:` below `
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import os
 import re
 import reprlib
@@ -68,7 +69,8 @@ def load_config(
         raise ConfigurationError(_describe(error, sources)) from error
     known = {field.name for field in config_fields()}
     for name in config.train.resume_changes:
-        if name not in known and not name.startswith("loss."):  # a loss has options of its own
+        # A loss has options of its own; `*` stands for any text.
+        if not (name.startswith("loss.") or fnmatch.filter(known, name)):
             raise ConfigurationError(
                 f"train.resume_changes names {name!r}: there is no such setting{_hint(name)}"
             )

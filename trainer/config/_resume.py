@@ -87,6 +87,7 @@ def refuse_changed_settings(stored: Mapping[str, Any], config: TrainerConfig, *,
         ConfigurationError: A setting differs that may not, or not without being named; it lists them all.
     """
     current = config.model_dump(mode="json")
+    may_change = config.train.resume_changes
     refused, to_name = [], []
     options = [f"loss.{name}" for name in config.loss.bound.options.model_dump()]
     for name in (*(field.name for field in config_fields()), *options):
@@ -99,7 +100,7 @@ def refuse_changed_settings(stored: Mapping[str, Any], config: TrainerConfig, *,
         text = f"{name}: {json.dumps(before)} in the checkpoint, {json.dumps(now)} now"
         if kind is OnResume.NEVER:
             refused.append(f"{text} (cannot be changed)")
-        elif kind is OnResume.NAMED and name not in config.train.resume_changes:
+        elif kind is OnResume.NAMED and not any(fnmatchcase(name, given) for given in may_change):
             refused.append(text)
             to_name.append(name)
         elif kind is OnResume.NAMED:

@@ -83,8 +83,8 @@ class TrainSettings(Section):
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in output_dir if there is one. never: refuse to start there."""
     resume_changes: CommaList[str] = Field(default_factory=list)
-    """Settings that may differ from the checkpoint's, by name, e.g. optimizer.learning_rate. Without it a run
-    that would go on with another mathematics is refused."""
+    """Settings that may differ from the checkpoint's, by name, e.g. optimizer.learning_rate, or optimizer.*
+    for all of a section. Without it a run that would go on with another mathematics is refused."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Autocast type; master weights stay float32. auto: bf16 where the hardware computes it natively."""
     device: Literal["auto", "cpu"] = "auto"

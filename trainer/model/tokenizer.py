@@ -22,6 +22,7 @@ def require_directory_or_hub_id(setting: str, path: str) -> None:
     """
     place = Path(path)
     looks_local = place.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    looks_local = looks_local or (len(place.parts) > 1 and Path(place.parts[0]).is_dir())
     if (looks_local or os.path.lexists(path)) and not place.is_dir():
         found = "it is a file" if place.exists() else why_not_there(place)
         raise ConfigurationError(
