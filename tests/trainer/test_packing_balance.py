@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from tests.trainer.models import forests, make_sample
-from trainer.packing import MicroBatch, Packing, PassCost, pack
+from trainer.packing import MicroBatch, Packing, PassCost, imbalance, pack
 from trainer.packing._balancing import order_for_processes, process_costs
+from trainer.packing._filling import fill_to_common_cost
+from trainer.packing._sorting import sort_samples
+from trainer.packing._units import join, make_unit
 from trainer.samples.sample import Sample
 
 COST = PassCost(per_token=100.0, per_pair=1.0, per_trained_token=10.0)
@@ -29,7 +33,12 @@ def group(index: int, prompt: int, completions: list[int]) -> list[Sample]:
 
 
 def packed(
-    samples: list[Sample], processes: int, budget: int, packing: Packing = "prefix_tree"
+    samples: list[Sample],
+    processes: int,
+    budget: int,
+    packing: Packing = "prefix_tree",
+    *,
+    lock_step: bool = False,
 ) -> list[MicroBatch]:
     return pack(
         samples,
@@ -38,12 +47,12 @@ def packed(
         tokens_per_micro_batch=budget,
         processes=processes,
         cost=COST,
+        lock_step=lock_step,
     )
 
 
-def imbalance(batches: list[MicroBatch], processes: int) -> float:
-    costs = process_costs([batch.cost for batch in batches], processes)
-    return max(costs) * processes / sum(costs)
+def imbalance_of(batches: list[MicroBatch], processes: int) -> float:
+    return imbalance([batch.cost for batch in batches], processes)
 
 
 def test_groups_of_unequal_length_are_spread_evenly() -> None:
@@ -56,7 +65,7 @@ def test_groups_of_unequal_length_are_spread_evenly() -> None:
     for processes in (2, 4):
         batches = packed(samples, processes, 4096)
         assert len(batches) % processes == 0
-        assert imbalance(batches, processes) < 1.05
+        assert imbalance_of(batches, processes) < 1.05
         assert sum(batch.computed_tokens for batch in batches) < 1.1 * sum(
             batch.computed_tokens for batch in packed(samples, 1, 1 << 30)
         )
@@ -77,7 +86,7 @@ def test_a_group_beyond_the_budget_is_cut_at_a_branch() -> None:
 def test_a_lone_group_is_split_for_two_processes_if_that_is_faster() -> None:
     worth_it = packed(group(0, 20, [200] * 8), 2, 10_000)
     assert len(worth_it) == 2
-    assert imbalance(worth_it, 2) == pytest.approx(1.0, abs=0.05)
+    assert imbalance_of(worth_it, 2) == pytest.approx(1.0, abs=0.05)
     not_worth_it = packed(group(0, 5000, [1] * 2), 2, 10_000)
     assert len(not_worth_it) == 1
 
@@ -99,17 +108,18 @@ def test_a_system_prompt_of_all_groups_is_computed_once_a_micro_batch() -> None:
     processes=st.integers(1, 4),
     budget=st.sampled_from([1, 40, 120, 10_000]),
     packing=st.sampled_from(["prefix_tree", "plain", "padded"]),
+    lock_step=st.booleans(),
 )
 def test_no_process_has_two_micro_batches_more_than_another_and_equal_steps_are_packed_equally(
-    samples: list[Sample], processes: int, budget: int, packing: Packing
+    samples: list[Sample], processes: int, budget: int, packing: Packing, lock_step: bool
 ) -> None:
-    batches = packed(samples, processes, budget, packing)
+    batches = packed(samples, processes, budget, packing, lock_step=lock_step)
     longest = max(len(sample.tokens) for sample in samples)
     assert all(batch.computed_tokens <= max(budget, longest) for batch in batches)
     assert sum(batch.sequence_tokens for batch in batches) == sum(len(sample.tokens) for sample in samples)
     if len(batches) % processes:
         assert len(batches) <= len(samples)
-    again = packed(samples, processes, budget, packing)
+    again = packed(samples, processes, budget, packing, lock_step=lock_step and processes > 1)
     assert [batch.input_ids.tolist() for batch in batches] == [batch.input_ids.tolist() for batch in again]
 
 
@@ -122,6 +132,53 @@ def test_micro_batches_are_ordered_such_that_no_process_is_much_slower(
     if len(costs) % processes == 0:
         loads = process_costs([costs[index] for index in order], processes)
         assert max(loads) - min(loads) <= max(costs) + 1e-9
+
+
+def test_what_counts_is_the_slowest_process_or_the_costliest_micro_batch_of_each_round() -> None:
+    costs = [4.0, 1.0, 1.0, 4.0]
+    assert imbalance(costs, 2) == 1.0
+    assert imbalance(costs, 2, lock_step=True) == 8 / 5
+    assert imbalance([costs[index] for index in order_for_processes(costs, 2, lock_step=True)], 2) == 1.0
+
+
+def test_in_lock_step_micro_batches_of_about_equal_cost_are_computed_together() -> None:
+    lengths = (1000, 500, 400, 300, 200, 100)
+    samples = [sample for index, length in enumerate(lengths) for sample in group(index, 5, [length])]
+    even, together = (
+        [batch.cost for batch in packed(samples, 2, 1, lock_step=lock_step)] for lock_step in (False, True)
+    )
+    assert imbalance(even, 2) < imbalance(together, 2)
+    assert imbalance(together, 2, lock_step=True) < imbalance(even, 2, lock_step=True)
+
+
+def test_a_few_unequal_groups_are_cut_where_the_next_process_begins() -> None:
+    generator = random.Random(0)
+    samples = [
+        sample
+        for index in range(16)
+        for sample in group(index, 20, [generator.randint(20, 40 * (index + 1)) for _ in range(8)])
+    ]
+    batches = packed(samples, 16, 10_000)
+    assert len(batches) == 16
+    assert imbalance_of(batches, 16) < 1.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples=forests(), count=st.integers(1, 4), budget=st.sampled_from([40, 120, 10_000]))
+def test_filled_micro_batches_hold_each_sequence_once_and_are_in_the_budget(
+    samples: list[Sample], count: int, budget: int
+) -> None:
+    batch = sort_samples(samples, [1.0] * len(samples), share=True)
+    everything = make_unit(batch, np.arange(len(samples)), COST)
+    filled = fill_to_common_cost(batch, [everything], count=count, most_tokens=budget, cost=COST)
+    if filled is None:
+        assert count > 1 or everything.tokens > budget
+        return
+    units = [join(batch, parts, COST) for parts in filled]
+    assert sorted(index for unit in units for index in unit.chosen) == list(range(len(samples)))
+    most = 1.5 * everything.cost / count
+    for unit in units:
+        assert len(unit.chosen) == 1 or (unit.tokens <= budget and unit.cost <= most * (1 + 1e-9))
 
 
 def test_the_estimate_counts_the_operations_that_torch_counts() -> None:

@@ -6,13 +6,13 @@ end in one row: no padding, nothing shared. `padded` gives each sequence a row o
 layers cannot be told where a sequence ends. All yield the same `MicroBatch`, and the same gradients as
 training each sequence alone.
 
-    samples -> sorted, common prefixes measured (_sorting) -> shared out by cost (_balancing)
+    samples -> sorted, common prefixes measured (_sorting) -> shared out by cost (_planning)
             -> one micro-batch each (_tree, _padded), trained tokens beside it (_trained_tokens)
 """
 
-from trainer.packing._balancing import process_costs
+from trainer.packing._balancing import imbalance
 from trainer.packing._cost import PassCost
 from trainer.packing._micro_batch import MicroBatch, Packing
 from trainer.packing._pack import pack
 
-__all__ = ["MicroBatch", "Packing", "PassCost", "pack", "process_costs"]
+__all__ = ["MicroBatch", "Packing", "PassCost", "imbalance", "pack"]

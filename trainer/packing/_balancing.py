@@ -1,6 +1,7 @@
 """Sharing units out among micro-batches, and micro-batches among processes, by what they cost.
 
-Processes wait for the slowest at the end of a step, so that the costliest process is what counts. Nothing
+Processes wait for the slowest: at the end of a step, so that the costliest process is what counts, or, where
+weights are sharded, in every layer ("lock step"), so that the costliest micro-batch of each round is. Nothing
 here is random and ties are broken by position: equal steps are shared out equally.
 """
 
@@ -46,32 +47,34 @@ def share_out(units: Sequence[Unit], *, split: Split, most_tokens: int, processe
     return shares
 
 
-def order_for_processes(costs: Sequence[float], processes: int) -> list[int]:
+def order_for_processes(costs: Sequence[float], processes: int, *, lock_step: bool = False) -> list[int]:
     """Order micro-batches such that process r takes those at r, r + processes, r + 2 * processes...
 
-    Longest first, each to the cheapest process so far that may have one more.
+    Costliest first, each to the cheapest process so far that may have one more. In lock step simply to the
+    next process: those that are computed together cost about the same.
 
     Args:
         costs: One a micro-batch.
         processes: Number of processes.
+        lock_step: Processes wait for each other in every micro-batch.
 
     Returns:
         The positions of the micro-batches in their new order.
     """
+    costliest_first = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+    if lock_step:
+        return costliest_first
     rounds = -(-len(costs) // processes)
     full = len(costs) - (rounds - 1) * processes  # so many processes have a micro-batch in the last round
     taken: list[list[int]] = [[] for _ in range(processes)]
     load = [0.0] * processes
-    for position in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        may = [
-            rank
-            for rank in range(processes)
-            if len(taken[rank]) < rounds - 1
-            or (len(taken[rank]) == rounds - 1 and sum(len(other) == rounds for other in taken) < full)
-        ]
+    for position in costliest_first:
+        most = rounds if full else rounds - 1
+        may = [rank for rank in range(processes) if len(taken[rank]) < most]
         rank = min(may, key=lambda rank: (load[rank], rank))
         taken[rank].append(position)
         load[rank] += costs[position]
+        full -= len(taken[rank]) == rounds
     taken.sort(key=len, reverse=True)
     return [mine[turn] for turn in range(rounds) for mine in taken if turn < len(mine)]
 
@@ -79,6 +82,19 @@ def order_for_processes(costs: Sequence[float], processes: int) -> list[int]:
 def process_costs(costs: Sequence[float], processes: int) -> list[float]:
     """Cost of each process's share of micro-batches so ordered."""
     return [sum(costs[rank::processes]) for rank in range(processes)]
+
+
+def step_cost(costs: Sequence[float], processes: int, *, lock_step: bool = False) -> float:
+    """What a step of micro-batches so ordered costs the slowest process, its waiting for others included."""
+    if lock_step:
+        return sum(max(costs[first : first + processes]) for first in range(0, len(costs), processes))
+    return max(process_costs(costs, processes))
+
+
+def imbalance(costs: Sequence[float], processes: int, *, lock_step: bool = False) -> float:
+    """`step_cost` over the mean of all processes; 1 is even."""
+    mean = sum(process_costs(costs, processes)) / processes
+    return step_cost(costs, processes, lock_step=lock_step) / mean
 
 
 def _first_split(units: Sequence[Unit], split: Split) -> tuple[Unit | None, list[Unit]]:

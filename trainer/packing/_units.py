@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainer.packing._arrays import Integers
 from trainer.packing._cost import PassCost, visible_pairs
 from trainer.packing._sorting import SortedSamples
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,20 +72,21 @@ def split_in_two(batch: SortedSamples, unit: Unit, cost: PassCost) -> list[Unit]
     """Cut a unit so that its costlier half is as cheap as it can be; one of a single sequence stays whole."""
     if len(unit.chosen) < 2:
         return [unit]
-    lengths, shared = batch.lengths[unit.chosen], batch.shared_within(unit.chosen)
-    trained = batch.trained[unit.chosen]
-
-    def each(skipped: Integers) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        pairs = (lengths * (lengths + 1) - skipped * (skipped + 1)) / 2
-        tokens = lengths - skipped
-        return cost.per_token * tokens + cost.per_pair * pairs + cost.per_trained_token * trained
-
-    added = each(shared)  # [n] cost that each sequence adds to those before it
-    alone = each(np.zeros_like(shared))
+    shared = batch.shared_within(unit.chosen)
+    added = costs_after(batch, unit.chosen, shared, cost)
+    alone = costs_after(batch, unit.chosen, np.zeros_like(shared), cost)
     left = added.cumsum()[:-1]  # of a cut before sequence 1 .. n - 1
     right = alone[1:] + (added.sum() - added.cumsum())[1:]
     where = int(np.maximum(left, right).argmin()) + 1
     return [make_unit(batch, part, cost) for part in (unit.chosen[:where], unit.chosen[where:])]
+
+
+def costs_after(batch: SortedSamples, chosen: Integers, skipped: Integers, cost: PassCost) -> Floats:
+    """[n] cost that each chosen sequence adds where its first `skipped` tokens are computed anyway."""
+    lengths = batch.lengths[chosen]
+    pairs = (lengths * (lengths + 1) - skipped * (skipped + 1)) / 2
+    tokens = lengths - skipped
+    return cost.per_token * tokens + cost.per_pair * pairs + cost.per_trained_token * batch.trained[chosen]
 
 
 def _greedy_parts(batch: SortedSamples, chosen: Integers, most_tokens: int) -> Iterator[Integers]:

@@ -23,7 +23,7 @@ from trainer.config import OptimizerSettings, TrainerConfig
 from trainer.losses import LossInputs
 from trainer.model.token_logprobs import token_logprobs
 from trainer.model.wrappers import unwrap
-from trainer.packing import MicroBatch, PassCost, pack, process_costs
+from trainer.packing import MicroBatch, PassCost, imbalance, pack
 from trainer.run.logprob_mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
 from trainer.run.objective import Objective
 from trainer.run.step_scores import StepScores
@@ -165,7 +165,9 @@ class StepRunner:
             computed_tokens=sum(micro_batch.computed_tokens for micro_batch in micro_batches),
             sequence_tokens=sum(micro_batch.sequence_tokens for micro_batch in micro_batches),
             padding_tokens=sum(micro_batch.padding_tokens for micro_batch in micro_batches),
-            imbalance=self._imbalance(micro_batches),
+            imbalance=imbalance(
+                [micro_batch.cost for micro_batch in micro_batches], self._accelerator.num_processes
+            ),
             micro_batches=len(micro_batches),
             learning_rate=rate,
             staleness=staleness,
@@ -240,10 +242,6 @@ class StepRunner:
         if len(share) < rounds:
             share.append(min(micro_batches, key=lambda each: each.cost).without_weight())
         return [micro_batch.to(self._accelerator.device) for micro_batch in share]
-
-    def _imbalance(self, micro_batches: list[MicroBatch]) -> float:
-        costs = process_costs([each.cost for each in micro_batches], self._accelerator.num_processes)
-        return max(costs) * len(costs) / sum(costs)
 
     def _step_statistics(self, micro_batches: list[MicroBatch]) -> Any:
         """What the loss computes from the whole step's tokens beforehand; None for most losses."""
