@@ -73,6 +73,10 @@ class KlOptions(Options):
         """Return True if the penalty uses the sampler's log-probs."""
         return self.has_penalty() and self.kl_estimator == "k3_unbiased"
 
+    def trains_without_advantage(self) -> bool:
+        """Return True if a sequence without any advantage has a gradient."""
+        return self.has_penalty()
+
 
 class CorrectionOptions(Options):
     """Weights and masks against the difference between the sampler's policy and the trainer's.
@@ -139,6 +143,10 @@ class ObjectiveOptions(KlOptions):
 
 class RatioOptions(ObjectiveOptions):
     """Options of a loss that has an importance ratio of trainer and sampler: subclass it for such a loss."""
+
+    def needs_sampler(self) -> bool:
+        """Return True: the ratio does."""
+        return True
 
     @model_validator(mode="after")
     def _the_ratio_counts_once(self) -> Self:
@@ -284,7 +292,7 @@ class PenalizedOptions(RatioOptions):
 
     def trains_without_advantage(self) -> bool:
         """Return True if a sequence without any advantage has a gradient."""
-        return self.mismatch_penalty > 0 or self.has_penalty()
+        return self.mismatch_penalty > 0 or super().trains_without_advantage()
 
 
 class PrimeOptions(PenalizedOptions):
@@ -343,6 +351,10 @@ class KlCovOptions(RatioOptions):
     covariance_penalty: float = Field(default=1.0, gt=0)
     """Weight of their penalty, the absolute log-ratio of trainer and sampler."""
 
+    def trains_without_advantage(self) -> bool:
+        """Return True: the penalised tokens have a gradient."""
+        return True
+
 
 class StdOptions(Options):
     """Options of estimators that divide by a standard deviation."""
@@ -358,6 +370,8 @@ class LengthShapingOptions(Options):
     """What the longest sequence of a group loses, as a share of the group's mean score."""
 
 
+# Ours by name, in the order in which help texts have them; each is a function of `trainer.losses` or
+# `trainer.samples.advantages`, which says the same of its options.
 LOSS_OPTIONS: Final[dict[str, type[Options]]] = {
     "weighted_sft": ObjectiveOptions,
     "policy_gradient": PolicyGradientOptions,
@@ -389,4 +403,3 @@ ESTIMATOR_OPTIONS: Final[dict[str, type[Options]]] = {
     "maxrl": Options,
     "length_shaping": LengthShapingOptions,
 }
-"""Of ours, by name, for help texts; the function itself says the same."""

@@ -10,22 +10,10 @@ from typing import Any
 
 from trainer.errors import ConfigurationError
 from trainer.extensions._extension import Extension, O, called
-from trainer.options import Options
+from trainer.options import ESTIMATOR_OPTIONS, Options
 
 BUILT_IN_ESTIMATORS: Mapping[str, str] = MappingProxyType(
-    {
-        "group_norm": "trainer.samples.advantages:group_norm",
-        "group_center": "trainer.samples.advantages:group_center",
-        "leave_one_out": "trainer.samples.advantages:leave_one_out",
-        "raw": "trainer.samples.advantages:raw",
-        "opo": "trainer.samples.advantages:opo",
-        "reinforce_plus_plus_baseline": "trainer.samples.advantages:reinforce_plus_plus_baseline",
-        "pass_at_k": "trainer.samples.advantages:pass_at_k",
-        "gpg": "trainer.samples.advantages:gpg",
-        "batch_std": "trainer.samples.advantages:batch_std",
-        "maxrl": "trainer.samples.advantages:maxrl",
-        "length_shaping": "trainer.samples.advantages:length_shaping",
-    }
+    {name: f"trainer.samples.advantages:{name}" for name in ESTIMATOR_OPTIONS}
 )
 NAMES_ELSEWHERE: Mapping[str, str] = MappingProxyType(
     {

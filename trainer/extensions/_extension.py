@@ -17,6 +17,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from trainer.errors import ConfigurationError, TrainerError
 from trainer.extensions._closest import closest_name, same_name
+from trainer.options import LOSS_OPTIONS, KlOptions
 from trainer.options import Options as Options
 
 if TYPE_CHECKING:
@@ -28,26 +29,8 @@ if TYPE_CHECKING:
     """The loss, 0-dim with gradient; and sums over trained tokens for the metrics, 0-dim and detached."""
 
 BUILT_IN_LOSSES: Mapping[str, str] = MappingProxyType(
-    {
-        "weighted_sft": "trainer.losses:weighted_sft",
-        "policy_gradient": "trainer.losses:policy_gradient",
-        "ppo_clip": "trainer.losses:ppo_clip",
-        "gspo": "trainer.losses:gspo",
-        "cispo": "trainer.losses:cispo",
-        "decoupled_ppo": "trainer.losses:decoupled_ppo",
-        "sapo": "trainer.losses:sapo",
-        "gmpo": "trainer.losses:gmpo",
-        "luspo": "trainer.losses:luspo",
-        "vespo": "trainer.losses:vespo",
-        "dppo_tv": "trainer.losses:dppo_tv",
-        "dppo_kl": "trainer.losses:dppo_kl",
-        "prime": "trainer.losses:prime",
-        "ipo": "trainer.losses:ipo",
-        "clip_cov": "trainer.losses:clip_cov",
-        "kl_cov": "trainer.losses:kl_cov",
-    }
+    {name: f"trainer.losses:{name}" for name in LOSS_OPTIONS}
 )
-
 
 _Result = TypeVar("_Result")
 O = TypeVar("O", bound=Options)  # noqa: E741
@@ -169,8 +152,8 @@ class Loss(Extension[O]):
         function: Callable[[LossInputs, O], LossResult],
         options: type[O],
         *,
-        needs_inference_logprobs: Need[O],
-        needs_ref_logprobs: Need[O],
+        needs_inference_logprobs: Need[O] | None,
+        needs_ref_logprobs: Need[O] | None,
         trains_without_advantage: Need[O] | None,
         step_statistics: Callable[[LossInputs, O], Any] | None,
     ) -> None:
@@ -178,9 +161,7 @@ class Loss(Extension[O]):
         self._step_statistics = step_statistics
         self._needs_inference_logprobs = needs_inference_logprobs
         self._needs_ref_logprobs = needs_ref_logprobs
-        self._trains_without_advantage = (
-            needs_ref_logprobs if trains_without_advantage is None else trains_without_advantage
-        )
+        self._trains_without_advantage = trains_without_advantage
 
     def __call__(self, inputs: LossInputs, **options: Any) -> LossResult:
         """Compute it with options by name, for direct use.
@@ -193,13 +174,16 @@ class Loss(Extension[O]):
 
     def bind(self, options: O) -> BoundLoss:
         """Give it its options."""
+        said = options if isinstance(options, KlOptions) else KlOptions()
+        needs_ref_logprobs = _applies(self._needs_ref_logprobs, options, said.has_penalty())
+        without = needs_ref_logprobs or said.trains_without_advantage()
         return BoundLoss(
             name=self.__name__,
             function=self.function,
             options=options,
-            needs_inference_logprobs=_applies(self._needs_inference_logprobs, options),
-            needs_ref_logprobs=_applies(self._needs_ref_logprobs, options),
-            trains_without_advantage=_applies(self._trains_without_advantage, options),
+            needs_inference_logprobs=_applies(self._needs_inference_logprobs, options, said.needs_sampler()),
+            needs_ref_logprobs=needs_ref_logprobs,
+            trains_without_advantage=_applies(self._trains_without_advantage, options, without),
             step_statistics=self._step_statistics,
         )
 
@@ -238,22 +222,23 @@ class BoundLoss:
 def loss(
     options: type[O] = Options,  # type: ignore[assignment]
     *,
-    needs_inference_logprobs: Need[O] = False,
-    needs_ref_logprobs: Need[O] = False,
+    needs_inference_logprobs: Need[O] | None = None,
+    needs_ref_logprobs: Need[O] | None = None,
     trains_without_advantage: Need[O] | None = None,
     step_statistics: Callable[[LossInputs, O], Any] | None = None,
 ) -> Callable[[Callable[[LossInputs, O], LossResult]], Loss[O]]:
     """Make a loss of a function of `trainer.losses.LossInputs` and its options.
 
     The function is pure: it does not run the model, log, or keep state. It always returns metrics of the same
-    names. Each argument but the first may be a function of the options, which answers for them.
+    names. Each need may be a function of the options, which answers for them. None: what options that are
+    `KlOptions` say of themselves; others need nothing.
 
     Args:
         options: The model of its options.
         needs_inference_logprobs: It uses the sampler's log-probs.
         needs_ref_logprobs: It uses a reference model's log-probs.
         trains_without_advantage: A sequence without any advantage has a gradient all the same, because of a
-            KL penalty or an entropy bonus, say. None: as `needs_ref_logprobs`.
+            KL penalty or an entropy bonus, say. None: also if `needs_ref_logprobs`.
         step_statistics: Computes what a token's term needs of the whole step's tokens: called once a step,
             before any is computed, with the sampler's log-probs in the place of the trainer's; what it
             returns is `LossInputs.statistics`.
@@ -268,7 +253,9 @@ def loss(
     )
 
 
-def _applies(need: Need[O], options: O) -> bool:
+def _applies(need: Need[O] | None, options: O, by_default: bool) -> bool:
+    if need is None:
+        return by_default
     return need if isinstance(need, bool) else bool(need(options))
 
 

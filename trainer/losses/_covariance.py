@@ -18,12 +18,11 @@ from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
 from trainer.losses._terms import (
     LogMetrics,
-    clip_counts,
     clipped_surrogate,
     finish_loss,
     sampler_log_ratio,
 )
-from trainer.options import ClipCovOptions, KlCovOptions, KlOptions
+from trainer.options import ClipCovOptions, KlCovOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,73 +76,37 @@ def _step_covariance(
     )
 
 
-@loss(
-    ClipCovOptions,
-    needs_inference_logprobs=True,
-    needs_ref_logprobs=KlOptions.has_penalty,
-    step_statistics=_step_covariance,
-)
+@loss(ClipCovOptions, step_statistics=_step_covariance)
 def clip_cov(inputs: LossInputs, options: ClipCovOptions) -> tuple[Tensor, LogMetrics]:
     """PPO's clipped surrogate without the tokens of the largest covariance of advantage and log-prob.
 
-    ``loss = sum_t mask_t * (-keep_t min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)
-    [+ kl_coefficient * KL_t]) / denominator``; ``keep_t`` is 0 for the `covariance_share` of the step's
-    tokens whose covariance is largest between `covariance_low` and `covariance_high`. The paper draws among
-    those in between at random; here it is always the largest.
+    ``-keep_t min(r_t A_t, clip(r_t, 1 - epsilon_low, 1 + epsilon_high) A_t)``; ``keep_t`` is 0 for the
+    `covariance_share` of the step's tokens whose covariance is largest between `covariance_low` and
+    `covariance_high`. The paper draws among those in between at random; here it is always the largest.
 
-    Source: arXiv 2505.22617, equation 11.
-
-    Args:
-        inputs: Token-aligned; ``inference_logprobs`` are required; without ``statistics`` these tokens are
-            the whole step.
-        options: See there.
-
-    Returns:
-        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
-        ``clipped_low``, ``clipped_high``, ``clipped``, ``masked``, and where known ``kl_ref``.
-
-    Raises:
-        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    Source: arXiv 2505.22617, equation 11. Own metrics: ``clipped_low``, ``clipped_high``, ``clipped``,
+    ``masked``. Without ``statistics`` these tokens are the whole step.
     """
     ratio = torch.exp(sampler_log_ratio(inputs, "clip_cov"))
-    advantages = inputs.at_trained_tokens(inputs.advantages)
-    terms = clipped_surrogate(ratio, advantages, options)
-    stopped = terms > -ratio * advantages
+    terms, counts = clipped_surrogate(inputs, ratio, options)
+    stopped = terms > -ratio * inputs.at_trained_tokens(inputs.advantages)
     statistics = inputs.statistics or _step_covariance(inputs, options, ~stopped)
     covariance = statistics.of_tokens(inputs)
     held_back = (covariance >= statistics.threshold) & (covariance < options.covariance_high) & ~stopped
-    counts = clip_counts(inputs, ratio, advantages, options)
     terms = torch.where(held_back, torch.zeros_like(terms), terms)
     return finish_loss(inputs, options, terms, counts, kept=~held_back)
 
 
-@loss(
-    KlCovOptions,
-    needs_inference_logprobs=True,
-    needs_ref_logprobs=KlOptions.has_penalty,
-    trains_without_advantage=True,
-    step_statistics=_step_covariance,
-)
+@loss(KlCovOptions, step_statistics=_step_covariance)
 def kl_cov(inputs: LossInputs, options: KlCovOptions) -> tuple[Tensor, LogMetrics]:
     """Plain surrogate with a penalty on the tokens of the largest covariance of advantage and log-prob.
 
-    ``loss = sum_t mask_t * (-r_t A_t + covariance_penalty |d_t| large_t [+ kl_coefficient * KL_t]) /
-    denominator`` with ``d_t = logprob_t - inference_logprob_t`` and ``r_t = exp(d_t)``; ``large_t`` is 1 for
-    the `covariance_share` of the step's tokens whose covariance is largest.
+    ``-r_t A_t + covariance_penalty |d_t| large_t`` with ``d_t = logprob_t - inference_logprob_t`` and
+    ``r_t = exp(d_t)``; ``large_t`` is 1 for the `covariance_share` of the step's tokens whose covariance is
+    largest.
 
-    Source: arXiv 2505.22617, equation 12.
-
-    Args:
-        inputs: Token-aligned; ``inference_logprobs`` are required; without ``statistics`` these tokens are
-            the whole step.
-        options: See there.
-
-    Returns:
-        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
-        ``penalized``, and where known ``kl_ref``.
-
-    Raises:
-        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    Source: arXiv 2505.22617, equation 12. Own metric: ``penalized``. Without ``statistics`` these tokens are
+    the whole step.
     """
     difference = sampler_log_ratio(inputs, "kl_cov")
     statistics = inputs.statistics or _step_covariance(inputs, options)

@@ -26,7 +26,15 @@ def sampler_log_ratio(inputs: LossInputs, loss_name: str) -> Tensor:
     return log_ratio(inputs.at_trained_tokens(inputs.logprobs), sampler)
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, options: ClipOptions) -> Tensor:
+def policy_gradient_terms(inputs: LossInputs, weight: Tensor | float = 1.0) -> Tensor:
+    """``-weight A logprob`` per token; the weight has no gradient."""
+    advantages = inputs.at_trained_tokens(inputs.advantages)
+    return -weight * advantages * inputs.at_trained_tokens(inputs.logprobs)
+
+
+def clipped_surrogate(
+    inputs: LossInputs, ratio: Tensor, options: ClipOptions, *, largest: float | None = None
+) -> tuple[Tensor, LogMetrics]:
     """PPO's pessimistic term ``-min(r A, clip(r) A)`` per token (Schulman et al. 2017, equation 7).
 
     Only two of the four regions are clipped (and have no gradient)::
@@ -34,19 +42,23 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, options: ClipOptions) -
                           r < 1 - epsilon_low     r > 1 + epsilon_high
         advantage > 0     free                    clipped
         advantage < 0     clipped                 free: A = -1, r = 2 gives a term of 2.0, with gradient
+
+    Args:
+        inputs: Those of the loss.
+        ratio: Of each token, with gradient.
+        options: The bounds.
+        largest: Bounds the free ratio too. None: it does not.
+
+    Returns:
+        The terms, and how many tokens it stops: ``clipped_low``, ``clipped_high`` and ``clipped``.
     """
+    advantages = inputs.at_trained_tokens(inputs.advantages)
+    free = ratio if largest is None else torch.clamp(ratio, max=largest)
     bounded = torch.clamp(ratio, options.lowest, options.highest)
-    return -torch.minimum(ratio * advantages, bounded * advantages)
-
-
-@torch.no_grad()
-def clip_counts(
-    inputs: LossInputs, ratio: Tensor, advantages: Tensor, options: ClipOptions
-) -> Mapping[str, Tensor]:
-    """Count the tokens that `clipped_surrogate` stops: ``clipped_low``, ``clipped_high`` and ``clipped``."""
     low = inputs.weighted_sum((ratio < options.lowest) & (advantages < 0))
     high = inputs.weighted_sum((ratio > options.highest) & (advantages > 0))
-    return {"clipped_low": low, "clipped_high": high, "clipped": low + high}
+    counts = {"clipped_low": low, "clipped_high": high, "clipped": low + high}
+    return -torch.minimum(free * advantages, bounded * advantages), counts
 
 
 def finish_loss(

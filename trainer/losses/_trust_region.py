@@ -7,47 +7,29 @@ from torch import Tensor
 
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import LogMetrics, finish_loss, sampler_log_ratio
-from trainer.options import (
-    DppoKlOptions,
-    DppoTvOptions,
-    IpoOptions,
-    KlOptions,
-    PenalizedOptions,
-    PrimeOptions,
-)
+from trainer.losses._terms import LogMetrics, finish_loss, policy_gradient_terms, sampler_log_ratio
+from trainer.options import DppoKlOptions, DppoTvOptions, IpoOptions, PrimeOptions
 
 PROBABILITY_EPSILON = 1e-8
 """Keeps the binary KL of a token of probability 1 finite; the source's constant."""
 
 
-@loss(DppoTvOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
+@loss(DppoTvOptions)
 def dppo_tv(inputs: LossInputs, options: DppoTvOptions) -> tuple[Tensor, LogMetrics]:
     """Policy gradient inside a trust region of probabilities instead of ratios (binary total variation).
 
-    ``loss = sum_t mask_t * (-keep_t w_t A_t logprob_t [+ kl_coefficient * KL_t]) / denominator`` with ``w_t =
-    min(exp(logprob_t - inference_logprob_t), ratio_cap)`` held constant; ``keep_t`` is 0 where ``A_t > 0``
-    and the token's probability is above the sampler's by more than `epsilon_high`, or else where it is below
-    it by more than `epsilon_low`. A rare token may change its ratio a lot, a frequent one may not.
+    ``-keep_t w_t A_t logprob_t`` with ``w_t = min(exp(logprob_t - inference_logprob_t), ratio_cap)``, held
+    constant; ``keep_t`` is 0 where ``A_t > 0`` and the token's probability is above the sampler's by more
+    than `epsilon_high`, or else where it is below it by more than `epsilon_low`. A rare token may change its
+    ratio a lot, a frequent one may not.
 
-    Source: Divergence PPO, arXiv 2602.04879.
-
-    Args:
-        inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
-        options: See there.
-
-    Returns:
-        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
-        ``masked``, ``capped``, and where known ``kl_ref``.
-
-    Raises:
-        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    Source: Divergence PPO, arXiv 2602.04879. Own metrics: ``masked``, ``capped``.
     """
     kept = _within_total_variation(inputs, options.epsilon_low, options.epsilon_high, "dppo_tv")
     return _masked_policy_gradient(inputs, options, kept, "dppo_tv")
 
 
-@loss(DppoKlOptions, needs_inference_logprobs=True, needs_ref_logprobs=KlOptions.has_penalty)
+@loss(DppoKlOptions)
 def dppo_kl(inputs: LossInputs, options: DppoKlOptions) -> tuple[Tensor, LogMetrics]:
     """The same as `dppo_tv` with the binary KL divergence of the token as its measure.
 
@@ -55,17 +37,7 @@ def dppo_kl(inputs: LossInputs, options: DppoKlOptions) -> tuple[Tensor, LogMetr
     log p) + (1 - q) log((1 - q) / (1 - p))`` is above `epsilon_high`, or `epsilon_low`; ``q`` is the
     sampler's probability of the token, ``p`` the trainer's.
 
-    Source: Divergence PPO, arXiv 2602.04879.
-
-    Args:
-        inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
-        options: See there.
-
-    Returns:
-        The loss (0-dim), and sums over trained tokens: as `dppo_tv`.
-
-    Raises:
-        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    Source: Divergence PPO, arXiv 2602.04879. Own metrics: ``masked``, ``capped``.
     """
     sampler = inputs.sampler_logprobs("dppo_kl")
     logprobs = inputs.at_trained_tokens(inputs.logprobs).detach()
@@ -78,60 +50,29 @@ def dppo_kl(inputs: LossInputs, options: DppoKlOptions) -> tuple[Tensor, LogMetr
     return _masked_policy_gradient(inputs, options, kept, "dppo_kl")
 
 
-@loss(
-    PrimeOptions,
-    needs_inference_logprobs=True,
-    needs_ref_logprobs=KlOptions.has_penalty,
-    trains_without_advantage=PenalizedOptions.trains_without_advantage,
-)
+@loss(PrimeOptions)
 def prime(inputs: LossInputs, options: PrimeOptions) -> tuple[Tensor, LogMetrics]:
     """Plain surrogate inside the trust region of `dppo_tv`, with a penalty that pulls towards the sampler.
 
-    ``loss = sum_t mask_t * (-keep_t r_t A_t + mismatch_penalty d_t^2 [+ kl_coefficient * KL_t]) /
-    denominator`` with ``d_t = logprob_t - inference_logprob_t`` and ``r_t = exp(d_t)``, both with gradient;
-    ``keep_t`` as in `dppo_tv`. The penalty is that of all trained tokens, masked or not.
+    ``-keep_t r_t A_t + mismatch_penalty d_t^2`` with ``d_t = logprob_t - inference_logprob_t`` and ``r_t =
+    exp(d_t)``, both with gradient; ``keep_t`` as in `dppo_tv`. The penalty is that of all trained tokens,
+    masked or not.
 
     Source: prime-rl's default objective from April to August 2026 (src/prime_rl/trainer/rl/loss.py); arXiv
-    2602.04879 and, for the penalty, Kimi K2.5, arXiv 2602.02276.
-
-    Args:
-        inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
-        options: See there.
-
-    Returns:
-        The loss (0-dim), and sums over trained tokens: ``negative_logprob``, ``ratio``, ``mismatch_kl``,
-        ``masked``, and where known ``kl_ref``.
-
-    Raises:
-        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    2602.04879 and, for the penalty, Kimi K2.5, arXiv 2602.02276. Own metric: ``masked``.
     """
     kept = _within_total_variation(inputs, options.epsilon_low, options.epsilon_high, "prime")
     return _penalized_surrogate(inputs, options, kept, "prime")
 
 
-@loss(
-    IpoOptions,
-    needs_inference_logprobs=True,
-    needs_ref_logprobs=KlOptions.has_penalty,
-    trains_without_advantage=PenalizedOptions.trains_without_advantage,
-)
+@loss(IpoOptions)
 def ipo(inputs: LossInputs, options: IpoOptions) -> tuple[Tensor, LogMetrics]:
     """The same as `prime`, but a token is masked whichever way its probability moved.
 
     ``keep_t`` is 0 where ``|exp(logprob_t) - exp(inference_logprob_t)| > epsilon``.
 
     Source: prime-rl's objective of that name, its default since August 2026; from September on with an
-    epsilon of 0.3 and without the penalty.
-
-    Args:
-        inputs: Token-aligned; ``inference_logprobs`` are required, at the same temperature as ``logprobs``.
-        options: See there.
-
-    Returns:
-        The loss (0-dim), and sums over trained tokens: as `prime`.
-
-    Raises:
-        MissingLogProbsError: if ``inference_logprobs`` is None, or ``ref_logprobs`` is with a KL penalty.
+    epsilon of 0.3 and without the penalty. Own metric: ``masked``.
     """
     kept = _probability_change(inputs, "ipo").abs() <= options.epsilon
     return _penalized_surrogate(inputs, options, kept, "ipo")
@@ -154,8 +95,7 @@ def _masked_policy_gradient(
     inputs: LossInputs, options: DppoTvOptions | DppoKlOptions, kept: Tensor, loss_name: str
 ) -> tuple[Tensor, LogMetrics]:
     ratio = torch.exp(sampler_log_ratio(inputs, loss_name).detach())
-    weight = torch.clamp(ratio, max=options.ratio_cap) * kept
-    terms = -weight * inputs.at_trained_tokens(inputs.advantages) * inputs.at_trained_tokens(inputs.logprobs)
+    terms = policy_gradient_terms(inputs, torch.clamp(ratio, max=options.ratio_cap) * kept)
     counts = {"capped": inputs.weighted_sum(kept & (ratio > options.ratio_cap))}
     return finish_loss(inputs, options, terms, counts, kept=kept)
 
