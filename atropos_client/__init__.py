@@ -10,7 +10,6 @@ from atropos_client._client import AtroposClient
 from atropos_client._reading import parse_batch
 from atropos_client._retry import (
     NO_RETRIES,
-    Resend,
     RetryPolicy,
     is_transient,
     send_within,
@@ -70,7 +69,6 @@ __all__ = [
     "ReplyTimeout",
     "ReplyTooLarge",
     "RequestFailed",
-    "Resend",
     "RetryPolicy",
     "ServerError",
     "Timeouts",

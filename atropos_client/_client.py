@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Final, TypeVar
 
 import httpx
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 from atropos_client._body import BodyReader
 from atropos_client._reading import read_as
 from atropos_client._reply import Reply, judge, may_have_removed, possibly_lost
-from atropos_client._retry import NO_RETRIES, Resend, RetryPolicy, send_within
+from atropos_client._retry import NO_RETRIES, RetryPolicy, send_within
 from atropos_client._settings import ConnectionSettings
 from atropos_client._translate import translated_errors
 from atropos_client.clock import running_time
 from atropos_client.errors import ApiUnreachable, AtroposClientError, InvalidReply, RequestFailed, ServerError
 from schemas import (
     EnvironmentIdentifier,
-    EnvironmentRegistration,
-    EnvironmentRegistrationReply,
     EnvironmentStatus,
     InfoReply,
     Registration,
@@ -35,8 +31,6 @@ M = TypeVar("M", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 
-_GROUPS: Final = TypeAdapter(list[ScoredGroup])
-_COMPRESS_FROM: Final = 1024  # bytes; below this, gzip costs more than it saves
 _READY_PAUSE: Final = 0.2  # seconds between two looks at a server that is starting
 _REMIND_SECONDS: Final = 15.0  # between two log lines that say that we still wait for it
 
@@ -85,8 +79,6 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
         """Close the connections. The client cannot be used afterwards."""
         self._http.close()
 
-    # The trainer's side.
-
     def register(self, registration: Registration) -> None:
         """Register the trainer. Only the first registration since the API started counts."""
         self._call("POST", "/register", _json(registration))  # what a second one says is ignored
@@ -97,7 +89,7 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
         Raises:
             BatchPossiblyLost: If the request failed after the server may have removed a batch.
         """
-        return self._call("GET", "/batch", resend=Resend.ONLY_IF_NOT_SENT, removes_batch=True)
+        return self._call("GET", "/batch", removes_batch=True)
 
     def status(self) -> StatusReply:
         """Return how many groups wait and how many batches were formed."""
@@ -148,36 +140,17 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
                 return
             time.sleep(_READY_PAUSE)
 
-    # The environments' side.
-
-    def register_environment(self, registration: EnvironmentRegistration) -> EnvironmentRegistrationReply:
-        """Register an environment; not `accepted` before the trainer has polled once."""
-        body, resend = _json(registration), Resend.ONLY_IF_NOT_SENT  # a second one would add another
-        return self._ask(EnvironmentRegistrationReply, "POST", "/register-env", body, resend)
-
     def environment_status(self, env_id: int) -> EnvironmentStatus:
         """Return what an environment needs to decide whether to produce more."""
         body = _json(EnvironmentIdentifier(env_id=env_id))
         return self._ask(EnvironmentStatus, "GET", "/status-env", body)
 
-    def push_groups(self, groups: Sequence[ScoredGroup]) -> None:
-        """Hand groups to the queue."""
-        body = _GROUPS.dump_json(list(groups), exclude_none=True)
-        self._call("POST", "/scored_data_list", body, resend=Resend.ONLY_IF_NOT_SENT)  # else stored twice
-
     def reset_data(self) -> None:
         """Wipe the queue and the registration. Until the next registration ``GET /batch`` fails with 500."""
         self._call("GET", "/reset_data", expects_json=False)
 
-    def _ask(
-        self,
-        reply: type[M],
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        resend: Resend = Resend.HARMLESS,
-    ) -> M:
-        return self._read(reply, self._call(method, path, body, resend=resend), method, path)
+    def _ask(self, reply: type[M], method: str, path: str, body: bytes | None = None) -> M:
+        return self._read(reply, self._call(method, path, body), method, path)
 
     def _read(self, reply: type[M], body: bytes, method: str, path: str) -> M:
         try:
@@ -192,7 +165,6 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
         path: str,
         body: bytes | None = None,
         *,
-        resend: Resend = Resend.HARMLESS,
         expects_json: bool = True,
         removes_batch: bool = False,
         retries: RetryPolicy | None = None,
@@ -202,10 +174,9 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
         Args:
             method: Of HTTP.
             path: Below the base URL.
-            body: JSON, not compressed.
-            resend: What a second sending would do.
+            body: JSON.
             expects_json: Whether a reply that is not labelled as JSON is refused.
-            removes_batch: Whether the server forgets what it answers.
+            removes_batch: Whether the server forgets what it answers; such a request is not repeated.
             retries: Bounds on repeating it. None: those of the settings.
 
         Raises:
@@ -218,7 +189,7 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
             return judge(reply, self._settings, expects_json=expects_json)
 
         try:
-            return send_within(retries or self._settings.retries, send, resend)
+            return send_within(retries or self._settings.retries, send, once=removes_batch)
         except AtroposClientError as error:
             error.method, error.url = method, self.base_url + path
             if removes_batch and may_have_removed(error):
@@ -227,10 +198,6 @@ class AtroposClient(AbstractContextManager["AtroposClient"]):
 
     def _send(self, method: str, path: str, body: bytes | None, *, removes_batch: bool) -> Reply:
         headers = {} if body is None else {"Content-Type": "application/json"}
-        if body is not None and len(body) >= _COMPRESS_FROM:
-            headers["Content-Encoding"] = "gzip"
-            # Level 1: numbers as text compress about as well, several times faster. mtime=0: always equal.
-            body = gzip.compress(body, compresslevel=1, mtime=0)
         timeout = self._settings.phase_timeouts(batch=removes_batch)
         reader = BodyReader(limit=self._settings.max_body_bytes, patience=self._settings.timeouts.total)
         request = self._http.build_request(method, path, content=body, headers=headers, timeout=timeout)

@@ -10,7 +10,6 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import TypeVar
 
 from atropos_client.backoff import Backoff
@@ -30,15 +29,6 @@ TRANSIENT_STATUSES = frozenset({408, 425, 429, 502, 503, 504})
 
 500 is not among them: the API answers 500 to requests that fail every time, such as the status of an
 environment that it does not know."""
-
-
-class Resend(Enum):
-    """Says what a second sending of the same request would do."""
-
-    HARMLESS = "harmless"
-    """Reads, and writes that change nothing the second time."""
-    ONLY_IF_NOT_SENT = "only if not sent"
-    """It would remove a second batch, or store a group twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +65,21 @@ def is_transient(error: AtroposClientError) -> bool:
     return isinstance(error, ApiUnreachable | ReplyTimeout | ConnectionLost)
 
 
-def may_resend(error: AtroposClientError, resend: Resend) -> bool:
+def may_resend(error: AtroposClientError, *, once: bool) -> bool:
     """Whether a request that failed like this may and should be sent again.
 
     Args:
         error: Why the last sending failed.
-        resend: What a second sending would do.
+        once: Whether a second sending does harm, e.g. removes a second batch.
     """
-    if resend is Resend.ONLY_IF_NOT_SENT:
-        return isinstance(error, ApiUnreachable)
-    return is_transient(error)
+    return isinstance(error, ApiUnreachable) if once else is_transient(error)
 
 
 def send_within(
     policy: RetryPolicy,
     send: Callable[[], T],
-    resend: Resend,
     *,
+    once: bool = False,
     before_pause: Callable[[AtroposClientError], None] = lambda _error: None,
 ) -> T:
     """Send a request, repeating it within the policy where that is safe.
@@ -99,7 +87,7 @@ def send_within(
     Args:
         policy: Bounds on repeating.
         send: Sends it once.
-        resend: What a second sending would do.
+        once: Whether a second sending does harm: then only what was certainly never sent is repeated.
         before_pause: Told of every failure that is not the last.
 
     Raises:
@@ -113,7 +101,7 @@ def send_within(
         except AtroposClientError as error:
             pause = pauses.next()
             elapsed = running_time() - started
-            if not policy.allows_another(attempts, elapsed + pause) or not may_resend(error, resend):
+            if not policy.allows_another(attempts, elapsed + pause) or not may_resend(error, once=once):
                 raise
             before_pause(error)
         time.sleep(pause)

@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import torch
 from example_trainer.data import pad_data_to_good_offset
@@ -38,7 +39,7 @@ from rich.table import Table
 from atropos_client import AtroposClient
 from local_stack.commands import api_command, free_addresses
 from local_stack.models import prepare_demo_model
-from schemas import BatchReply, EnvironmentRegistration, ScoredGroup
+from schemas import BatchReply, ScoredGroup
 from trainer.config import DataSettings, LossSettings, load_config
 from trainer.packing import pack
 from trainer.run.build import build_trainer
@@ -218,9 +219,10 @@ def measure_run(model: Path, *, steps: int) -> dict[str, Any]:
     server = subprocess.Popen(api_command(address))  # noqa: S603 - our own command
     rows: list[dict[str, Any]] = []
     try:
-        with AtroposClient(address.url) as client, tempfile.TemporaryDirectory() as scratch:
-            client.wait_until_ready(START_TIMEOUT)
-            feeder = threading.Thread(target=_feed, args=(client, steps), daemon=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            with AtroposClient(address.url) as client:
+                client.wait_until_ready(START_TIMEOUT)
+            feeder = threading.Thread(target=_feed, args=(address.url, steps), daemon=True)
             feeder.start()
             words = [
                 *("--model.path", str(model), "--atropos.url", address.url, "--atropos.batch_size", "16"),
@@ -244,17 +246,21 @@ def measure_run(model: Path, *, steps: int) -> dict[str, Any]:
     }
 
 
-def _feed(client: AtroposClient, steps: int) -> None:
+def _feed(url: str, steps: int) -> None:
     """Register as an environment as soon as the trainer polls, and send all batches at once."""
-    registration = EnvironmentRegistration(max_token_length=4096, desired_name="benchmark", group_size=8)
-    while not (reply := client.register_environment(registration)).accepted:
+    registration = {"max_token_length": 4096, "desired_name": "benchmark", "weight": 1.0, "group_size": 8}
+    while True:
+        reply = httpx.post(f"{url}/register-env", json=registration).raise_for_status().json()
+        if reply["status"] == "success":
+            break
         time.sleep(0.1)
     generator = random.Random(1)
     for _ in range(2 * steps):
         group = make_group(
             generator, size=8, lengths=lambda: generator.randint(16, 64), prompt=100, vocabulary=VOCABULARY
         )
-        client.push_groups([ScoredGroup.model_validate({**group, "env_id": reply.env_id})])
+        group = ScoredGroup.model_validate({**group, "env_id": reply["env_id"]}).model_dump(exclude_none=True)
+        httpx.post(f"{url}/scored_data_list", json=[group]).raise_for_status()
 
 
 def machine() -> dict[str, Any]:

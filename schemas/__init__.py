@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from schemas._api import (
     EnvironmentIdentifier,
-    EnvironmentRegistration,
-    EnvironmentRegistrationReply,
     EnvironmentStatus,
     InfoReply,
     Registration,
@@ -30,8 +28,6 @@ __all__ = [
     "BatchReply",
     "BatchState",
     "EnvironmentIdentifier",
-    "EnvironmentRegistration",
-    "EnvironmentRegistrationReply",
     "EnvironmentStatus",
     "FlatGroup",
     "InfoReply",

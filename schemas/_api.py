@@ -1,13 +1,11 @@
-"""The small requests and replies of the Atropos API: registration, status, pushing groups.
+"""The small requests and replies of the Atropos API: registration and status.
 
 Each class names its route and who sends it. Groups and batches have modules of their own.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import AllowInfNan, Field
+from pydantic import Field
 
 from schemas._wire import WireModel
 
@@ -36,44 +34,11 @@ class Registration(WireModel):
     """Steps of the whole run. -1: unknown."""
 
 
-class EnvironmentRegistration(WireModel):
-    """``POST /register-env``, sent by an environment."""
-
-    max_token_length: int = Field(gt=0)
-    """Longest sequence, in tokens, that this environment sends."""
-    desired_name: str
-    """Name in logs; the server appends a number."""
-    weight: Annotated[float, AllowInfNan(False)] = Field(default=1.0, ge=0)
-    """Share of the data wanted from this environment, relative to the others."""
-    group_size: int = Field(gt=0)
-    """Sequences per group."""
-    min_batch_allocation: Annotated[float, AllowInfNan(False)] | None = Field(default=None, ge=0, le=1)
-    """Smallest share of every batch for this environment. None: no guarantee."""
-
-
-class EnvironmentRegistrationReply(WireModel):
-    """Reply to ``POST /register-env``. Everything but `status` is None until the trainer has polled once."""
-
-    status: str
-    """``"success"``, or a text that asks to wait for the trainer."""
-    env_id: int | None = None
-    """Number of the environment; it goes into every group."""
-    starting_step: int | None = None
-    """Batches formed so far, counted from the trainer's starting step."""
-    num_steps: int | None = None
-    """As the trainer registered it."""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the environment is registered (False: ask again in a second)."""
-        return self.status == "success"
-
-
 class EnvironmentIdentifier(WireModel):
     """Body of ``GET /status-env`` (a GET with a body)."""
 
     env_id: int = Field(ge=0)
-    """Number from the registration."""
+    """Number of the environment, in the order of registration."""
 
 
 class EnvironmentStatus(WireModel):

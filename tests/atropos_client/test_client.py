@@ -22,14 +22,12 @@ from atropos_client import (
     ServerError,
     Timeouts,
 )
-from schemas import ScoredGroup
 from tests.atropos_client.conftest import Ask
 from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, closed_port, zipped
 from tests.schemas.test_group import GOOD
 
 BATCH = json.dumps({"batch": [GOOD]}).encode()
 STATUS = Answer(body=b'{"current_step":3,"queue_size":2}')
-RECEIVED = Answer(body=b'{"status":"received"}')
 TIGER = "tiger-token"
 LION = "lion-header"
 IMPATIENT = Timeouts(connect=2.0, read=0.2, batch_read=0.2, total=5.0)
@@ -98,24 +96,6 @@ def test_no_retries_means_one_sending(ask: Ask, server: MisbehavingServer) -> No
     server.script("/status", Answer(status=503), STATUS)
     with pytest.raises(ServerError):
         ask(server.url, "status", retries=NO_RETRIES)
-
-
-def test_a_group_is_never_pushed_twice(ask: Ask, server: MisbehavingServer) -> None:
-    server.script("/scored_data_list", Answer(hang_up=True), RECEIVED)
-    with pytest.raises(ConnectionLost):
-        ask(server.url, "push_groups", [ScoredGroup.model_validate(GOOD)])
-    assert len(server.paths()) == 1
-
-
-def test_large_requests_travel_as_gzip_and_small_ones_do_not(ask: Ask, server: MisbehavingServer) -> None:
-    server.script("/scored_data_list", RECEIVED)
-    small = ScoredGroup.model_validate(GOOD)
-    n = 1_000
-    large = ScoredGroup(tokens=[[7] * n], masks=[[7] * n], scores=[0.5])
-    for group in (small, large):
-        ask(server.url, "push_groups", [group])
-    assert [seen.headers.get("content-encoding") for seen in server.seen] == [None, "gzip"]
-    assert ScoredGroup.model_validate(json.loads(server.seen[1].body)[0]) == large
 
 
 def test_a_redirect_is_refused_and_its_query_not_shown(ask: Ask, server: MisbehavingServer) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atropos_client import RetryPolicy, errors
-from atropos_client._retry import Resend, may_resend
+from atropos_client._retry import may_resend
 from atropos_client.backoff import Backoff
 from atropos_client.errors import (
     AccessDenied,
@@ -32,7 +32,7 @@ POLICY = RetryPolicy(attempts=4, wall_clock=30.0)
 
 
 @pytest.mark.parametrize(
-    ("error", "harmless", "only_if_not_sent"),
+    ("error", "again", "again_if_once"),
     [
         (ApiUnreachable("x"), True, True),
         (ReplyTimeout("x"), True, False),
@@ -48,10 +48,10 @@ POLICY = RetryPolicy(attempts=4, wall_clock=30.0)
     ],
 )
 def test_what_is_repeated_depends_on_the_error_and_on_what_a_second_sending_would_do(
-    error: AtroposClientError, harmless: bool, only_if_not_sent: bool
+    error: AtroposClientError, again: bool, again_if_once: bool
 ) -> None:
-    assert may_resend(error, Resend.HARMLESS) is harmless
-    assert may_resend(error, Resend.ONLY_IF_NOT_SENT) is only_if_not_sent
+    assert may_resend(error, once=False) is again
+    assert may_resend(error, once=True) is again_if_once
 
 
 def test_attempts_and_wall_clock_both_end_repeating() -> None:

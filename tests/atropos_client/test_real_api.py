@@ -15,8 +15,9 @@ from atropos_client import AtroposClient, ServerError, ask_environments, parse_b
 from atropos_client.fetcher import Fetcher
 from atropos_client.journal import Journal
 from atropos_client.waiting import EnvironmentFacts
-from schemas import EnvironmentRegistration, Registration, ScoredGroup
+from schemas import Registration, ScoredGroup
 from tests.atropos_client.conftest import Ask
+from tests.atropos_client.environment_side import ACCEPTED, push_groups, register_environment
 from tests.atropos_client.in_thread import ThreadFetcher
 from tests.atropos_client.misbehaving_server import closed_port, eventually
 from tests.atropos_client.test_fetcher import settings_for
@@ -24,7 +25,6 @@ from tests.atropos_client.test_fetcher import settings_for
 pytestmark = pytest.mark.slow
 
 REGISTRATION = Registration(batch_size=4, max_token_len=4096, num_steps=10, wandb_group="g", starting_step=5)
-ENVIRONMENT = EnvironmentRegistration(max_token_length=4096, desired_name="sums", group_size=2)
 PATIENCE = 60.0  # seconds; only ends a hang
 
 
@@ -83,20 +83,20 @@ def api(shared_api: RealApi) -> RealApi:
     return shared_api
 
 
-def test_the_whole_life_of_a_batch_through_both_clients(api: RealApi, ask: Ask) -> None:
+def test_the_whole_life_of_a_batch(api: RealApi, ask: Ask) -> None:
     ask(api.url, "register", REGISTRATION)
-    early = ask(api.url, "register_environment", ENVIRONMENT)
-    assert not early.accepted, "environments must wait for the trainer's first poll"
+    early = register_environment(api.url)
+    assert early["status"] != ACCEPTED, "environments must wait for the trainer's first poll"
     assert parse_batch(ask(api.url, "fetch_batch")).state == "waiting"
 
-    environment = ask(api.url, "register_environment", ENVIRONMENT)
-    assert environment.accepted
-    assert (environment.env_id, environment.starting_step, environment.num_steps) == (0, 5, 10)
+    environment = register_environment(api.url)
+    assert environment["status"] == ACCEPTED
+    assert [environment[name] for name in ("env_id", "starting_step", "num_steps")] == [0, 5, 10]
     assert ask(api.url, "environment_status", 0).env_weight == 1.0
     assert ask(api.url, "info").batch_size == 4
 
     first, second = group(11), group(22, length=1_000, overrides=[{}, {"set_advantage_to_zero": True}])
-    ask(api.url, "push_groups", [first, second])
+    push_groups(api.url, [first, second])
     assert ask(api.url, "latest_example") == second
     assert ask(api.url, "status").queue_size == 2
 
@@ -135,12 +135,12 @@ def test_one_registers_although_a_group_was_pushed_before(
         if after == "a reset":
             client.register(REGISTRATION)
             client.reset_data()
-        client.push_groups([group(1)])  # the server ignores every registration from here on
+        push_groups(api.url, [group(1)])  # the server ignores every registration from here on
         client.register(REGISTRATION)
         assert not client.info().registered
         with fetching(api.url) as fetcher:
-            eventually(lambda: client.register_environment(ENVIRONMENT).accepted)
-            client.push_groups([group(2), group(3)])
+            eventually(lambda: register_environment(api.url)["status"] == ACCEPTED)
+            push_groups(api.url, [group(2), group(3)])
             assert tokens_of(fetcher) == [2, 3]
             assert (fetcher.counters.re_registrations, fetcher.counters.possibly_lost) == (0, 0)
     assert caplog.text.count("ignores registrations") == 1
@@ -153,10 +153,9 @@ def test_what_the_api_knows_of_its_environments_is_asked(api: RealApi) -> None:
         nobody = ask_environments(client)
         assert nobody is not None
         assert (nobody.registered, nobody.without_groups, nobody.reserved) == (0, (), False)
-        client.register_environment(ENVIRONMENT)
-        reserving = ENVIRONMENT.model_copy(update={"min_batch_allocation": 0.5})
-        client.register_environment(reserving)
-        client.push_groups([group(1)])
+        register_environment(api.url)
+        register_environment(api.url, min_batch_allocation=0.5)
+        push_groups(api.url, [group(1)])
         assert ask_environments(client) == EnvironmentFacts(
             registered=2, without_groups=(1,), largest_group=2, latest_group=2, reserved=True
         )
@@ -170,9 +169,9 @@ def test_groups_that_never_fill_a_batch_are_named_before_the_heartbeat(
 ) -> None:
     monkeypatch.setattr("atropos_client.fetcher._fetcher._SOON", 0.05)
     three = ScoredGroup(tokens=[[1, 2]] * 3, masks=[[-100, 2]] * 3, scores=[1.0, 0.0, 0.0])
-    with AtroposClient(api.url) as client, fetching(api.url) as fetcher:
-        client.register_environment(ENVIRONMENT)
-        client.push_groups([three, three])
+    with fetching(api.url) as fetcher:
+        register_environment(api.url)
+        push_groups(api.url, [three, three])
         eventually(lambda: "groups of 3 sequences never make a batch of exactly 4" in caplog.text)
         assert "groups of 3 sequences never make" in fetcher.explain_wait()
     assert caplog.text.count("no batch will come") == 1

@@ -14,10 +14,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from atropos_client import AtroposClient, AtroposClientError
 from atropos_client.journal import Journal
 from local_stack.inference import Engine, EngineSettings
-from schemas import EnvironmentRegistration, ScoredGroup
+from schemas import ScoredGroup
+from tests.atropos_client.environment_side import ACCEPTED, push_groups, register_environment
 from tests.atropos_client.test_real_api import RealApi
 from tests.chaos.deaths import KINDS, Death
 from tests.chaos.trainer_run import run
@@ -71,18 +74,17 @@ class RecordedEnvironment:
         self._thread.start()
 
     def _push(self) -> None:
-        registration = EnvironmentRegistration(
-            max_token_length=64, desired_name="recorded", group_size=GROUP_SIZE
-        )
         with AtroposClient(self._url) as client:
-            while not self._registered(client, registration):
+            while not self._registered(client):
                 time.sleep(0.05)
-            client.push_groups(self._groups)
+        push_groups(self._url, self._groups)
 
-    def _registered(self, client: AtroposClient, registration: EnvironmentRegistration) -> bool:
+    def _registered(self, client: AtroposClient) -> bool:
         try:
-            return client.info().registered and client.register_environment(registration).accepted
-        except AtroposClientError:  # no trainer has come yet
+            if not client.info().registered:
+                return False
+            return register_environment(self._url, group_size=GROUP_SIZE)["status"] == ACCEPTED
+        except (AtroposClientError, httpx.HTTPError):  # no trainer has come yet
             return False
 
 

@@ -13,8 +13,6 @@ from pydantic import BaseModel, ValidationError
 
 from schemas import (
     EnvironmentIdentifier,
-    EnvironmentRegistration,
-    EnvironmentRegistrationReply,
     EnvironmentStatus,
     InfoReply,
     Registration,
@@ -28,7 +26,6 @@ from tests.schemas.groups import groups
     ("ours", "theirs"),
     [
         (Registration, server.Registration),
-        (EnvironmentRegistration, server.RegisterEnv),
         (EnvironmentIdentifier, server.EnvIdentifier),
         (ScoredGroup, server.ScoredData),
     ],
@@ -57,16 +54,6 @@ def test_the_real_server_accepts_every_group_that_we_accept(raw: dict[str, Any])
 @pytest.mark.parametrize(
     ("model", "body"),
     [
-        (EnvironmentRegistrationReply, {"status": "wait for trainer to start"}),
-        (
-            EnvironmentRegistrationReply,
-            {
-                "status": "success",
-                "env_id": 0,
-                "starting_step": 0,
-                "num_steps": 10,
-            },
-        ),
         (
             EnvironmentStatus,
             {"current_step": 0, "queue_size": 0, "unallocated_fraction": 1, "env_weight": 1.0},
@@ -93,15 +80,6 @@ def test_a_registration_that_makes_no_sense_is_refused(change: dict[str, Any]) -
         Registration.model_validate({"batch_size": 8, "max_token_len": 128, "num_steps": 5, **change})
 
 
-@pytest.mark.parametrize("change", [{"weight": -1.0}, {"min_batch_allocation": 1.5}, {"group_size": 0}])
-def test_an_environment_registration_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
-    good = {"max_token_length": 128, "desired_name": "a", "group_size": 4}
-    with pytest.raises(ValidationError):
-        EnvironmentRegistration.model_validate({**good, **change})
-
-
 def test_replies_know_what_they_mean() -> None:
     assert not InfoReply(batch_size=-1, max_token_len=-1).registered
     assert InfoReply(batch_size=8, max_token_len=64).registered
-    assert EnvironmentRegistrationReply(status="success").accepted
-    assert not EnvironmentRegistrationReply(status="wait for trainer to start").accepted

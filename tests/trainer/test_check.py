@@ -13,7 +13,8 @@ from atropos_client import AtroposClient
 from local_stack.commands import Address, api_command
 from local_stack.inference import Engine
 from local_stack.inference.weights import read_checkpoint
-from schemas import EnvironmentRegistration, ScoredGroup
+from schemas import ScoredGroup
+from tests.atropos_client.environment_side import push_groups, register_environment
 from tests.conftest import RunningInferenceServer
 from tests.trainer.test_cli import atropos_train
 from trainer import load_config
@@ -96,11 +97,10 @@ def test_environments_are_asked_for_and_groups_that_never_fill_a_batch_fail(api_
     with AtroposClient(api_url) as client:
         client.register(make_registration(config, 0))
         client.fetch_batch()  # before it, environments have to wait
-        environment = EnvironmentRegistration(max_token_length=64, desired_name="threes", group_size=3)
-        assert client.register_environment(environment).env_id == 0
+        assert register_environment(api_url, group_size=3)["env_id"] == 0
         quiet = check_api(config)[-1]
         threes = ScoredGroup(tokens=[[1, 2]] * 3, masks=[[-100, 2]] * 3, scores=[1, 0, 0], env_id=0)
-        client.push_groups([threes])
+        push_groups(api_url, [threes])
         misfit = check_api(config)[-1]
     assert (quiet.status, quiet.found) == ("warning", "1 registered, none has sent a group yet")
     assert (misfit.status, misfit.found) == (

@@ -24,7 +24,6 @@ from atropos_client import (
     BodyReader,
     ErrorStatus,
     ReplyTimeout,
-    Resend,
     RetryPolicy,
     client_options,
     is_transient,
@@ -183,7 +182,7 @@ class ServerConnection:
             return send_within(
                 policy,
                 lambda: self._send(route, deadline, json=body, params=how.get("query")),
-                Resend.ONLY_IF_NOT_SENT if how.get("once") else Resend.HARMLESS,
+                once=how.get("once", False),
                 before_pause=announce,
             )
         except AtroposClientError as error:
