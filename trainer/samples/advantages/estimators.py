@@ -3,6 +3,7 @@
 The relative estimators (all but ``raw``) compare a sequence with its siblings. In a group without spread,
 and so in a group of one, they answer exact zeros: there is nothing to learn from a comparison of equals.
 Those that look at the whole batch do so in a second half, see :mod:`trainer.samples.advantages.over_batch`.
+All raise DataError if a group has no score, or one that is not finite.
 """
 
 from __future__ import annotations
@@ -49,9 +50,6 @@ def group_norm(group: GroupScores, options: StdOptions) -> list[float]:
     """GRPO: ``(score - mean) / (std + 1e-6 * max|score|)``, std over the group itself.
 
     Source: Shao et al. 2024, DeepSeekMath, section 4.1.2. No advantage exceeds ``sqrt(n - 1)``.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     if not has_spread(group.scores):
         return [0.0] * len(group.scores)
@@ -69,9 +67,6 @@ def group_center(group: GroupScores, options: Options) -> list[float]:
 
     Without the division, easy and hard groups do not count for more than mixed ones. Source: Liu et al. 2025,
     "Understanding R1-Zero-Like Training".
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     if not has_spread(group.scores):
         return [0.0] * len(group.scores)
@@ -84,9 +79,6 @@ def leave_one_out(group: GroupScores, options: Options) -> list[float]:
     """RLOO: ``score - mean of the other scores``, which is ``n / (n - 1) * (score - mean)``.
 
     Source: Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     if not has_spread(group.scores):
         return [0.0] * len(group.scores)
@@ -96,11 +88,7 @@ def leave_one_out(group: GroupScores, options: Options) -> list[float]:
 
 @advantage_estimator()
 def raw(group: GroupScores, options: Options) -> list[float]:
-    """The scores as they are: for environments that send advantages, or weights for fine-tuning, as scores.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
-    """
+    """The scores as they are: for environments that send advantages, or weights of fine-tuning, as scores."""
     _refuse_unusable(group.scores)
     return [float(score) for score in group.scores]
 
@@ -111,9 +99,6 @@ def opo(group: GroupScores, options: Options) -> list[float]:
 
     The baseline with the least variance if every token's gradient has the same. Source: Hao et al. 2025,
     arXiv 2505.23585.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     tokens = math.fsum(group.trained_tokens)
     if not has_spread(group.scores) or not tokens:
@@ -129,9 +114,6 @@ def pass_at_k(group: GroupScores, options: Options) -> list[float]:
 
     The standard deviation is over the group, its sum of squares divided by n - 1. A tie for the best gives
     zeros. Source: Walder and Karkhanis 2025, arXiv 2503.19595.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     if not has_spread(group.scores):
         return [0.0] * len(group.scores)
@@ -150,8 +132,7 @@ def maxrl(group: GroupScores, options: Options) -> list[float]:
     2602.02710.
 
     Raises:
-        DataError: if the scores differ and their mean is not above 0, so that dividing by it means nothing;
-            if there is no score, or one that is not finite.
+        DataError: The scores differ and their mean is not above 0, so that dividing by it means nothing.
     """
     if not has_spread(group.scores):
         return [0.0] * len(group.scores)
@@ -173,9 +154,6 @@ def length_shaping(group: GroupScores, options: LengthShapingOptions) -> list[fl
     n are the trained tokens of a sequence. The price grows with the group's mean score, so that a prompt is
     answered briefly once it is answered well; with a mean of 0 or less there is none. Sequences of equal
     score and unequal length differ.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     scaled, unit = _scaled(group.scores)
     longest = max(group.trained_tokens)
@@ -191,9 +169,6 @@ def reinforce_plus_plus_baseline(group: GroupScores, options: Options) -> list[f
     """REINFORCE++ with baseline: ``score - mean``, then whitened over the batch's trained tokens.
 
     Source: Hu et al. 2025, arXiv 2501.03262.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     return group_center(group)
 
@@ -203,9 +178,6 @@ def gpg(group: GroupScores, options: Options) -> list[float]:
     """GPG: ``(score - mean) * B / m``, of the batch's B sequences m with a score other than 0.
 
     Source: Chu et al. 2025, arXiv 2504.02546.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     return group_center(group)
 
@@ -215,9 +187,6 @@ def batch_std(group: GroupScores, options: StdOptions) -> list[float]:
     """Lite PPO: ``(score - mean) / std``, the mean over the group, std over the scores of the batch.
 
     Source: Liu et al. 2025, "Tricks or Traps?", arXiv 2508.08221; TRL's ``scale_rewards: batch``.
-
-    Raises:
-        DataError: if there is no score, or one that is not finite.
     """
     return group_center(group)
 
