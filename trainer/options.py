@@ -289,6 +289,8 @@ class PenalizedOptions(RatioOptions):
 
     mismatch_penalty: float = Field(default=1e-3, ge=0)
     """Weight of the squared log-ratio of trainer and sampler, of every trained token."""
+    ratio_cap: float | None = Field(default=None, gt=0)
+    """Largest importance ratio, in value and gradient; larger ones are truncated to it. None: not bounded."""
 
     def trains_without_advantage(self) -> bool:
         """Return True if a sequence without any advantage has a gradient."""

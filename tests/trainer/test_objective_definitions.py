@@ -196,10 +196,13 @@ def masked_policy_gradient(each: Sequence, keeps: Callable[[float, float, float]
     return [slope * policy for slope, policy in zip(slopes, each.policy, strict=True)], slopes
 
 
-def penalized_surrogate(each: Sequence, keeps: Callable[[float, float, float], bool]) -> Terms:
+def penalized_surrogate(
+    each: Sequence, keeps: Callable[[float, float, float], bool], cap: float = math.inf
+) -> Terms:
     terms, slopes = [], []
     for policy, sampler, advantage in zip(each.policy, each.sampler, each.advantages, strict=True):
-        kept = -math.exp(policy - sampler) * advantage if keeps(policy, sampler, advantage) else 0.0
+        ratio = min(math.exp(policy - sampler), cap)
+        kept = -ratio * advantage if keeps(policy, sampler, advantage) else 0.0
         terms.append(kept + 0.01 * (policy - sampler) ** 2)
         slopes.append(kept + 0.02 * (policy - sampler))
     return terms, slopes
@@ -286,6 +289,10 @@ MODES: dict[str, tuple[str, dict[str, object], Callable[[Sequence], Terms]]] = {
     "prime": (
         *("prime", {"epsilon_low": 0.1, "epsilon_high": 0.15, "mismatch_penalty": 0.01}),
         lambda each: penalized_surrogate(each, tv_keeps),
+    ),
+    "ipo, capped": (
+        *("ipo", {"mismatch_penalty": 0.01, "ratio_cap": 1.2}),
+        lambda each: penalized_surrogate(each, ipo_keeps, cap=1.2),
     ),
     "ipo": ("ipo", {"mismatch_penalty": 0.01}, lambda each: penalized_surrogate(each, ipo_keeps)),
     "token TIS": (*corrected(weight="token_tis", ratio_cap=1.7), token_tis),

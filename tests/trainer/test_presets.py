@@ -60,7 +60,10 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
         {"std": "n-1"},
     ),
     "prime_rl": ("prime", CLIP | {"mismatch_penalty": 1e-3}, "token", "group_center", {}),
-    "ipo": ("ipo", {"epsilon": 0.3, "mismatch_penalty": 0.0}, "token", "group_center", {}),
+    "ipo": (
+        *("ipo", {"epsilon": 0.3, "mismatch_penalty": 0.0, "ratio_cap": 10000.0}, "token"),
+        *("group_center", {}),
+    ),
     "gspo": ("gspo", {"epsilon_low": 3e-4, "epsilon_high": 4e-4}, "sequence", "group_norm", {"std": "n-1"}),
     "cispo": ("cispo", {"epsilon_low": 1.0, "epsilon_high": 4.0}, "token", "group_norm", {"std": "n-1"}),
     "rloo": ("policy_gradient", {"ratio_cap": 2.0}, "constant", "leave_one_out", {}),

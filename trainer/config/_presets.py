@@ -179,10 +179,12 @@ PRESETS: Final[Mapping[PresetName, Preset]] = MappingProxyType(
             ),
         ),
         # prime-rl packages/prime-rl-configs/src/prime_rl/configs/trainer.py, IPOLossConfig, from pull request
-        # 3586: 0.3, no penalty. Its later cap of the ratio at 1e4 is not here.
+        # 3586: eps 0.3, no penalty; max_importance_ratio 1e4.
         "ipo": Preset(
             "prime-rl's default since September 2026",
-            _settings("ipo", "token", "group_center", epsilon=0.3, mismatch_penalty=0.0),
+            _settings(
+                *("ipo", "token", "group_center"), epsilon=0.3, mismatch_penalty=0.0, ratio_cap=10000.0
+            ),
         ),
         # A sequence is one action, so its tokens are summed; core_algos.py, compute_rloo_outcome_advantage.
         # The cap is ours, as in opo and opd: their papers are on policy.

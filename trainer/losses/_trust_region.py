@@ -56,10 +56,11 @@ def prime(inputs: LossInputs, options: PrimeOptions) -> tuple[Tensor, LogMetrics
 
     ``-keep_t r_t A_t + mismatch_penalty d_t^2`` with ``d_t = logprob_t - inference_logprob_t`` and ``r_t =
     exp(d_t)``, both with gradient; ``keep_t`` as in `dppo_tv`. The penalty is that of all trained tokens,
-    masked or not.
+    masked or not. `ratio_cap` bounds ``r_t``, and its gradient with it.
 
     Source: prime-rl's default objective from April to August 2026 (src/prime_rl/trainer/rl/loss.py); arXiv
-    2602.04879 and, for the penalty, Kimi K2.5, arXiv 2602.02276. Own metric: ``masked``.
+    2602.04879 and, for the penalty, Kimi K2.5, arXiv 2602.02276. Own metrics: ``masked``, and
+    ``capped`` with a cap.
     """
     kept = _within_total_variation(inputs, options.epsilon_low, options.epsilon_high, "prime")
     return _penalized_surrogate(inputs, options, kept, "prime")
@@ -72,7 +73,7 @@ def ipo(inputs: LossInputs, options: IpoOptions) -> tuple[Tensor, LogMetrics]:
     ``keep_t`` is 0 where ``|exp(logprob_t) - exp(inference_logprob_t)| > epsilon``.
 
     Source: prime-rl's objective of that name, its default since August 2026; from September on with an
-    epsilon of 0.3 and without the penalty. Own metric: ``masked``.
+    epsilon of 0.3, without the penalty, and with a ratio of at most 1e4. Own metrics: as `prime`.
     """
     kept = _probability_change(inputs, "ipo").abs() <= options.epsilon
     return _penalized_surrogate(inputs, options, kept, "ipo")
@@ -104,8 +105,14 @@ def _penalized_surrogate(
     inputs: LossInputs, options: PrimeOptions | IpoOptions, kept: Tensor, loss_name: str
 ) -> tuple[Tensor, LogMetrics]:
     difference = sampler_log_ratio(inputs, loss_name)
+    ratio = torch.exp(difference)
+    counts = {}
+    if options.ratio_cap is not None:
+        counts["capped"] = inputs.weighted_sum(kept & (ratio > options.ratio_cap))
+        # Times a constant, not clamped: a token whose ratio is cut keeps a gradient.
+        ratio = ratio * torch.clamp(options.ratio_cap / ratio.detach(), max=1.0)
     advantages = inputs.at_trained_tokens(inputs.advantages)
     # A selection, because a ratio that is masked must not weigh on the sum by rounding either.
-    surrogate = torch.where(kept, torch.exp(difference) * advantages, torch.zeros_like(advantages))
+    surrogate = torch.where(kept, ratio * advantages, torch.zeros_like(advantages))
     terms = options.mismatch_penalty * difference.square() - surrogate
-    return finish_loss(inputs, options, terms, kept=kept)
+    return finish_loss(inputs, options, terms, counts, kept=kept)
