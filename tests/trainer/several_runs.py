@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,26 @@ from tests.trainer.runs import run
 from trainer.errors import TrainerError
 
 
-def run_one(model: str, output: str, options: list[str], *, steps: int, first: int = 0) -> None:
+def run_one(
+    model: str,
+    output: str,
+    options: list[str],
+    *,
+    steps: int,
+    resumed_from: str | None = None,
+    first: int = 0,
+    rank_1_writes_at_most: int | None = None,
+) -> None:
+    """Train, from a checkpoint of `first` steps or from the beginning; a refusal goes beside the output."""
+    rank = int(os.environ["RANK"])
+    if resumed_from is not None and rank == 0:
+        shutil.copytree(resumed_from, Path(output) / "checkpoints" / Path(resumed_from).name)
+    if rank_1_writes_at_most is not None and rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (rank_1_writes_at_most, resource.RLIM_INFINITY))
     try:
         run(Path(model), Path(output), make_bodies(steps)[first:], *options, steps=steps)
     except TrainerError as error:
-        rank = os.environ["RANK"]
         Path(f"{output}.refused-{rank}").write_text(f"{type(error).__name__}: {error}")
 
 

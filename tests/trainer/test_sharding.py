@@ -23,7 +23,9 @@ from trainer.errors import ConfigurationError
 _COMMON = ["--data.tokens_per_micro_batch", "40", "--checkpoint.every", "1", "--checkpoint.keep", "9"]
 # Where a gradient is nearly zero AdamW divides its last bits by as little.
 _COMMON += ["--optimizer.epsilon", "1e-5"]
-_LORA = ["--model.lora.rank", "4", "--optimizer.learning_rate", "1e-2"]
+_LORA = ["--model.lora.rank", "4", "--optimizer.learning_rate", "3e-3"]
+_SCORED = ["--loss.name", "ppo_clip", "--loss.reference", "base", "--loss.kl_coefficient", "0.1"]
+_SCORED += ["--loss.top_entropy_share", "0.4"]
 _STEPS = 4
 
 
@@ -102,14 +104,16 @@ def assert_trained_alike(ours: Path, theirs: Path) -> None:
             3,
             {
                 "untied": ["--parallel.mode", "sharded", "--model.gradient_checkpointing", "true"],
-                "lora-untied": ["--parallel.mode", "gathered", *_LORA],
+                # Passes without gradient, with adapters off and on, before the step is computed.
+                "lora-untied": ["--parallel.mode", "gathered", *_LORA, *_SCORED],
             },
         ),
         (
             4,
             {
                 "untied": ["--parallel.mode", "sharded", "--parallel.shard", "2"],
-                "tied": ["--parallel.mode", "gathered", "--parallel.replicate", "2"],
+                # The reference is a second model, spread as well.
+                "tied": ["--parallel.mode", "gathered", "--parallel.replicate", "2", *_SCORED],
             },
         ),
     ],
@@ -137,6 +141,79 @@ def test_spread_over_processes_a_run_computes_what_one_process_does(
         run(model, tmp_path / name, make_bodies(_STEPS), *_COMMON, *_without_parallel(options), steps=_STEPS)
         assert_trained_alike(tmp_path / f"ours-{name}", tmp_path / name)
         AutoModelForCausalLM.from_pretrained(tmp_path / f"ours-{name}/checkpoints/step-000004/model")
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_goes_on_from_a_checkpoint_of_any_other(
+    tiny_model_directory: Path, untied: Path, tmp_path: Path
+) -> None:
+    def plan(name: str, *options: str, resumed_from: str = "", steps: int = _STEPS) -> dict[str, Any]:
+        return {
+            "model": str(untied),
+            "output": str(tmp_path / name),
+            "options": [*_COMMON, *options],
+            "steps": steps,
+            "resumed_from": str(tmp_path / resumed_from / "checkpoints/step-000002")
+            if resumed_from
+            else None,
+            "first": 2 if resumed_from else 0,
+        }
+
+    sharded, gathered = ("--parallel.mode", "sharded"), ("--parallel.mode", "gathered")
+    run(untied, tmp_path / "one", make_bodies(_STEPS), *_COMMON, steps=_STEPS)
+    two = [plan("two", *sharded), plan("again", *sharded, resumed_from="two")]
+    two.append(plan("one-two", *gathered, resumed_from="one"))
+    run_in_processes(2, two, tmp_path / "2.log")
+    three = [
+        plan("three", *sharded, steps=0),
+        plan("two-three", *sharded, resumed_from="two"),
+        plan("two-copies", resumed_from="two"),
+    ]
+    run_in_processes(3, three, tmp_path / "3.log")
+    shutil.copytree(tmp_path / "two/checkpoints/step-000002", tmp_path / "two-one/checkpoints/step-000002")
+    run(untied, tmp_path / "two-one", make_bodies(_STEPS)[2:], *_COMMON, steps=_STEPS)
+
+    last = f"checkpoints/step-{_STEPS:06d}"
+    for file in ("optimizer.safetensors", "model/model.safetensors"):
+        assert (tmp_path / "again" / last / file).read_bytes() == (
+            tmp_path / "two" / last / file
+        ).read_bytes()
+    for name in ("one-two", "two-three", "two-copies", "two-one"):
+        assert_alike(
+            tmp_path / name / last / "model/model.safetensors",
+            tmp_path / "one" / last / "model/model.safetensors",
+            "",
+        )
+    # Whoever writes it: the same files, and the same bytes where the same numbers are in them.
+    first = "checkpoints/step-000000"
+    for name in ("two", "three"):
+        assert contents(tmp_path / name / first) == contents(tmp_path / "one" / first)
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_write_fails_on_all(tiny_model_directory: Path, tmp_path: Path) -> None:
+    runs = [
+        {
+            "model": str(tiny_model_directory),
+            "output": str(tmp_path / "run"),
+            "options": ["--parallel.mode", "sharded"],
+            "steps": 2,
+            "rank_1_writes_at_most": 100_000,
+        }
+    ]
+    run_in_processes(2, runs, tmp_path / "log")
+    assert "could not write its part" in (tmp_path / "run.refused-0").read_text()
+    assert "File too large" in (tmp_path / "run.refused-1").read_text()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000000"]
+
+
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which holds the configuration."""
+    return {
+        str(path.relative_to(checkpoint)): path.read_bytes()
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != "manifest.json"
+    }
 
 
 def _without_parallel(options: list[str]) -> list[str]:

@@ -51,13 +51,14 @@ def write_optimizer(
     tensors = {
         f"{names[index]}/{moment}": value.detach()
         for index, moments in optimizer.state_dict()["state"].items()
-        for moment, value in moments.items()
+        for moment, value in sorted(moments.items())
     }
     files = _divide(
         {name: StoredTensor(each.dtype, tuple(each.shape)) for name, each in tensors.items()}, file_bytes
     )
     owners = spread.owners(
-        {file: sum(each.nbytes for each in content.values()) for file, content in files.items()}
+        {file: sum(each.nbytes for each in content.values()) for file, content in files.items()},
+        last_first=True,  # the first ones write the model
     )
     places: dict[str, TensorFile] = {}
     with ExitStack() as stack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
 from trainer.model.load import context_length, inspect_beside, load_beside
 from trainer.model.select_packing import choose_packing
+from trainer.model.sharding import Spread
 from trainer.model.token_logprobs import TokenLogProbs, token_logprobs
 from trainer.packing import MicroBatch, Packing
 from trainer.samples.validation import ModelLimits
+
+_WHOLE = Spread()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ def load_reference(
     head: LogitTransform | None,
     packing: Packing,
     limits: ModelLimits,
+    spread: Spread = _WHOLE,
 ) -> ReferenceModel | None:
     """Load the model that `loss.reference` names; None if groups bring the reference's log-probs.
 
@@ -57,6 +61,8 @@ def load_reference(
         head: The policy's.
         packing: How micro-batches are packed.
         limits: The policy's.
+        spread: How the policy's weights will be spread over processes; those of another model are spread so
+            here, and never stay gathered.
 
     Raises:
         ConfigurationError: It cannot be loaded, has a smaller vocabulary, or cannot take that packing.
@@ -76,6 +82,7 @@ def load_reference(
         ) from error
     head = choose_head(model, settings.head)
     model.requires_grad_(False)  # only now: to choose the packing took gradients
+    replace(spread, gathered=False).shard(model)
     return ReferenceModel(model=model, head=head, is_policy=False)
 
 

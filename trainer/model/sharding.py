@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, Final
 
 import torch
 from torch import Tensor, distributed, nn
@@ -27,6 +28,12 @@ from trainer.errors import ConfigurationError
 from trainer.model.wrappers import unwrap
 
 _COPIES, _PARTS = "replicate", "shard"
+
+_CONTROL_TIMEOUT: Final = timedelta(hours=2)
+"""One process may write for long while the others wait for it."""
+
+_MEETING_TIMEOUT: Final = timedelta(seconds=30)
+"""For all to meet the same failure; one that met it alone leaves then, and frees those that wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,7 @@ class Spread:
     mesh: DeviceMesh | None = None
     """Of [copies, parts]; None: whole weights."""
     control: Any = None
-    """Group for what processes tell each other by the CPU. None: the default group does that."""
+    """Group for what processes tell each other about weights, by the CPU; nothing else uses it."""
 
     @property
     def sharded(self) -> bool:
@@ -151,17 +158,37 @@ class Spread:
         )
         return part
 
-    def owners(self, sizes: Mapping[str, int]) -> dict[str, int]:
+    def owners(self, sizes: Mapping[str, int], *, last_first: bool = False) -> dict[str, int]:
         """Divide things of some size over the processes: the largest first, each to whoever has least.
 
         Process 0 gets all where each process has whole weights.
+
+        Args:
+            sizes: By name.
+            last_first: Of those who have equally little the last process comes first.
         """
         loads = [0] * (self.processes if self.sharded else 1)
+        ranks = range(len(loads))[:: -1 if last_first else 1]
         result = {}
         for name in sorted(sizes, key=lambda each: (-sizes[each], each)):
-            result[name] = min(range(len(loads)), key=lambda rank: (loads[rank], rank))
+            result[name] = min(ranks, key=lambda rank: loads[rank])
             loads[result[name]] += sizes[name]
         return result
+
+    def all_met(self, number: int) -> bool:
+        """After a failure: return whether all processes have come here, with the same number.
+
+        One that failed alone is not waited for as long as a collective would, nor are the others by it.
+        """
+        if not self.sharded:
+            return True
+        try:
+            distributed.monitored_barrier(group=self.control, timeout=_MEETING_TIMEOUT)
+            numbers = torch.tensor([number, -number])
+            distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX, group=self.control)
+        except RuntimeError:  # the connection to one that has left, or the time is over
+            return False
+        return int(numbers[0]) == number == -int(numbers[1])
 
     def any(self, ours: bool) -> bool:
         """Return whether any process says yes; where weights are spread, all have to ask."""
@@ -230,9 +257,7 @@ def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:
     return copies, parts
 
 
-def make_spread(
-    settings: ParallelSettings, *, processes: int, rank: int, device: torch.device, control: Any = None
-) -> Spread:
+def make_spread(settings: ParallelSettings, *, processes: int, rank: int, device: torch.device) -> Spread:
     """Make the layout of a run's processes, which have found each other.
 
     Args:
@@ -240,7 +265,6 @@ def make_spread(
         processes: That train together.
         rank: This one.
         device: Where the weights are.
-        control: See `Spread.control`.
 
     Raises:
         ConfigurationError: See `plan_spread`.
@@ -248,6 +272,7 @@ def make_spread(
     copies, parts = plan_spread(settings, processes)
     if parts == 1:
         return Spread(copies=copies, rank=rank)
+    control = distributed.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     mesh = init_device_mesh(device.type, (copies, parts), mesh_dim_names=(_COPIES, _PARTS))
     return Spread(
         copies=copies,

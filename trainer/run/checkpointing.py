@@ -89,6 +89,8 @@ class CheckpointWriter:
     def save_last_whole_step(self, *, weights_whole: bool) -> None:
         """After a failure: a checkpoint of the last whole step, by process 0 whatever became of the others.
 
+        Where weights are spread over the processes, only if all of them have met the failure.
+
         Args:
             weights_whole: Whether the weights are those after a whole step.
         """
@@ -97,6 +99,11 @@ class CheckpointWriter:
             return
         if not weights_whole:
             logger.warning("No checkpoint of step %d: the failure came while its weights were changed", step)
+            return
+        if not self._prepared.spread.all_met(step):
+            logger.warning(
+                "No checkpoint of step %d: parts of its weights are on processes that have left", step
+            )
             return
         try:
             self.write()

@@ -26,6 +26,7 @@ class StepScores:
     def __init__(self, settings: LossSettings, prepared: PreparedRun) -> None:
         self._settings = settings
         self._accelerator = prepared.accelerator
+        self._spread = prepared.spread
         self._policy = unwrap_training(prepared.model)
         self._head = prepared.head
         self._reference = prepared.reference
@@ -49,6 +50,10 @@ class StepScores:
                 completed.append(self._with_reference(batch))
                 if share < 1:
                     entropies.append(self._entropy(batch))
+            # Nothing stays gathered: PEFT may say of parts only who is trained.
+            self._spread.settle(self._policy)
+            if self._reference is not None:
+                self._spread.settle(self._reference.model)
         return self._keep_highest(completed, entropies, share) if share < 1 else completed
 
     def _with_reference(self, batch: MicroBatch) -> MicroBatch:

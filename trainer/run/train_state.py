@@ -100,7 +100,6 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
         device=accelerator.device,
-        control=joined.control,
     )
     checkpoint = find_checkpoint(config, accelerator, accept)
     # Equal weights everywhere: adapters are drawn at random.
@@ -123,6 +122,7 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         head=head,
         packing=packing,
         limits=policy.limits,
+        spread=spread,
     )
     spread.shard(policy.model)
     optimizer = make_optimizer(policy.model, config.optimizer)
