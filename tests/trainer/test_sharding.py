@@ -22,7 +22,7 @@ from trainer.errors import ConfigurationError
 
 _COMMON = ["--data.tokens_per_micro_batch", "40", "--checkpoint.every", "1", "--checkpoint.keep", "9"]
 # Where a gradient is nearly zero AdamW divides its last bits by as little.
-_COMMON += ["--optimizer.epsilon", "1e-5"]
+_COMMON += ["--optimizer.epsilon", "1e-3"]
 _LORA = ["--model.lora.rank", "4", "--optimizer.learning_rate", "3e-3"]
 _SCORED = ["--loss.name", "ppo_clip", "--loss.reference", "base", "--loss.kl_coefficient", "0.1"]
 _SCORED += ["--loss.top_entropy_share", "0.4"]
@@ -74,8 +74,9 @@ def assert_alike(ours: Path, theirs: Path, ending: str) -> None:
     assert found.keys() == expected.keys()
     compared = {name: tensor for name, tensor in expected.items() if name.endswith(ending)}
     largest = max(float(tensor.abs().max()) for tensor in compared.values())
-    for name, tensor in compared.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6 * largest, msg=f"{ours}: {name}")
+    off = {name: float((found[name] - tensor).abs().max()) / largest for name, tensor in compared.items()}
+    worst = max(off, key=lambda name: off[name])
+    assert off[worst] <= 1e-6, (ours, worst, off[worst])
 
 
 def assert_trained_alike(ours: Path, theirs: Path) -> None:
