@@ -10,30 +10,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Self
 
-from atropos_client._client import AtroposClient
 from atropos_client._reading import claims_batch, parse_batch
 from atropos_client.clock import running_time
-from atropos_client.errors import (
-    AtroposClientError,
-    FetcherStopped,
-    InvalidReply,
-    UnreadableBatch,
-)
+from atropos_client.errors import FetcherStopped, InvalidReply, UnreadableBatch
+from atropos_client.fetcher._lateness import Lateness, Progress
 from atropos_client.fetcher._process import FetchingProcess
 from atropos_client.fetcher._records import FetchCounters, FetchedBatch, count_groups, warn_of_rejected
 from atropos_client.fetcher._settings import FetcherSettings
 from atropos_client.journal import COUNTED, Journal
-from atropos_client.waiting import WaitFacts, ask_status, explain_wait, why_no_batch_is_full
 from schemas import BatchReply, count_of
 
 logger = logging.getLogger(__name__)
 
 STOP_PATIENCE: Final = 5.0
 """Seconds that a poll under way is given to end; a live API answers a poll in milliseconds."""
-
-_SOON: Final = 5.0  # seconds of waiting after which is said what no waiting can mend
-_LONG_LOADING: Final = 1.0  # seconds after which a wait is one for the loading, not for the API
-_LONG_SILENCE: Final = 3.0  # seconds without a sign of life after which a wait is one for the process
 
 
 class Fetcher:
@@ -89,10 +79,7 @@ class Fetcher:
         self._process = self._make_process()
         self._listener = threading.Thread(target=self._listen, name="atropos-fetcher", daemon=True)
         self._loader = threading.Thread(target=self._load_all, name="atropos-loader", daemon=True)
-        self._heartbeat = threading.Thread(target=self._beat, name="atropos-heartbeat", daemon=True)
-        self._stopped = threading.Event()
-        self._next_line_at = 0.0  # of the heartbeat's thread alone, as is the next one
-        self._said_at_once = False
+        self._lateness = Lateness(settings, journal.marks, self._process, self._progress)
 
         # Of the loading thread alone.
         self._new_after = 0  # number of the last batch that lay in the journal at the start
@@ -143,7 +130,7 @@ class Fetcher:
         self._look()
         self._listener.start()
         self._loader.start()
-        self._heartbeat.start()
+        self._lateness.start_heartbeat()
         return self
 
     def get(self, timeout: float | None = None) -> FetchedBatch[Any] | None:
@@ -185,7 +172,7 @@ class Fetcher:
             self._changed.notify_all()
         pid = self._process.pid
         self._process.stop()
-        self._stopped.set()
+        self._lateness.stop_heartbeat()
         if self._listener.ident is not None:
             self._listener.join(timeout)
             if self._listener.is_alive():
@@ -376,63 +363,12 @@ class Fetcher:
 
     def explain_wait(self) -> str:
         """Say in one line who is late. Asks the API for its status if that is likely to answer."""
-        return self._explain_here() or explain_wait(self._asked_facts())
+        return self._lateness.explain()
 
-    def _explain_here(self) -> str | None:
-        """Say what this machine knows by itself, if that is why there is no batch."""
-        loading = self._loading
-        if loading is not None and (seconds := time.monotonic() - loading[1]) > _LONG_LOADING:
-            return f"batch {loading[0]} is recorded, and being read and prepared for {seconds:.0f} s"
-        if self._failure is not None:
-            return f"fetching has ended: {self._failure}"
-        if self._process.pid is None:
-            return "the fetching process is being started"
-        silent = self._process.silent_seconds()
-        if silent > _LONG_SILENCE:
-            return f"no batch: process {self._process.pid}, which fetches, has not moved for {silent:.0f} s"
-        return None
-
-    def _asked_facts(self) -> WaitFacts:
-        """Return what is known, and what the API says, if it is likely to answer."""
-        marks, since = self._journal.marks, self._wanting_since
-        polling_since = marks.get("polling_since")
-        facts = WaitFacts(
-            url=self._settings.url,
-            waited=0.0 if since is None else running_time() - since,
-            batch_size=self._settings.registration.batch_size,
-            max_token_len=self._settings.registration.max_token_len,
-            batches=marks.get("batches"),
+    def _progress(self) -> Progress:
+        return Progress(
+            wanting_since=self._wanting_since,
+            loading=self._loading,
             group_size=self._group_size,
-            in_flight=time.monotonic() - polling_since / 1e9 if polling_since else None,
-            trouble=marks.trouble,
-            status=None,
+            failure=self._failure,
         )
-        if facts.trouble is not None or (facts.in_flight is not None and facts.in_flight >= 1):
-            return facts
-        with AtroposClient(self._settings) as client:
-            return ask_status(client, facts)
-
-    def _beat(self) -> None:
-        # Nobody waits for this thread to end: it may be asking a server that hangs, and holds nothing.
-        while not self._stopped.wait(min(self._settings.heartbeat, _SOON)):
-            line = self._late_line()
-            if line is not None and not self._stopped.is_set():
-                logger.warning("%s", line)
-
-    def _late_line(self) -> str | None:
-        """A line at every heartbeat; before the first batch at once, if no waiting can mend it."""
-        now, since = running_time(), self._wanting_since
-        if since is None:
-            return None
-        if now - since >= self._settings.heartbeat and now >= self._next_line_at:
-            self._next_line_at = now + self._settings.heartbeat
-            line = self.explain_wait()
-            return None if self._wanting_since is None else line  # one came while we asked
-        if self._said_at_once or self._journal.marks.get("batches"):
-            return None
-        with AtroposClient(self._settings) as client, contextlib.suppress(AtroposClientError):
-            latest, batch_size = client.latest_example(), client.info().batch_size
-            never_full = why_no_batch_is_full(batch_size, latest.sequence_count) if latest else None
-            self._said_at_once = never_full is not None
-            return never_full and f"no batch will come: {never_full}"
-        return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import sqlite3
 import time
 import zlib
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from pathlib import Path
 from typing import Final, Self
 
-from atropos_client.errors import BatchNotRecorded, JournalError, JournalFull, JournalMismatch
+from atropos_client.errors import BatchNotRecorded, JournalError, JournalMismatch
 from atropos_client.journal._database import (
     FILE_NAME,
     check_as_left,
@@ -393,32 +392,10 @@ class Journal(JournalReader, AbstractContextManager["Journal"]):
                 raise
             self.marks.set("writes", writes)
 
-    # Bounds.
-
     def require_room(self) -> None:
         """Make sure, before a batch is taken from the API, that it can be recorded.
 
         Raises:
             JournalFull: It may not fit; the message says what to do.
         """
-        usage = self.usage()
-        expected = max(self.limits.expected_bytes, self._largest)
-        if usage.used + expected > self.limits.max_bytes:
-            raise JournalFull(
-                f"the journal {self.directory} uses {_mebibytes(usage.used)} and may use "
-                f"{_mebibytes(self.limits.max_bytes)}: no room for a batch of {_mebibytes(expected)}. Let it "
-                "use more, or write checkpoints more often: bodies behind the oldest kept one are deleted"
-            )
-        free = shutil.disk_usage(self.directory).free
-        # A body is written twice, to the log and from there to its place, which may be space used again.
-        needed = expected + max(0, expected - usage.reusable)
-        if free - needed < self.limits.min_free_bytes:
-            raise JournalFull(
-                f"the disk of {self.directory} has {_mebibytes(free)} free: too little for a batch of "
-                f"{_mebibytes(expected)} besides the {_mebibytes(self.limits.min_free_bytes)} that stay "
-                "free. No batch was taken from the API; make room and start again"
-            )
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
+        self.limits.require_room(self.directory, self.usage(), largest=self._largest)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
+
+from atropos_client.errors import JournalFull
 
 Outcome = Literal["received", "trained", "set_aside", "skipped"]
 """What became of a batch: nothing yet; trained on; kept with a reason; passed over with a reason."""
@@ -21,6 +25,38 @@ class JournalLimits:
     """Bytes of the file system that stay free: checkpoints need room too."""
     expected_bytes: int = 32 << 20
     """Stored bytes that a coming batch may have; the largest one so far counts if it was larger."""
+
+    def require_room(self, directory: Path, usage: JournalUsage, *, largest: int) -> None:
+        """Make sure that one more batch fits.
+
+        Args:
+            directory: Of the journal.
+            usage: Its space now.
+            largest: Stored bytes of its largest batch so far.
+
+        Raises:
+            JournalFull: It may not fit; the message says what to do.
+        """
+        expected = max(self.expected_bytes, largest)
+        if usage.used + expected > self.max_bytes:
+            raise JournalFull(
+                f"the journal {directory} uses {_mebibytes(usage.used)} and may use "
+                f"{_mebibytes(self.max_bytes)}: no room for a batch of {_mebibytes(expected)}. Let it "
+                "use more, or write checkpoints more often: bodies behind the oldest kept one are deleted"
+            )
+        free = shutil.disk_usage(directory).free
+        # A body is written twice, to the log and from there to its place, which may be space used again.
+        needed = expected + max(0, expected - usage.reusable)
+        if free - needed < self.min_free_bytes:
+            raise JournalFull(
+                f"the disk of {directory} has {_mebibytes(free)} free: too little for a batch of "
+                f"{_mebibytes(expected)} besides the {_mebibytes(self.min_free_bytes)} that stay "
+                "free. No batch was taken from the API; make room and start again"
+            )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -409,7 +409,7 @@ def test_a_poll_that_hangs_is_named_and_does_not_hold_up_stopping(
     server.script("/batch", Answer(body=b'{"batch":null}', delay=PATIENCE))
     with fetching(journal, server.url, timeouts=Timeouts(batch_read=2 * PATIENCE)) as fetcher:
         eventually(lambda: journal.marks.get("polling_since"))
-        facts = dataclasses.replace(fetcher._asked_facts(), trouble=None)
+        facts = dataclasses.replace(fetcher._lateness._asked_facts(), trouble=None)
         assert facts.in_flight is not None
         assert 0 <= facts.in_flight < PATIENCE
         started = time.monotonic()

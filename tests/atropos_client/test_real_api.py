@@ -167,7 +167,7 @@ def test_groups_that_never_fill_a_batch_are_named_before_the_heartbeat(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("atropos_client.fetcher._fetcher._SOON", 0.05)
+    monkeypatch.setattr("atropos_client.fetcher._lateness._SOON", 0.05)
     three = ScoredGroup(tokens=[[1, 2]] * 3, masks=[[-100, 2]] * 3, scores=[1.0, 0.0, 0.0])
     with fetching(api.url) as fetcher:
         register_environment(api.url)
