@@ -66,7 +66,16 @@ class MismatchTooLarge(TrainerError):  # noqa: N818
 
 
 class AnotherProcessFailed(TrainerError):  # noqa: N818
-    """Another process of the run ended or failed; what it said itself is the cause."""
+    """Another process of the run ended or failed; what it said itself is the cause.
+
+    Args:
+        message: Which one, and of what.
+        told: Whether another process says so, so that this one need not.
+    """
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class DeadlineExceeded(TrainerError, TimeoutError):  # noqa: N818 - reads as the event that it is

@@ -72,14 +72,12 @@ class Ours(Contender):
     def step(self) -> float:
         """Pack and accumulate."""
         assert self._batch is not None
-        if self.setting.optimizer_step:
-            result = self._runner.train_on(self._runner.pack(self._batch))
-            self._computed_tokens = result.computed_tokens
-            return result.loss
         micro_batches: list[MicroBatch] = self._runner.pack(self._batch)
-        sums = self._runner.accumulate(micro_batches)
         self._computed_tokens = sum(micro_batch.computed_tokens for micro_batch in micro_batches)
-        return float(sums["loss"])
+        if self.setting.optimizer_step:
+            return self._runner.train_on(micro_batches).loss
+        (share,) = self._runner.share_out(micro_batches)
+        return float(self._runner.accumulate(share)["loss"])
 
 
 def run_config(setting: Setting, packing: str, name: str) -> TrainerConfig:

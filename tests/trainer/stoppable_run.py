@@ -5,6 +5,7 @@ It says on standard output what it is about to do, so that a signal can be sent 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -18,6 +19,7 @@ import torch
 
 from tests.trainer.batches import make_bodies, make_body
 from trainer import RecordedSource
+from trainer.cli._failures import explain
 from trainer.cli._logging import configure_logging
 from trainer.cli._run import report, train
 from trainer.config import TrainerConfig, load_config
@@ -106,7 +108,10 @@ def main(model: str, output: str, kind: str, *others: str) -> int:
     configure_logging("INFO")
     say(f"rank {os.environ.get('RANK', 0)} pid {os.getpid()}")
     config = settings(model, output, "--train.steps", "100000", *others)
-    return report(train(config, source=SOURCES.get(kind, RecordedSource)(bodies_of(kind))), config)
+    try:
+        return report(train(config, source=SOURCES.get(kind, RecordedSource)(bodies_of(kind))), config)
+    except Exception as error:  # noqa: BLE001 - as the command line does
+        return explain(error, argparse.Namespace(command="run", configuration=config))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -216,7 +217,8 @@ def test_the_death_of_one_process_costs_the_others_no_whole_step(
     os.kill(pid, signal.SIGKILL)
     run.ends_with()
     log = run.log.read_text()
-    assert "another process of the run has ended or cannot be reached" in log
+    assert log.count(f"rank 1 on {socket.gethostname()} (process {pid}) has ended without a word") == 1
+    assert "Traceback" not in log
     assert newest(tmp_path / "run").state.step >= 2
 
 
@@ -228,6 +230,6 @@ def test_a_failure_that_all_processes_meet_ends_them_after_process_0_has_saved(
         port=free_port,
     )
     assert run.ends_with() == 1
-    assert "TooManySkippedBatches" in run.log.read_text()
+    assert run.log.read_text().count("1 batch in a row could not be trained") == 1
     checkpoint = newest(tmp_path / "run")
     assert (checkpoint.state.step, checkpoint.state.batches) == (2, 3)

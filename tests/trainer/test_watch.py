@@ -27,7 +27,8 @@ from trainer.monitoring.phases import phase_deadlines
 from trainer.monitoring.server import HealthServer, PageReply
 from trainer.monitoring.watchdog import Watchdog
 from trainer.publish.engines.connection import Deadline
-from trainer.run.broadcast import next_batch
+from trainer.run.orders import next_batch
+from trainer.run.processes import JoinedRun
 from trainer.sources.incoming import IncomingBatch, read_incoming
 
 PATIENCE = 60.0
@@ -141,7 +142,7 @@ def wait_for_a_batch(printed: Path) -> None:
     """Wait with deadlines of four seconds."""
     sys.stdout = printed.open("w")
     progress, deadline = Progress(), Deadline(4.0)
-    joined: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1, is_main_process=True))
+    joined = JoinedRun(accelerator=SimpleNamespace(num_processes=1))
     source: Any = SlowSource()
     with progress.phase(RunPhase.WAITING, "nobody"):
         batch = next_batch(joined, source, timeout=4.0, stop_requested=lambda: False)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from atropos_client.errors import AtroposClientError
 from atropos_client.private_files import open_private
 from schemas import printable
-from trainer.errors import ConfigurationError, TrainerError
+from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
 from trainer.launch import launched_rank
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def explain(error: BaseException, args: argparse.Namespace) -> int:
     if config is not None and config.logging.level == "DEBUG":
         sys.stderr.write(printable("".join(traceback.format_exception(error)), lines=True))
     code = FAILED
+    if isinstance(error, AnotherProcessFailed) and error.told:
+        return code
     if isinstance(error, KeyboardInterrupt):
         said, code = "interrupted", INTERRUPTED
     elif isinstance(error, ConfigurationError):

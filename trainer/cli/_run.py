@@ -58,14 +58,14 @@ def train(
     from trainer.config import describe_preset
     from trainer.monitoring import RunMonitor
     from trainer.run.build import build_trainer
-    from trainer.run.processes import join_run, translated_peer_failures
+    from trainer.run.processes import join_run
 
     if config.loss.preset is not None and launched_rank() == 0:
         logger.info("loss.preset %s: %s", config.loss.preset, describe_preset(config.loss.preset, config))
     transformers_logging.disable_progress_bar()
     with (
-        translated_peer_failures(),
         join_run(config) as joined,
+        joined.explained_failures(),
         RunMonitor(config) as monitor,
     ):
         on_row = show_step if config.logging.progress else None

@@ -9,7 +9,7 @@ from trainer.publish.publisher import Publisher
 from trainer.publish.report import PublishFailed, PublishReport
 from trainer.publish.transports.disk import DiskTransport
 from trainer.publish.transports.lora import LoraTransport
-from trainer.publish.verification.compare_logprobs import Comparison, Verdict
+from trainer.publish.verification.compare_logprobs import Comparison, ProbeScores, Verdict
 from trainer.publish.verification.compare_next_tokens import LogprobKind
 from trainer.publish.verification.probes import Probes, make_probes
 from trainer.publish.verification.trainer_scores import score_probes, score_with_model
@@ -24,6 +24,7 @@ __all__ = [
     "LoraTransport",
     "Phase",
     "PhaseDeadlineExceeded",
+    "ProbeScores",
     "Probes",
     "PublishError",
     "PublishFailed",

@@ -76,7 +76,6 @@ class BatchTracker:
             if name == "images" or config.distillation.mode == "none"
         }
         self._directory = config.train.output_dir / "set_aside"
-        self._is_main_process = prepared.accelerator.is_main_process
         self._source = source
         self._ledger = ledger
         self._rows = rows
@@ -98,8 +97,7 @@ class BatchTracker:
         self._share = QuarantineRate(config.train, state.set_aside_window)
         self.settled = self._counts()
         """Up to the newest batch whose outcome is known: what a checkpoint has. Later ones come again."""
-        if self._is_main_process:
-            self._store.forget_after(self.batch)
+        self._store.forget_after(self.batch)
         self.note_counts()
 
     @property
@@ -141,8 +139,7 @@ class BatchTracker:
             return
         self.counters["batches_unused"] += 1
         self.settled = replace(self.settled, counters=dict(self.counters))
-        if self._is_main_process:
-            self._store.keep_batch(incoming.body, batch=self.batch + 1, reason=reason)
+        self._store.keep_batch(incoming.body, batch=self.batch + 1, reason=reason)
 
     def count(self, incoming: IncomingBatch, batch: PreparedBatch) -> None:
         """Count what a prepared batch leaves out, and keep it.
@@ -154,8 +151,7 @@ class BatchTracker:
         self.counters["set_aside_groups_total"] += len(batch.set_aside)
         self.counters["groups_without_spread_total"] += batch.groups_without_spread
         self.counters["groups_with_binary_masks_total"] += batch.groups_with_binary_masks
-        if self._is_main_process:
-            self._store.keep_groups(batch.set_aside, batch=self.batch)
+        self._store.keep_groups(batch.set_aside, batch=self.batch)
         reasons = [group.reason for group in batch.set_aside]
         try:
             alarm = self._share.add(groups=batch.groups + len(reasons), reasons=reasons)
@@ -180,7 +176,7 @@ class BatchTracker:
                     )
 
     def _warn_once(self, about: str, message: str, *values: object) -> None:
-        if about not in self._warned and self._is_main_process:
+        if about not in self._warned:
             logger.warning(message, *values)
         self._warned.add(about)
 
@@ -300,8 +296,7 @@ class BatchTracker:
         self._settle(outcome, reason=reason)
 
     def _keep(self, incoming: IncomingBatch, reason: str) -> None:
-        if self._is_main_process:
-            self._store.keep_batch(incoming.body, batch=self.batch, reason=reason)
+        self._store.keep_batch(incoming.body, batch=self.batch, reason=reason)
 
     def _settle(self, outcome: Outcome, *, reason: str | None = None) -> None:
         """Settle the outcome of the batch: from now on a checkpoint counts it."""

@@ -15,7 +15,7 @@ from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.config import PublishSettings, TrainerConfig
 from trainer.errors import CheckpointError, ConfigurationError
 from trainer.export.hf_model import capture_model
-from trainer.export.peft_adapter import capture_adapter
+from trainer.export.peft_adapter import CapturedAdapter, capture_adapter
 from trainer.model.weight_stream import WeightStream
 from trainer.monitoring import Progress
 from trainer.publish import (
@@ -24,6 +24,8 @@ from trainer.publish import (
     LogprobKind,
     LogprobPolicy,
     LoraTransport,
+    Probes,
+    ProbeScores,
     Publisher,
     SglangRoutes,
     VllmRoutes,
@@ -32,16 +34,17 @@ from trainer.publish import (
     make_probes,
     score_probes,
 )
+from trainer.run.follower import Follower
 from trainer.run.loop import Trainer
 from trainer.run.metrics import Row
 from trainer.run.optimizer_step import StepRunner
+from trainer.run.orders import Order, together
 from trainer.run.places import journal_directory
 from trainer.run.processes import JoinedRun
 from trainer.run.start import Accept, accept_any, accept_journal
 from trainer.run.train_state import PreparedRun, prepare_run
 from trainer.sources.incoming import BatchSource
 from trainer.sources.live import AtroposSource, journal_limits
-from trainer.sources.recorded import RecordedSource
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +60,8 @@ def build_trainer(
     joined: JoinedRun | None = None,
     on_row: Callable[[Row], None] | None = None,
     progress: Progress | None = None,
-) -> Trainer:
-    """Build a run.
+) -> Trainer | Follower:
+    """Build this process's part of a run: that of process 0, or of one that follows it.
 
     Args:
         config: The configuration.
@@ -76,7 +79,8 @@ def build_trainer(
     """
     prepared = prepare_run(config, joined, accept or (accept_journal if source is None else accept_any))
     steps = StepRunner(config, prepared)
-    is_main_process = prepared.accelerator.is_main_process
+    if not prepared.accelerator.is_main_process:
+        return Follower(config, prepared, steps, progress=progress)
     trainer: Trainer
     publisher: Publisher | None = None
 
@@ -95,9 +99,7 @@ def build_trainer(
     with ExitStack() as closed_on_failure:
         closed_on_failure.callback(prepared.joined.release)
         journal = None
-        if source is None and not is_main_process:
-            source = RecordedSource(())  # process 0 is asked
-        elif source is None:
+        if source is None:
             _warn_of_unknown_ages(config)
             if config.journal.enabled:
                 # Under the lock that process 0 holds on the run's directory.
@@ -116,8 +118,7 @@ def build_trainer(
                 step=step,
                 prepare=steps.prepare,
             )
-        if is_main_process:
-            publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
+        publisher = build_publisher(config, prepared, stop_requested=lambda: trainer.save_if_stopping())
         trainer = Trainer(
             config,
             prepared,
@@ -175,12 +176,17 @@ def build_publisher(
     if config.loss.needs_inference_logprobs:
         fitting = LogprobKind.SCALED if config.loss.uses_temperature else LogprobKind.RAW
     context = min(policy.limits.max_sequence_length, config.atropos.max_token_length)
+
+    def score(probes: Probes) -> ProbeScores:
+        with together(prepared.joined, Order.SCORE):
+            return score_probes(policy.model, probes, prepared.accelerator.device)
+
     return Publisher(
         settings,
         transport=build_transport(config, prepared),
         servers=build_servers(settings),
         probes=make_probes(policy.tokenizer, settings.probes, context=context),
-        score=lambda probes: score_probes(policy.model, probes, prepared.accelerator.device),
+        score=score,
         logprobs=LogprobPolicy(required=settings.logprobs, fitting=fitting),
         stop_requested=stop_requested,
     )
@@ -214,7 +220,12 @@ def build_transport(config: TrainerConfig, prepared: PreparedRun) -> WeightTrans
 
     def capture() -> Callable[[Path], None]:
         # Not flushed to the disk: after a crash the trainer publishes anew.
-        return partial(capture_model(stream), durable=False, mode=mode)
+        with together(prepared.joined, Order.CAPTURE):
+            return partial(capture_model(stream), durable=False, mode=mode)
+
+    def capture_adapters() -> CapturedAdapter:
+        with together(prepared.joined, Order.CAPTURE):
+            return capture_adapter(policy.model, dtype=dtype or base.dtype)
 
     if settings.transport in ("nccl", "ipc"):
         if settings.transport == "ipc" and prepared.accelerator.num_processes > 1:
@@ -232,7 +243,7 @@ def build_transport(config: TrainerConfig, prepared: PreparedRun) -> WeightTrans
         return disk
     return LoraTransport(
         directory,
-        lambda: capture_adapter(policy.model, dtype=dtype or base.dtype),
+        capture_adapters,
         keep=settings.keep,
         merged=disk if settings.lora_fallback == "merged" else None,
         mode=mode,

@@ -7,6 +7,7 @@ How a checkpoint lies on the disk: `trainer.checkpoints.format`; which of severa
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from atropos_client.journal import Journal
@@ -23,10 +24,50 @@ from trainer.export.hf_model import write_model_directory
 from trainer.model.weight_stream import WeightStream, dtype_name
 from trainer.monitoring import Progress, RunPhase
 from trainer.run.batch_tracker import BatchTracker
+from trainer.run.orders import Order, together
 from trainer.run.places import checkpoint_directory
 from trainer.run.train_state import PreparedRun, library_versions
 
 logger = logging.getLogger(__name__)
+
+
+def write_checkpoint_files(
+    config: TrainerConfig, prepared: PreparedRun, state: CheckpointState, versions: Mapping[str, str]
+) -> None:
+    """Write a checkpoint; or, where weights are spread over processes, this one's part of it.
+
+    Args:
+        config: The run's configuration.
+        prepared: What is saved.
+        state: That of process 0 is written; the others give the same step and parameters.
+        versions: Of libraries.
+
+    Raises:
+        CheckpointError: It cannot be written, by this process or another.
+    """
+    write_checkpoint(
+        checkpoint_path(checkpoint_directory(config), state.step),
+        model=prepared.policy.model,
+        base=prepared.policy.base,
+        optimizer=prepared.optimizer,
+        state=state,
+        configuration=config.model_dump(mode="json"),
+        versions=versions,
+        spread=prepared.spread,
+    )
+
+
+def write_final_model(config: TrainerConfig, prepared: PreparedRun) -> Path:
+    """Write the finished model; or, where weights are spread over processes, this one's part of it.
+
+    Raises:
+        CheckpointError: It cannot be written, by this process or another.
+    """
+    path = config.train.output_dir / "final"
+    policy, spread = prepared.policy, prepared.spread
+    spread.settle(policy.model)
+    write_model_directory(path, WeightStream(policy.model, policy.base, spread=spread), replace=True)
+    return path
 
 
 class CheckpointWriter:
@@ -51,7 +92,6 @@ class CheckpointWriter:
     ) -> None:
         self._config = config
         self._prepared = prepared
-        self._accelerator = prepared.accelerator
         self._tracker = tracker
         self._ledger = ledger
         self._progress = progress
@@ -75,24 +115,25 @@ class CheckpointWriter:
     def write(self) -> None:
         """Write a checkpoint of the current step, and delete the oldest.
 
-        Process 0 does it, and waits for nobody; where weights are spread over processes, all do it together.
+        Where weights are spread over processes, all of them write.
 
         Raises:
             CheckpointError: It cannot be written.
+            AnotherProcessFailed: Another process is gone.
         """
-        with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
-            if self._accelerator.is_main_process or self._prepared.spread.sharded:
-                self._write()
-        self._step = self._tracker.step
-        self._settled_batch = self._tracker.settled.batches
+        with together(self._prepared.joined, Order.CHECKPOINT, self._tracker.step):
+            self._write()
 
-    def save_last_whole_step(self, *, weights_whole: bool) -> None:
-        """After a failure: a checkpoint of the last whole step, by process 0 whatever became of the others.
+    def save_last_whole_step(self, *, weights_whole: bool, others_listen: bool) -> None:
+        """After a failure: a checkpoint of the last whole step.
+
+        Whatever became of the other processes, unless weights are spread over them.
 
         Where weights are spread over the processes, only if all of them have met the failure.
 
         Args:
             weights_whole: Whether the weights are those after a whole step.
+            others_listen: Whether the others wait for an order.
         """
         step = self._tracker.step
         if (step, self._tracker.settled.batches) == (self._step, self._settled_batch):
@@ -106,40 +147,34 @@ class CheckpointWriter:
             )
             return
         try:
-            self.write()
+            if not self._prepared.spread.sharded:
+                self._write()
+            elif others_listen:
+                self.write()
+            else:
+                logger.warning("No checkpoint of step %d: processes that hold parts of it have ended", step)
         except Exception as error:  # noqa: BLE001 - a broken GPU, say; the failure under way matters more
             logger.error("No checkpoint of step %d: %s", step, error)  # noqa: TRY400
 
     def write_final_model(self) -> Path:
-        """Write the finished model, on process 0, or where weights are spread on all together.
+        """Write the finished model; where weights are spread over processes, all of them write.
 
         Raises:
             CheckpointError: It cannot be written.
+            AnotherProcessFailed: Another process is gone.
         """
-        path = self._config.train.output_dir / "final"
-        spread = self._prepared.spread
-        if self._accelerator.is_main_process or spread.sharded:
-            policy = self._prepared.policy
-            spread.settle(policy.model)
-            write_model_directory(path, WeightStream(policy.model, policy.base, spread=spread), replace=True)
-        return path
+        with together(self._prepared.joined, Order.FINAL):
+            return write_final_model(self._config, self._prepared)
 
     def _write(self) -> None:
-        write_checkpoint(
-            checkpoint_path(self._directory, self._tracker.step),
-            model=self._prepared.policy.model,
-            base=self._prepared.policy.base,
-            optimizer=self._prepared.optimizer,
-            state=self._state(),
-            configuration=self._config.model_dump(mode="json"),
-            versions=self._versions,
-            spread=self._prepared.spread,
-        )
-        if not self._accelerator.is_main_process:
-            return
-        settings = self._config.checkpoint
-        prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
-        self._prune_ledger()
+        step = self._tracker.step
+        with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
+            write_checkpoint_files(self._config, self._prepared, self._state(), self._versions)
+            settings = self._config.checkpoint
+            prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
+            self._prune_ledger()
+        self._step = step
+        self._settled_batch = self._tracker.settled.batches
 
     def _prune_ledger(self) -> None:
         """Let go of the bodies that no checkpoint needs any more."""

@@ -1,11 +1,13 @@
 """The run: batch -> samples -> step -> publish -> checkpoint -> next batch.
 
 What each of these is: `trainer.run.optimizer_step`, `trainer.run.batch_tracker`,
-`trainer.run.publish_schedule`, `trainer.run.checkpointing`. Here is the order in which they have their turns.
+`trainer.run.publish_schedule`, `trainer.run.checkpointing`. Here is the order in which they have their turns,
+on process 0; the others follow it (`trainer.run.follower`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,23 +15,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from atropos_client import AtroposClientError
 from atropos_client.journal import Journal
 from trainer.config import TrainerConfig
-from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
+from trainer.errors import AnotherProcessFailed, ConfigurationError
 from trainer.model.weighted_sft_call import Alignment, compute_advantage_weighted_sft_loss
 from trainer.monitoring import Progress, RunPhase
 from trainer.publish import Publisher
 from trainer.run.batch_tracker import BatchTracker
-from trainer.run.broadcast import Stopped, next_batch
 from trainer.run.checkpointing import CheckpointWriter
-from trainer.run.metrics import Row, RowWriter, batch_metrics, step_metrics
+from trainer.run.metrics import Row, RowWriter, batch_metrics, packing_metrics, step_metrics
 from trainer.run.optimizer_step import StepAborted, StepResult, StepRunner
+from trainer.run.orders import Outcome, Stopped, end, next_batch
 from trainer.run.publish_schedule import PublishSchedule
 from trainer.run.train_state import PreparedRun
 from trainer.sources.incoming import BatchSource, EndOfBatches, IncomingBatch, PreparedStep
 
-_ASKED_ELSEWHERE = "another process was asked to stop"
+ASKED_ELSEWHERE = "another process was asked to stop"
 _ENDING = "the fetching process, the publisher and trackers to end"
 
 NO_MORE_BATCHES = "there are no more batches"
@@ -53,17 +54,17 @@ class RunSummary:
 
 
 class Trainer:
-    """Trains a policy on batches and publishes it.
+    """Trains a policy on batches and publishes it; on process 0, which the others follow.
 
     Args:
         config: The run's configuration.
         prepared: See `trainer.run.train_state.prepare_run`.
         steps: Prepares batches and computes their steps.
-        source: Where batches come from; asked on process 0 only.
+        source: Where batches come from.
         ledger: Where the outcome of each batch is noted, for a source whose batches are numbered; closed when
             the run ends. None: nowhere.
         publisher: How weights reach the inference servers; None trains only.
-        on_row: Called with every metrics row on process 0, e.g. to show progress.
+        on_row: Called with every metrics row, e.g. to show progress.
         progress: Where the present phase and how far the run has come are noted, for whoever watches it.
     """
 
@@ -89,8 +90,6 @@ class Trainer:
         self._stop_asked_at = 0.0
         self.starting = False
         """Whether the run still waits for servers and the API: its checkpoint stands, no step has begun."""
-        is_main_process = self._accelerator.is_main_process
-        self._sender = source.party if is_main_process else "process 0"
         self._steps = steps
         self._rows = RowWriter(config, prepared, on_row=on_row)
         self._tracker = BatchTracker(
@@ -100,7 +99,7 @@ class Trainer:
             config, prepared, self._tracker, ledger=ledger, progress=self._progress
         )
         self._publishes = PublishSchedule(
-            publisher if is_main_process else None,
+            publisher,
             config,
             rows=self._rows,
             stop_requested=lambda: self.stop_requested,
@@ -157,17 +156,21 @@ class Trainer:
             TrainerError: See `trainer.errors`.
             AtroposClientError: The API refuses us for good, or the journal cannot be written.
         """
+        joined = self._prepared.joined
         try:
-            return self._run()
-        except (TrainerError, AtroposClientError) as error:
-            # All processes have met it. One that leaves now lets the launcher end process 0 in its work.
-            if not self._accelerator.is_main_process and not isinstance(error, AnotherProcessFailed):
-                self._prepared.joined.wait_until_process_0_has_left()
+            summary = self._run()
+            end(joined, Outcome.DONE if summary.stopped_early is None else Outcome.STOPPED)
+            self._accelerator.end_training()
+        except BaseException as error:
+            if self._others_listen_after(error):  # else they notice that this process is gone
+                with contextlib.suppress(AnotherProcessFailed):
+                    end(joined, Outcome.FAILED)
             raise
         finally:
             if self._ledger is not None:
                 self._ledger.close()
-            self._prepared.joined.release()
+            joined.release()
+        return summary
 
     def _run(self) -> RunSummary:
         stopped_early: str | None = None
@@ -182,18 +185,16 @@ class Trainer:
             if not self._checkpoints.has_current_step:  # before anything that waits for others
                 self._checkpoints.write()
             self._publishes.finish(self.step)
-        except BaseException:
-            self._checkpoints.save_last_whole_step(weights_whole=self._steps.weights_whole)
+        except BaseException as error:
+            self._checkpoints.save_last_whole_step(
+                weights_whole=self._steps.weights_whole, others_listen=self._others_listen_after(error)
+            )
             raise
         finally:
             self._progress.begin(RunPhase.STOPPING, _ENDING)
             self._tracker.keep_unused(self._source.stop())
             self._publishes.close()
         final = self._checkpoints.write_final_model() if stopped_early is None else None
-        # Nobody leaves the process group while another still writes. And while all wait here, gloo's threads
-        # let go of the last tensors that they moved: one that does so while Python shuts down aborts it.
-        self._accelerator.wait_for_everyone()
-        self._accelerator.end_training()
         return RunSummary(
             step=self.step,
             stopped_early=stopped_early,
@@ -202,18 +203,21 @@ class Trainer:
             counters=self._tracker.all_counters(),
         )
 
+    def _others_listen_after(self, error: BaseException) -> bool:
+        """Whether all other processes wait for an order: between two of them, if none is gone."""
+        return not (self._steps.under_way or isinstance(error, AnotherProcessFailed))
+
     def _train(self) -> str | None:
         """Run steps until the last; returns why it ended early, if it did."""
-        if self._accelerator.is_main_process:
-            self._progress.begin(RunPhase.STARTING, self._sender)
-            self._source.start()
+        self._progress.begin(RunPhase.STARTING, self._source.party)
+        self._source.start()
         self.starting = False
         self._progress.begin(RunPhase.TRAINING, "the computation")
-        describe = self._source.describe_wait if self._accelerator.is_main_process else None
+        describe = self._source.describe_wait
         while self.step < self._config.train.steps:
             started = time.monotonic()
             try:
-                with self._progress.phase(RunPhase.WAITING, self._sender, describe):
+                with self._progress.phase(RunPhase.WAITING, self._source.party, describe):
                     incoming = next_batch(
                         self._prepared.joined,
                         self._source,
@@ -222,7 +226,7 @@ class Trainer:
                         meanwhile=self._tend,
                     )
             except Stopped:
-                return self._stop_reason or _ASKED_ELSEWHERE
+                return self._stop_reason or ASKED_ELSEWHERE
             except EndOfBatches:
                 return NO_MORE_BATCHES
             self._progress.note_batch()
@@ -237,7 +241,7 @@ class Trainer:
                 grace = f"{self._config.checkpoint.grace:g} s"
                 reason = f"the run was to end and its step took longer than {grace} more"
                 self._tracker.forget(incoming, reason=reason)
-                return self._stop_reason or _ASKED_ELSEWHERE
+                return self._stop_reason or ASKED_ELSEWHERE
             del incoming  # its tensors: the next batch has tensors of its own
         return None
 
@@ -306,6 +310,7 @@ class Trainer:
             "served_version": incoming.served_version,
             **batch_metrics(prepared.batch),
             "set_aside_share": self._tracker.set_aside_share,
+            **packing_metrics(prepared.micro_batches, self._prepared.joined.count),
             **step_metrics(result),
             "waiting_seconds": waited,
             "preparing_seconds": prepared.seconds,
@@ -313,7 +318,7 @@ class Trainer:
             "training_seconds": trained,
             "publishing_seconds": time.monotonic() - started,  # the rest goes on beside the next step
             "tokens_per_second": prepared.batch.trained_tokens / trained,
-            "total_tokens_per_second": result.sequence_tokens / trained,
+            "total_tokens_per_second": sum(each.sequence_tokens for each in prepared.micro_batches) / trained,
             **self._tracker.all_counters(),
         }
         self._rows.write(row, step=self.step)

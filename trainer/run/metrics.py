@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -16,6 +16,7 @@ from atropos_client.private_files import PRIVATE_DIRECTORY, open_private, write_
 from schemas import count_of
 from trainer.config import TrainerConfig
 from trainer.errors import ConfigurationError, MetricsError
+from trainer.packing import MicroBatch, imbalance
 from trainer.row_files import drop_rows
 from trainer.run.optimizer_step import StepResult
 from trainer.run.train_state import PreparedRun
@@ -45,9 +46,30 @@ def batch_metrics(batch: PreparedBatch) -> Row:
     }
 
 
+def packing_metrics(micro_batches: Sequence[MicroBatch], processes: int) -> Row:
+    """Token counts and waste of a step.
+
+    Args:
+        micro_batches: All of the step, in the order of `pack`.
+        processes: How many compute it.
+    """
+    computed = sum(each.computed_tokens for each in micro_batches)
+    padding = sum(each.padding_tokens for each in micro_batches)
+    in_sequences = sum(each.sequence_tokens for each in micro_batches)
+    saved = in_sequences - (computed - padding)
+    return {
+        "computed_tokens": computed,
+        "sequence_tokens": in_sequences,
+        "padding_share": padding / computed,
+        "prefix_tokens_saved": saved,
+        "prefix_tokens_saved_share": saved / in_sequences,
+        "micro_batches": len(micro_batches),
+        "imbalance": imbalance([each.cost for each in micro_batches], processes),
+    }
+
+
 def step_metrics(result: StepResult) -> Row:
-    """Loss, gradient, token counts and waste of a step."""
-    saved = result.sequence_tokens - (result.computed_tokens - result.padding_tokens)
+    """Loss and gradient of a step."""
     return {
         "staleness": result.staleness,
         "learning_rate": result.learning_rate,
@@ -56,18 +78,11 @@ def step_metrics(result: StepResult) -> Row:
         "grad_norm": result.grad_norm,
         **result.per_token,
         **(result.mismatch.metrics() if result.mismatch is not None else {}),
-        "computed_tokens": result.computed_tokens,
-        "sequence_tokens": result.sequence_tokens,
-        "padding_share": result.padding_tokens / result.computed_tokens,
-        "prefix_tokens_saved": saved,
-        "prefix_tokens_saved_share": saved / result.sequence_tokens,
-        "micro_batches": result.micro_batches,
-        "imbalance": result.imbalance,
     }
 
 
 class RowWriter:
-    """Writes the rows of a run, on process 0 only: each is on the disk before the next step begins.
+    """Writes the rows of a run: each is on the disk before the next step begins.
 
     Args:
         config: The run's configuration.
@@ -85,9 +100,8 @@ class RowWriter:
         self._is_new = prepared.checkpoint is None
         self._first_step = state.step
         self._path = config.train.output_dir / "metrics.jsonl"
-        if self._accelerator.is_main_process:
-            self._path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
-            drop_later_rows(self._path, step=state.step, batch=state.batches)
+        self._path.parent.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
+        drop_later_rows(self._path, step=state.step, batch=state.batches)
 
     def start_trackers(self) -> None:
         """Open the configured experiment trackers with the settings of the run; a resumed run goes on there.
@@ -96,7 +110,7 @@ class RowWriter:
             ConfigurationError: One cannot be opened.
         """
         settings = self._config.logging
-        if not settings.trackers or not self._accelerator.is_main_process:
+        if not settings.trackers:
             return
         # Trackers take plain values only; secrets are masked by the dump.
         dump = self._config.model_dump(mode="json")
@@ -133,8 +147,6 @@ class RowWriter:
         Raises:
             MetricsError: It cannot be written.
         """
-        if not self._accelerator.is_main_process:
-            return
         append_row(self._path, row)
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=step)

@@ -1,7 +1,7 @@
 """One optimizer step over one batch, under Accelerate.
 
-Every process holds the whole batch, computes its share of the micro-batches, and gradients are summed:
-each token's loss is already divided by the whole step's denominator, so nothing is averaged afterwards.
+Process 0 prepares and packs it, every process computes its share, and gradients are summed: each token's loss
+is already divided by the whole step's denominator, so nothing is averaged afterwards.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from trainer.config import OptimizerSettings, TrainerConfig
 from trainer.losses import LossInputs
 from trainer.model.token_logprobs import token_logprobs
 from trainer.model.wrappers import unwrap
-from trainer.packing import MicroBatch, PassCost, imbalance, pack
+from trainer.packing import MicroBatch, PassCost, pack
 from trainer.run.logprob_mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
 from trainer.run.objective import Objective
+from trainer.run.orders import Order, announce
 from trainer.run.step_scores import StepScores
+from trainer.run.step_share import StepShare, share_out
 from trainer.run.train_state import PreparedRun
 from trainer.samples.prepare import PreparedBatch, prepare_batch
 from trainer.sources.incoming import PreparedStep
@@ -52,15 +54,6 @@ class StepResult:
     """The loss function's metrics and the entropy, averaged over computed trained tokens."""
     mismatch: Mismatch | None
     """Trainer against sampler; None if no trained token came with the sampler's log-probs."""
-    computed_tokens: int
-    """Tokens that went through the model, padding included."""
-    sequence_tokens: int
-    """Tokens of the computed sequences, each counted in full."""
-    padding_tokens: int
-    """Computed columns that hold no token."""
-    imbalance: float
-    """Estimated cost of the slowest process over the mean of all; 1 is even."""
-    micro_batches: int
     learning_rate: float
     staleness: int | None
     """Versions between the one that was served when the batch arrived and ours; None if that is not known."""
@@ -92,6 +85,8 @@ class StepRunner:
         self._idle_since: float | None = None
         self.weights_whole = True
         """False while the optimizer changes the weights: what a failure leaves then belongs to no step."""
+        self.under_way = False
+        """Whether a step is being computed; stays true where one has failed."""
 
     def prepare(self, reply: BatchReply) -> PreparedStep:
         """Prepare a step; batches must be prepared in the order in which they are trained.
@@ -120,33 +115,81 @@ class StepRunner:
         accepts: Callable[[Mismatch | None, int | None], bool] = lambda mismatch, staleness: True,
         should_abort: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """Run the optimizer step of a batch: compute its gradients, and change the weights by them.
+        """Run the optimizer step of a batch with all processes; on process 0.
 
         Args:
             micro_batches: What `pack` made of the batch, at least one.
             step: Steps done before this one.
             served_version: See `IncomingBatch`.
-            accepts: Asked with the mismatch and the staleness before the weights change, with equal numbers
-                on every process.
+            accepts: Asked with the mismatch and the staleness before the weights change.
+            should_abort: See `compute`.
+
+        Raises:
+            StepAborted: `should_abort` said so.
+        """
+        staleness = step - served_version if served_version >= 0 else None
+        shares = self.share_out(micro_batches, step=step, staleness=staleness)
+        announce(self._prepared.joined, Order.TRAIN, payloads=[share.to_bytes() for share in shares[1:]])
+        return self.compute(shares[0], accepts=accepts, should_abort=should_abort)
+
+    def share_out(
+        self, micro_batches: list[MicroBatch], *, step: int = 0, staleness: int | None = None
+    ) -> list[StepShare]:
+        """Return what each process computes of a step; see `trainer.run.step_share.share_out`."""
+        return share_out(
+            micro_batches,
+            self._accelerator.num_processes,
+            step=step,
+            staleness=staleness,
+            with_columns=self._loss.step_statistics is not None,
+        )
+
+    def compute(
+        self,
+        share: StepShare,
+        *,
+        accepts: Callable[[Mismatch | None, int | None], bool] = lambda mismatch, staleness: True,
+        should_abort: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """Compute the gradients of a step with all processes, and change the weights by them.
+
+        Args:
+            share: This process's share of the step.
+            accepts: Asked with the mismatch and the staleness before the weights change; one process that
+                does not accept them is enough.
             should_abort: Asked before each micro-batch; all processes have to answer the same.
 
         Raises:
             StepAborted: `should_abort` said so.
         """
-        rate = learning_rate(self._config.optimizer, step, self._config.train.steps)
+        self.under_way = True
+        try:
+            result = self._compute(share, accepts, should_abort)
+        except StepAborted:
+            self.under_way = False
+            raise
+        self.under_way = False
+        return result
+
+    def _compute(
+        self,
+        share: StepShare,
+        accepts: Callable[[Mismatch | None, int | None], bool],
+        should_abort: Callable[[], bool],
+    ) -> StepResult:
+        rate = learning_rate(self._config.optimizer, share.step, self._config.train.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        seed_step(self._config.train.seed, step, self._accelerator.process_index)
-        staleness = step - served_version if served_version >= 0 else None
+        seed_step(self._config.train.seed, share.step, self._accelerator.process_index)
         idle = time.monotonic() - self._idle_since if self._idle_since is not None else None
-        sums = self.accumulate(micro_batches, staleness=staleness, should_abort=should_abort)
+        sums = self.accumulate(share, should_abort=should_abort)
         totals = self._over_processes(sums)
         mismatch = take_mismatch(totals)
         loss = totals.pop("loss")
         tokens = totals.pop("tokens")
         max_norm = self._config.optimizer.max_grad_norm
         grad_norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), max_norm))
-        refused = not accepts(mismatch, staleness)
+        refused = self._prepared.joined.any(not accepts(mismatch, share.staleness))
         applied = math.isfinite(loss) and math.isfinite(grad_norm) and not refused
         if applied:
             self.weights_whole = False
@@ -162,15 +205,8 @@ class StepRunner:
             refused=refused,
             per_token={name: value / tokens for name, value in totals.items()},
             mismatch=mismatch,
-            computed_tokens=sum(micro_batch.computed_tokens for micro_batch in micro_batches),
-            sequence_tokens=sum(micro_batch.sequence_tokens for micro_batch in micro_batches),
-            padding_tokens=sum(micro_batch.padding_tokens for micro_batch in micro_batches),
-            imbalance=imbalance(
-                [micro_batch.cost for micro_batch in micro_batches], self._accelerator.num_processes
-            ),
-            micro_batches=len(micro_batches),
             learning_rate=rate,
-            staleness=staleness,
+            staleness=share.staleness,
             idle=idle,
         )
 
@@ -194,9 +230,8 @@ class StepRunner:
 
     def accumulate(
         self,
-        micro_batches: list[MicroBatch],
+        share: StepShare,
         *,
-        staleness: int | None = None,
         should_abort: Callable[[], bool] = lambda: False,
     ) -> dict[str, Tensor]:
         """Compute the gradients of a step, replacing those that were there.
@@ -207,24 +242,26 @@ class StepRunner:
         Raises:
             StepAborted: `should_abort` said so; there are no gradients then.
         """
-        share = self._scores.complete(self._share(micro_batches), should_abort=should_abort)
-        if share is None:
+        device = self._accelerator.device
+        own = [micro_batch.to(device) for micro_batch in share.micro_batches]
+        micro_batches = self._scores.complete(own, should_abort=should_abort)
+        if micro_batches is None:
             self._spread.settle(self._model)
             raise StepAborted
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
-        statistics = self._step_statistics(micro_batches)
+        statistics = self._step_statistics(share)
         sums: dict[str, Tensor] = {}
-        if any(micro_batch.ref_logprobs is not None for micro_batch in (*micro_batches, *share)):
+        if share.has_reference or any(each.ref_logprobs is not None for each in micro_batches):
             # Micro-batches without them do not report it, and all processes must add up the same names.
-            sums["kl_ref"] = torch.zeros((), device=self._accelerator.device)
-        for index, micro_batch in enumerate(share):
+            sums["kl_ref"] = torch.zeros((), device=device)
+        for index, micro_batch in enumerate(micro_batches):
             if should_abort():
                 self._spread.settle(self._model)
                 self._optimizer.zero_grad(set_to_none=True)
                 raise StepAborted
-            with self._exchanging_gradients(last=index == len(share) - 1):
-                for name, value in self._backward(micro_batch, statistics, staleness).items():
+            with self._exchanging_gradients(last=index == len(micro_batches) - 1):
+                for name, value in self._backward(micro_batch, statistics, share.staleness).items():
                     sums[name] = sums[name] + value if name in sums else value
         return sums
 
@@ -234,29 +271,16 @@ class StepRunner:
             return self._spread.micro_batch(self._model, last=last)
         return contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
 
-    def _share(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This process's micro-batches; all processes get equally many, so that none waits for ever."""
-        rank, world = self._accelerator.process_index, self._accelerator.num_processes
-        rounds = math.ceil(len(micro_batches) / world)
-        share = micro_batches[rank::world]
-        if len(share) < rounds:
-            share.append(min(micro_batches, key=lambda each: each.cost).without_weight())
-        return [micro_batch.to(self._accelerator.device) for micro_batch in share]
-
-    def _step_statistics(self, micro_batches: list[MicroBatch]) -> Any:
+    def _step_statistics(self, share: StepShare) -> Any:
         """What the loss computes from the whole step's tokens beforehand; None for most losses."""
         if self._loss.step_statistics is None:
             return None
-
-        def column(name: str) -> Tensor:
-            return torch.cat([getattr(micro_batch, name) for micro_batch in micro_batches])
-
-        sampler = column("inference_logprobs")
+        columns = share.columns
         tokens = LossInputs(
-            logprobs=sampler,
-            advantages=column("advantages"),
-            loss_mask=column("loss_mask"),
-            inference_logprobs=sampler,
+            logprobs=columns["inference_logprobs"],
+            advantages=columns["advantages"],
+            loss_mask=columns["loss_mask"],
+            inference_logprobs=columns["inference_logprobs"],
         )
         return self._loss.step_statistics(tokens, self._loss.options)
 

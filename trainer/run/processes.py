@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,7 +25,7 @@ from atropos_client.journal import LOCK_NAME, Journal, WriterLock
 from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from schemas import count_of
 from trainer.config import TrainerConfig
-from trainer.errors import AnotherProcessFailed, ConfigurationError
+from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
 from trainer.launch import (
     launched_on_cpu,
     nodes,
@@ -35,6 +36,7 @@ from trainer.launch import (
 from trainer.model.load import choose_mixed_precision, inspect_model
 from trainer.model.reference import inspect_reference
 from trainer.model.sharding import plan_spread
+from trainer.run.peers import Peers
 from trainer.run.places import journal_directory, require_places
 
 logger = logging.getLogger(__name__)
@@ -45,10 +47,10 @@ _PROCESS_GROUP_TIMEOUT: Final = timedelta(hours=2)
 _LOCK_PATIENCE_SECONDS: Final = 10.0
 """Beyond `journal.shutdown_timeout`, in which the fetching process of a killed trainer ends its last poll."""
 
-_LEAVE_SECONDS: Final = 600.0
-"""For process 0 to end what it has under way, before the others leave and their launcher ends it."""
-
 _FAILED: Final = -2
+
+_newest_work: Final[deque[Any]] = deque(maxlen=8)
+"""See `wait`; not with the run, which ends before its group does."""
 
 _PLACE: Final = re.compile(r"^\[[^]]*\] ")
 """Where in torch's own source an error came up."""
@@ -63,6 +65,8 @@ class JoinedRun:
     accelerator: Accelerator
     control: Any = None
     """Group for what processes tell each other by the CPU. None: the default group does that."""
+    peers: Peers | None = None
+    """None: there is one process."""
     lock: WriterLock | None = None
     """On the run's directory, on process 0."""
 
@@ -71,9 +75,11 @@ class JoinedRun:
         return replace(self, lock=self.lock.share() if self.lock is not None else None)
 
     def release(self) -> None:
-        """Let go of the directory. May be called twice."""
+        """Let go of the directory, and be heard by the others no more. May be called twice."""
         if self.lock is not None:
             self.lock.release()
+        if self.peers is not None:
+            self.peers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -81,20 +87,52 @@ class JoinedRun:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    @contextlib.contextmanager
+    def explained_failures(self) -> Iterator[None]:
+        """Tell the other processes what ends this one; say who it is where another has ended.
+
+        Raises:
+            AnotherProcessFailed: Instead of what torch raised.
+        """
+        try:
+            with translated_peer_failures():
+                yield
+        except AnotherProcessFailed as error:
+            if self.peers is None:
+                raise
+            raise self.peers.explain(error) from error
+        except BaseException as error:
+            if self.peers is not None:
+                self.peers.say_end(_in_a_line(error))
+            raise
+
+    @property
+    def count(self) -> int:
+        """How many processes train together."""
+        return int(self.accelerator.num_processes)
+
     def any(self, ours: bool) -> bool:
-        """Return whether any process says yes; all have to ask."""
-        if self.accelerator.num_processes == 1:
+        """Return whether any process says yes; all have to ask.
+
+        Raises:
+            AnotherProcessFailed: One of them is gone.
+        """
+        if self.count == 1:
             return ours
         votes = torch.tensor([int(ours)])
-        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX, group=self.control)
+        with translated_peer_failures():
+            wait(distributed.all_reduce(votes, distributed.ReduceOp.MAX, self.control, async_op=True))
         return bool(votes.item())
 
-    def wait_until_process_0_has_left(self) -> None:
-        """Return when process 0 is gone, or has taken too long; after a failure that all processes share."""
-        with contextlib.suppress(RuntimeError):  # its end is an error of the connection
-            answer = distributed.irecv(torch.zeros(1), src=0, group=self.control)
-            if answer is not None:
-                answer.wait(timedelta(seconds=_LEAVE_SECONDS))
+
+def wait(work: Any) -> None:
+    """Wait for a collective, and keep it for a while after its end.
+
+    A thread of gloo that is the last to let go of it needs the interpreter, for its tensors. If the group is
+    taken down just then, the thread that has the interpreter waits for that one, and both wait for ever.
+    """
+    _newest_work.append(work)
+    work.wait()
 
 
 def join_run(config: TrainerConfig) -> JoinedRun:
@@ -114,7 +152,16 @@ def join_run(config: TrainerConfig) -> JoinedRun:
     control = None
     if accelerator.num_processes > 1 and distributed.get_backend() != "gloo":
         control = distributed.new_group(backend="gloo", timeout=_PROCESS_GROUP_TIMEOUT)
-    return JoinedRun(accelerator=accelerator, control=control, lock=_take_directory(config, accelerator))
+    peers = None
+    if accelerator.num_processes > 1:
+        peers = Peers(accelerator.process_index, accelerator.num_processes)
+    joined = JoinedRun(accelerator=accelerator, control=control, peers=peers)
+    with joined.explained_failures():
+        try:
+            return replace(joined, lock=_take_directory(config, accelerator))
+        except BaseException:
+            joined.release()
+            raise
 
 
 def make_accelerator(config: TrainerConfig) -> Accelerator:
@@ -197,7 +244,7 @@ def from_process_0(accelerator: Accelerator, find: Callable[[], int], *, failed:
         told = torch.tensor([number], dtype=torch.int64, device=accelerator.device)
         number = int(broadcast(told).item())
     if number == _FAILED:
-        raise AnotherProcessFailed(f"process 0 {failed}; its message says why")
+        raise AnotherProcessFailed(f"process 0 {failed}; its message says why", told=True)
     return number
 
 
@@ -219,6 +266,11 @@ def translated_peer_failures() -> Iterator[None]:
             f"another process of the run has ended or cannot be reached ({_PLACE.sub('', text)}); what it "
             "said last, or the launcher's list of exit codes, says why"
         ) from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    return first_line if isinstance(error, TrainerError) else f"{type(error).__name__}: {first_line}"
 
 
 def _default_device() -> torch.device:
