@@ -68,6 +68,9 @@ def train(
         joined.explained_failures(),
         RunMonitor(config) as monitor,
     ):
+        monitor.progress.processes = joined.count
+        if joined.peers is not None:
+            monitor.progress.silent_processes = joined.peers.silent
         on_row = show_step if config.logging.progress else None
         trainer = build_trainer(
             config, source=source, accept=accept, joined=joined, on_row=on_row, progress=monitor.progress

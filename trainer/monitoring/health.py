@@ -26,6 +26,7 @@ _GAUGES = {
     "last_batch_age_seconds": "Seconds since the run took its last batch.",
     "phase_seconds": "Seconds that the present phase has lasted.",
     "phase_deadline_seconds": "Seconds that the present phase may last.",
+    "processes": "Processes that train together.",
 }
 _COUNTERS = {
     "batches_trained": "Batches trained, over all starts of the run.",
@@ -59,6 +60,8 @@ def health_report(progress: Progress, deadlines: Mapping[RunPhase, float]) -> He
         "batches_trained": counts.step,
         "batches_set_aside": max(0, counts.batches - counts.step),
         "batches_possibly_lost": counts.possibly_lost,
+        "processes": progress.processes,
+        "silent_processes": {str(rank): round(age, 3) for rank, age in progress.silent_processes().items()},
         "pid": os.getpid(),
         "time": round(time.time(), 3),
     }
@@ -83,6 +86,11 @@ def metrics_page(report: Callable[[], HealthReport]) -> Callable[[], PageReply]:
                     yield GaugeMetricFamily(_PREFIX + name, meaning, value=now[name])
             for name, meaning in _COUNTERS.items():
                 yield CounterMetricFamily(_PREFIX + name, meaning, value=now[name])
+            yield GaugeMetricFamily(
+                _PREFIX + "silent_processes",
+                "Processes of the run from which nothing is heard.",
+                value=len(now["silent_processes"]),
+            )
             yield GaugeMetricFamily(
                 _PREFIX + "healthy", "Whether /health answers 200.", value=is_healthy(now)
             )

@@ -92,6 +92,10 @@ class Progress:
         """Whether the run asks for batches."""
         self.stopping = False
         """Whether the run is to end, or ends."""
+        self.processes = 1
+        """How many train together."""
+        self.silent_processes: Callable[[], Mapping[int, float]] = dict
+        """Gives the ranks from which nothing is heard, with the seconds of it, at once."""
         self.served_version: Callable[[], int | None] = lambda: None
         """Gives the version that is proven to be served, at once; None: not known."""
 

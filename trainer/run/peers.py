@@ -43,6 +43,7 @@ class Peers:
         self._rank = rank
         self._others = [other for other in range(count) if other != rank]
         self._closed = threading.Event()
+        self._process_0_has_said = False
         self._heard: dict[int, tuple[bytes, float]] = {}  # the newest sign of life, and when it was new
         if not self._others:
             return
@@ -68,6 +69,8 @@ class Peers:
         if self._others:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"end/{self._rank}", cause)
+            if self._rank == 0:  # the store may be in this process: they hear of it while it lives
+                time.sleep(2 * _BEAT_SECONDS)
 
     def explain(self, error: AnotherProcessFailed) -> AnotherProcessFailed:
         """Say which process has failed, where, and of what, and see that one process says so.
@@ -79,11 +82,13 @@ class Peers:
         try:
             gone, what = self._find_gone()
         except RuntimeError:  # the store is gone too: it is with process 0, or its launcher
-            gone, what = min(self._others), _NO_WORD
+            gone, what = 0, _NO_WORD
         if gone is None:
             return error
         speaker = min({self._rank, *self._others} - {gone})
-        return AnotherProcessFailed(f"rank {gone} {self._places[gone]} {what}", told=self._rank != speaker)
+        return AnotherProcessFailed(
+            f"rank {gone} {self._places[gone]} {what}", told=self._process_0_has_said or self._rank != speaker
+        )
 
     def close(self) -> None:
         """Be heard no more. May be called twice."""
@@ -97,6 +102,7 @@ class Peers:
         while running_time() < ends_at:
             for other in self._others:
                 if self._store.check([f"end/{other}"]):
+                    self._process_0_has_said |= other == 0
                     return other, f"failed: {self._store.get(f'end/{other}').decode()}"
             if silent := self.silent():
                 return min(silent), _NO_WORD
@@ -118,5 +124,7 @@ class Peers:
                 self._store.set(f"alive/{self._rank}", str(count))
                 if self._rank == 0:
                     self._listen()
+                else:
+                    self._process_0_has_said = self._store.check(["end/0"])
             except RuntimeError:  # the store has left; what comes of that, the training thread notices
                 return
