@@ -32,8 +32,14 @@ def registered(server: MisbehavingServer) -> None:
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Iterator[Journal]:
-    with Journal.open(tmp_path / "journal") as opened:
+def directory(tmp_path: Path) -> Path:
+    """Of a journal that is not there yet, nor is the directory above it."""
+    return tmp_path / "output" / "journal"
+
+
+@pytest.fixture
+def journal(directory: Path) -> Iterator[Journal]:
+    with Journal.open(directory) as opened:
         yield opened
 
 

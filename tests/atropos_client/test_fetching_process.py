@@ -148,7 +148,7 @@ def test_a_process_that_is_stopped_is_named_in_the_log(
 
 
 def test_a_poll_that_is_under_way_when_the_trainer_stops_is_recorded_all_the_same(
-    server: MisbehavingServer, journal: Journal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: MisbehavingServer, journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.script("/batch", Answer(body=batch(1.0).body, drip=0.01), NULL)
     with fetching(journal, server.url, Fetcher) as fetcher:
@@ -156,7 +156,7 @@ def test_a_poll_that_is_under_way_when_the_trainer_stops_is_recorded_all_the_sam
         fetcher.stop(timeout=0.05)
         assert "A poll is still under way" in caplog.text
     journal.close()
-    with Journal.open(tmp_path / "journal", wait=30) as after:
+    with Journal.open(journal.directory, wait=30) as after:
         assert [after.read(number).body for number in after.numbers_after(0)] == [batch(1.0).body]
 
 

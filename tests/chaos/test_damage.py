@@ -6,14 +6,12 @@ traceback, never with other weights. `CHAOS_SEED` chooses other damages.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,16 +86,6 @@ def killed_run(tiny_model_directory: Path, tmp_path_factory: pytest.TempPathFact
     assert done.returncode == -9, done.stderr[-3000:]
     WriterLock.acquire(directory / "journal/lock", wait=60).release()  # its fetching process is gone
     return KilledRun(directory, words)
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """The command configures the logging of its process, which here is that of all tests."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.mark.slow

@@ -38,16 +38,6 @@ def server() -> Iterator[MisbehavingServer]:
         yield running
 
 
-@pytest.fixture(autouse=True)
-def logging_of_the_tests() -> Iterator[None]:
-    """Commands set up logging for a whole process."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-
-
 def assert_harmless(shown: str) -> None:
     assert not set(shown) & {"\x1b", "\x07", "\x9b", "\r", "\u202e"}, shown
     assert not any(line.startswith(FORGED[1:10]) and "/forged" in line for line in shown.splitlines()), shown

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import logging
 import os
 import re
 import shlex
@@ -156,13 +155,9 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The commands choose logging and precision of their process, which here is that of all tests."""
+    """The commands choose the precision of their process, which here is that of all tests."""
     monkeypatch.chdir(tmp_path)  # `local` makes runs/ where it is
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
