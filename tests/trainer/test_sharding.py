@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.conftest import RunningInferenceServer
 from tests.forked import forked_ranks
 from tests.trainer.batches import VOCABULARY, make_bodies
-from tests.trainer.runs import run
+from tests.trainer.runs import assert_equal_tensors, rows, run
 from trainer.errors import ConfigurationError
 
 _COMMON = ["--data.tokens_per_micro_batch", "40", "--checkpoint.every", "1", "--checkpoint.keep", "9"]
@@ -204,8 +206,36 @@ def test_what_one_process_cannot_write_fails_on_all(tiny_model_directory: Path, 
     ]
     run_in_processes(2, runs, tmp_path / "log")
     assert "could not write its part" in (tmp_path / "run.refused-0").read_text()
-    assert "File too large" in (tmp_path / "run.refused-1").read_text()
+    assert "File too large" in (tmp_path / "log").read_text()
+    assert "process 0 has ended the run" in (tmp_path / "run.refused-1").read_text()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000000"]
+
+
+@pytest.mark.slow
+def test_weights_that_are_spread_are_published_and_proven(
+    tiny_model_directory: Path,
+    start_inference_server: Callable[..., RunningInferenceServer],
+    tmp_path: Path,
+) -> None:
+    """Full ones, and those of a base with adapters merged."""
+    server = start_inference_server(tiny_model_directory)
+    publish = ["--publish.transport", "disk", "--publish.servers", server.url]
+    runs = [
+        {
+            "model": str(tiny_model_directory),
+            "output": str(tmp_path / name),
+            "options": [*_COMMON, *publish, "--parallel.mode", mode, *options],
+            "steps": 2,
+        }
+        for name, mode, options in (("full", "sharded", []), ("lora", "gathered", _LORA))
+    ]
+    run_in_processes(2, runs, tmp_path / "log")
+    for name in ("full", "lora"):
+        published = rows(tmp_path / name, "publish")
+        assert [row["version"] for row in published] == [0, 1, 2]
+        assert all(row["publish_verified"] for row in published)
+        served = load_file(tmp_path / name / "published/v000002/model.safetensors")
+        assert_equal_tensors(served, load_file(tmp_path / name / "final/model.safetensors"))
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:
@@ -230,7 +260,7 @@ def test_another_number_of_processes_and_modes_that_cannot_be_are_refused(
         (["--parallel.shard", "2"], "set parallel.mode to 'sharded'"),
         (["--parallel.mode", "sharded", "--parallel.shard", "2"], "has to be the number of processes, 1"),
         (
-            ["--parallel.mode", "sharded", "--publish.transport", "disk", "--publish.servers", "http://x:1"],
+            ["--parallel.mode", "sharded", "--publish.transport", "nccl", "--publish.servers", "http://x:1"],
             "does not yet publish weights that are spread",
         ),
     ):

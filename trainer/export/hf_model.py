@@ -24,7 +24,10 @@ from trainer.errors import CheckpointError
 from trainer.export.shared_directory import shared_directory
 from trainer.export.tensor_file import TensorFile, write_tensors
 from trainer.model.base_checkpoint import INDEX_FILE, BaseCheckpoint, StoredTensor, WeightFile, make_header
+from trainer.model.sharding import Spread
 from trainer.model.weight_stream import WeightEntry, WeightStream
+
+_WHOLE = Spread()
 
 
 def write_model_directory(
@@ -50,7 +53,8 @@ def write_model_directory(
         CheckpointError: An adapter cannot be merged, or the file system refused. `path` is then as it was.
     """
     try:
-        with shared_directory(path, stream.spread, replace=replace, durable=durable, mode=mode) as directory:
+        spread = stream.spread if weights is None else _WHOLE
+        with shared_directory(path, spread, replace=replace, durable=durable, mode=mode) as directory:
             fill_model_directory(directory, stream, weights)
     except OSError as error:
         raise CheckpointError(f"cannot write the model to {path}: {error}") from error
@@ -59,7 +63,8 @@ def write_model_directory(
 def capture_model(stream: WeightStream) -> Callable[..., None]:
     """Copy a model's weights to the CPU, so that they can be written while the model trains on.
 
-    The copy has the size of the model as it is written.
+    The copy has the size of the model as it is written. Where weights are spread over processes, all of them
+    call it, and process 0 alone gets the copy.
 
     Returns:
         Writes the copy, from any thread, as `write_model_directory` does: `write(path, durable=False)`.
@@ -88,7 +93,7 @@ def fill_model_directory(
         CheckpointError: An adapter cannot be merged.
         OSError: The file system refused.
     """
-    base, spread = stream.base, stream.spread
+    base, spread = stream.base, stream.spread if weights is None else _WHOLE
     entries = {entry.name: entry for entry in stream.entries()}
     layouts = {name: _layout(file, entries) for name, file in base.weight_files.items()}
     owners = spread.owners({name: sum(each.nbytes for each in layouts[name].values()) for name in layouts})

@@ -32,9 +32,6 @@ _COPIES, _PARTS = "replicate", "shard"
 _CONTROL_TIMEOUT: Final = timedelta(hours=2)
 """One process may write for long while the others wait for it."""
 
-_MEETING_TIMEOUT: Final = timedelta(seconds=30)
-"""For all to meet the same failure; one that met it alone leaves then, and frees those that wait for it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -174,21 +171,6 @@ class Spread:
             result[name] = min(ranks, key=lambda rank: loads[rank])
             loads[result[name]] += sizes[name]
         return result
-
-    def all_met(self, number: int) -> bool:
-        """After a failure: return whether all processes have come here, with the same number.
-
-        One that failed alone is not waited for as long as a collective would, nor are the others by it.
-        """
-        if not self.sharded:
-            return True
-        try:
-            distributed.monitored_barrier(group=self.control, timeout=_MEETING_TIMEOUT)
-            numbers = torch.tensor([number, -number])
-            distributed.all_reduce(numbers, op=distributed.ReduceOp.MAX, group=self.control)
-        except RuntimeError:  # the connection to one that has left, or the time is over
-            return False
-        return int(numbers[0]) == number == -int(numbers[1])
 
     def any(self, ours: bool) -> bool:
         """Return whether any process says yes; where weights are spread, all have to ask."""

@@ -8,15 +8,11 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from atropos_client.journal import Journal
 from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.config import PublishSettings, TrainerConfig
-from trainer.errors import CheckpointError, ConfigurationError
-from trainer.export.hf_model import capture_model
+from trainer.errors import ConfigurationError
 from trainer.export.peft_adapter import CapturedAdapter, capture_adapter
-from trainer.model.weight_stream import WeightStream
 from trainer.monitoring import Progress
 from trainer.publish import (
     DiskTransport,
@@ -31,8 +27,6 @@ from trainer.publish import (
     VllmRoutes,
     VllmTransferTransport,
     WeightTransport,
-    make_probes,
-    score_probes,
 )
 from trainer.run.follower import Follower
 from trainer.run.loop import Trainer
@@ -41,6 +35,7 @@ from trainer.run.optimizer_step import StepRunner
 from trainer.run.orders import Order, together
 from trainer.run.places import journal_directory
 from trainer.run.processes import JoinedRun
+from trainer.run.publish_part import PublishPart
 from trainer.run.start import Accept, accept_any, accept_journal
 from trainer.run.train_state import PreparedRun, prepare_run
 from trainer.sources.incoming import BatchSource
@@ -171,21 +166,20 @@ def build_publisher(
     settings = config.publish
     if settings.transport == "none":
         return None
-    policy = prepared.policy
     fitting = None  # what the servers' log-probs have to be at temperatures other than 1, for the loss
     if config.loss.needs_inference_logprobs:
         fitting = LogprobKind.SCALED if config.loss.uses_temperature else LogprobKind.RAW
-    context = min(policy.limits.max_sequence_length, config.atropos.max_token_length)
+    part = PublishPart(config, prepared)
 
     def score(probes: Probes) -> ProbeScores:
         with together(prepared.joined, Order.SCORE):
-            return score_probes(policy.model, probes, prepared.accelerator.device)
+            return part.score(probes)
 
     return Publisher(
         settings,
-        transport=build_transport(config, prepared),
+        transport=_build_transport(config, prepared, part),
         servers=build_servers(settings),
-        probes=make_probes(policy.tokenizer, settings.probes, context=context),
+        probes=part.probes,
         score=score,
         logprobs=LogprobPolicy(required=settings.logprobs, fitting=fitting),
         stop_requested=stop_requested,
@@ -199,33 +193,25 @@ def build_servers(settings: PublishSettings) -> list[InferenceServer]:
     return [VllmRoutes(url, settings) for url in settings.servers]
 
 
-def build_transport(config: TrainerConfig, prepared: PreparedRun) -> WeightTransport:
+def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: PublishPart) -> WeightTransport:
     """The configured way of the weights.
 
     Raises:
         ConfigurationError: It does not go with the model, the engine, or the number of processes.
     """
     settings = config.publish
-    policy = prepared.policy
-    base, dtype = policy.base, None
-    if settings.dtype != "auto":
-        dtype = getattr(torch, settings.dtype)
-        base = base.declaring(dtype)
-    try:
-        stream = WeightStream(policy.model, base, dtype=dtype, bucket_bytes=settings.bucket_mebibytes << 20)
-    except CheckpointError as error:
-        raise ConfigurationError(f"publish.transport {settings.transport}: {error}") from error
+    policy, stream = prepared.policy, part.stream
     directory = settings.directory or config.train.output_dir / "published"
     mode = PUBLISHED_MODES[settings.readable_by]
 
     def capture() -> Callable[[Path], None]:
         # Not flushed to the disk: after a crash the trainer publishes anew.
         with together(prepared.joined, Order.CAPTURE):
-            return partial(capture_model(stream), durable=False, mode=mode)
+            return partial(part.capture(), durable=False, mode=mode)
 
     def capture_adapters() -> CapturedAdapter:
         with together(prepared.joined, Order.CAPTURE):
-            return capture_adapter(policy.model, dtype=dtype or base.dtype)
+            return capture_adapter(policy.model, dtype=part.dtype or policy.base.dtype)
 
     if settings.transport in ("nccl", "ipc"):
         if settings.transport == "ipc" and prepared.accelerator.num_processes > 1:

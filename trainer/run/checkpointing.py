@@ -129,8 +129,6 @@ class CheckpointWriter:
 
         Whatever became of the other processes, unless weights are spread over them.
 
-        Where weights are spread over the processes, only if all of them have met the failure.
-
         Args:
             weights_whole: Whether the weights are those after a whole step.
             others_listen: Whether the others wait for an order.
@@ -140,11 +138,6 @@ class CheckpointWriter:
             return
         if not weights_whole:
             logger.warning("No checkpoint of step %d: the failure came while its weights were changed", step)
-            return
-        if not self._prepared.spread.all_met(step):
-            logger.warning(
-                "No checkpoint of step %d: parts of its weights are on processes that have left", step
-            )
             return
         try:
             if not self._prepared.spread.sharded:

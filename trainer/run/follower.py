@@ -16,6 +16,7 @@ from trainer.run.loop import ASKED_ELSEWHERE, RunSummary
 from trainer.run.optimizer_step import StepAborted, StepRunner
 from trainer.run.orders import Order, Outcome, hear, leave_together, taking_part
 from trainer.run.places import checkpoint_directory
+from trainer.run.publish_part import PublishPart
 from trainer.run.step_share import StepShare
 from trainer.run.train_state import PreparedRun, library_versions
 
@@ -53,6 +54,7 @@ class Follower:
         self._prepared = prepared
         self._joined = prepared.joined
         self._steps = steps
+        self._publish_part = PublishPart(config, prepared)
         self._progress = progress or Progress()
         self._accelerator = prepared.accelerator
         self._stop_reason: str | None = None
@@ -122,12 +124,16 @@ class Follower:
             try:
                 with taking_part(self._joined):
                     if self._prepared.spread.sharded:
-                        self._write(order, value)
+                        self._do(order, value)
             except CheckpointError as error:  # process 0 fails of it too, and announces how it goes on
                 logger.error("%s", error)  # noqa: TRY400 - no traceback of what a disk refuses
 
-    def _write(self, order: Order, step: int) -> None:
-        if order is Order.FINAL:
+    def _do(self, order: Order, step: int) -> None:
+        if order is Order.CAPTURE:
+            self._publish_part.capture()
+        elif order is Order.SCORE:
+            self._publish_part.score(self._publish_part.probes)
+        elif order is Order.FINAL:
             write_final_model(self._config, self._prepared)
         elif order is Order.CHECKPOINT:
             names = trained_parameter_names(self._prepared.policy.model)

@@ -63,16 +63,28 @@ def _logits(model: nn.Module, token_id_lists: list[list[int]], device: torch.dev
     longest = max(map(len, token_id_lists))
     padded = [token_ids + [token_ids[-1]] * (longest - len(token_ids)) for token_ids in token_id_lists]
     present = [[1] * len(token_ids) + [0] * (longest - len(token_ids)) for token_ids in token_id_lists]
-    # The class's forward: where the hardware has bfloat16, Accelerate replaces the model's own by one that
-    # opens autocast.
-    forward = type(model).forward
     inputs: dict[str, Any] = {
         "input_ids": torch.tensor(padded, device=device),
         "attention_mask": torch.tensor(present, device=device),
         "use_cache": False,
     }
-    logits: Tensor = forward(model, **inputs).logits
+    with _own_forward(model):
+        logits: Tensor = model(**inputs).logits
     return logits
+
+
+@contextlib.contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Let a model call its class's forward, by way of its hooks, which gather weights that are spread.
+
+    Where the hardware has bfloat16, Accelerate replaces the model's own forward by one that opens autocast.
+    """
+    replaced = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            model.forward = replaced
 
 
 def _pick(logits: Tensor, token_ids: list[int]) -> list[float]:
