@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import random
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
+from schemas import BatchReply
+from tests.trainer.batches import VOCABULARY, make_group
 from trainer import RecordedSource
 from trainer.cli._run import train
 from trainer.cli._settings import settings_help
@@ -20,6 +25,10 @@ from trainer.config import (
     refuse_changed_settings,
 )
 from trainer.errors import ConfigurationError
+from trainer.losses import LossInputs
+from trainer.samples.advantages import AdvantageNormalizer
+from trainer.samples.prepare import prepare_batch
+from trainer.samples.validation import ModelLimits
 
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.2}
 # Written down from the papers and other trainers' code, not from ours; `trainer/config/_presets.py` says from
@@ -97,6 +106,45 @@ def test_a_preset_comes_to_the_objective_of_its_paper(name: str) -> None:
     assert config.loss.bound == by_hand.loss.bound
     assert not config.loss.bound.needs_ref_logprobs, "a preset works without a reference"
     assert config.data.bound_estimator == by_hand.data.bound_estimator
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_moves_the_policy_from_a_batch_of_groups(name: str) -> None:
+    """From the groups to a gradient, without a model: the policy is near the sampler."""
+    generator = random.Random(1)
+    groups = [make_group(generator, scores=[1.0, 0.0, 0.0, 1.0]) for _ in range(2)]
+    for group in groups:
+        group["distill_token_ids"] = [[[token] for token in row] for row in group["tokens"]]
+        group["distill_logprobs"] = [[[-generator.random()] for _ in row] for row in group["tokens"]]
+    config = load("--loss.preset", name)
+    batch = prepare_batch(
+        BatchReply.model_validate_json(json.dumps({"batch": groups})),
+        limits=ModelLimits(vocabulary_size=VOCABULARY, max_sequence_length=64),
+        data=config.data,
+        loss=config.loss,
+        normalizer=AdvantageNormalizer(config.data.advantage_normalization),
+        distillation=config.distillation,
+    )
+    assert len(batch.samples) == 8
+    lengths = torch.tensor([len(sample.tokens) for sample in batch.samples])
+    sampler = torch.cat(
+        [sample.inference_logprobs for sample in batch.samples if sample.inference_logprobs is not None]
+    )
+    logprobs = (sampler + 1e-4).requires_grad_()
+    mask = torch.cat([sample.loss_mask for sample in batch.samples])
+    value, _ = config.loss.bound(
+        LossInputs(
+            logprobs=logprobs,
+            advantages=torch.cat([sample.advantages for sample in batch.samples]),
+            loss_mask=mask,
+            inference_logprobs=sampler,
+            denominator=torch.tensor(batch.denominators).repeat_interleave(lengths),
+            sequence_ids=torch.arange(8).repeat_interleave(lengths),
+        )
+    )
+    (gradient,) = torch.autograd.grad(value, logprobs)
+    assert gradient.isfinite().all()
+    assert torch.equal(gradient != 0, mask != 0)
 
 
 def test_there_is_one_of_each_name() -> None:
