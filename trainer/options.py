@@ -63,7 +63,8 @@ class KlOptions(Options):
     e^x - 1 - x (GRPO). k3_gradient_k2: k3's value with k2's gradient. k3_unbiased: k3 times the importance
     ratio of trainer and sampler, with its gradient (DeepSeek-V3.2)."""
     kl_cap: float | None = Field(default=None, gt=0)
-    """Largest KL estimate of a token; one beyond it has no gradient. None: only x is bounded, to 20."""
+    """Largest KL estimate of a token; one beyond it has no gradient, but for k2's in k3_gradient_k2 and that
+    of the ratio in k3_unbiased. None: only x is bounded, to 20."""
 
     def has_penalty(self) -> bool:
         """Return True if reference log-probs are needed."""

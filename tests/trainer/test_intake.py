@@ -214,3 +214,5 @@ def test_settings_for_the_age_of_batches_are_warned_of_where_no_batch_has_one(
     assert warned_of("neither", "--loss.staleness_discount", "1") == []
     (warning,) = warned_of("both", "--loss.max_staleness", "2", "--loss.staleness_discount", "0.5")
     assert warning.startswith("loss.max_staleness and loss.staleness_discount: no effect")
+    (warning,) = warned_of("proximal", "--loss.name", "decoupled_ppo", "--loss.proximal", "interpolated")
+    assert warning.startswith("loss.proximal: no effect")

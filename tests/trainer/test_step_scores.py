@@ -139,8 +139,10 @@ def test_a_reference_is_named_where_it_cannot_be_used(tiny_model_directory: Path
 def test_only_the_tokens_of_highest_entropy_are_trained_on(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
+    """The KL of the others stays: every token has a reference far from the policy."""
     generator = random.Random(5)
     groups = [make_group(generator) for _ in range(3)]
+    groups = [group | {"ref_logprobs": group["inference_logprobs"]} for group in groups]
     advantages, entropies = [], []
     for group in groups:
         advantages.append([[generator.uniform(-1, 1)] * len(tokens) for tokens in group["tokens"]])
@@ -162,10 +164,11 @@ def test_only_the_tokens_of_highest_entropy_are_trained_on(
             for group, rows_of, entropy_of in zip(groups, advantages, entropies, strict=True)
         ]
     )
-    share = ("--loss.top_entropy_share", "0.3")
+    penalty = ("--loss.kl_coefficient", "0.05", "--loss.kl_estimator", "k2")
+    share = (*penalty, "--loss.top_entropy_share", "0.3")
     run(tiny_model_directory, tmp_path / "share", [whole], *share, steps=1)
-    run(tiny_model_directory, tmp_path / "by hand", [by_hand], steps=1)
-    run(tiny_model_directory, tmp_path / "all", [whole], steps=1)
+    run(tiny_model_directory, tmp_path / "by hand", [by_hand], *penalty, steps=1)
+    run(tiny_model_directory, tmp_path / "all", [whole], *penalty, steps=1)
     (ours,), (expected,), (everything,) = (rows(tmp_path / name) for name in ("share", "by hand", "all"))
     assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert ours["grad_norm"] != pytest.approx(everything["grad_norm"], rel=1e-2)
