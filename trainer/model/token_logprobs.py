@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from trainer.model.lm_head import (
     selected_logprobs,
     tiled_scores,
 )
+from trainer.model.sequence_parallel import SequenceGroup
 from trainer.model.wrappers import unwrap
 from trainer.packing import MicroBatch
 
@@ -45,6 +47,7 @@ def token_logprobs(
     use_temperature: bool,
     head: LogitTransform | None = None,
     entropy_gradient: bool = False,
+    group: SequenceGroup | None = None,
 ) -> TokenLogProbs:
     """Compute the log-probs of a micro-batch's trained tokens.
 
@@ -55,21 +58,27 @@ def token_logprobs(
         head: What the model does to its head's output, as `choose_head` found it. None: take the model's
             own logits.
         entropy_gradient: Let the entropy be differentiated, too.
+        group: The processes that compute this micro-batch together, each some of its columns; all of them
+            have to call this.
 
     Raises:
         ValueError: `head` is given and the model's forward does not call its head as it did when chosen.
     """
-    predictions = _predictions(batch, use_temperature)
-    targets = _Targets.of(batch, predictions)
+    own = batch if group is None else group.own(batch)
+    predictions = _predictions(own, use_temperature)
+    targets = _Targets.of(own, predictions)
+    inputs = model_inputs(unwrap(model), own, group)
     if head is None:
-        scores = _from_logits(model, batch, predictions, targets, entropy_gradient)
+        scores = _from_logits(model, inputs, predictions, targets, entropy_gradient)
     else:
-        scores = _from_hidden_states(model, batch, predictions, targets, head)
-    entropy = scores.entropy if entropy_gradient else scores.entropy.detach()
+        scores = _from_hidden_states(model, inputs, predictions, targets, head)
     logprobs, candidates = targets.apart(scores.logprobs)
-    return TokenLogProbs(
-        logprobs=logprobs, entropy=_take(entropy, predictions.entry_rows), candidates=candidates
-    )
+    entropy = scores.entropy if entropy_gradient else scores.entropy.detach()
+    entropy = _take(entropy, predictions.entry_rows)
+    if group is not None:
+        logprobs, entropy = group.everybodys(logprobs, batch), group.everybodys(entropy, batch)
+        candidates = group.everybodys(candidates, batch) if candidates is not None else None
+    return TokenLogProbs(logprobs=logprobs, entropy=entropy, candidates=candidates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +141,15 @@ def _unique(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_hidden_states(
-    model: nn.Module, batch: MicroBatch, predictions: _Predictions, targets: _Targets, head: LogitTransform
+    model: nn.Module,
+    inputs: dict[str, Any],
+    predictions: _Predictions,
+    targets: _Targets,
+    head: LogitTransform,
 ) -> HeadScores:
     """Take the hidden states that predict, and do the head's work ourselves."""
-    inner = unwrap(model)
-    module: nn.Linear = inner.get_output_embeddings()
-    hidden = capture_hidden_states(model, module, model_inputs(inner, batch))  # [B, T, H]
+    module: nn.Linear = unwrap(model).get_output_embeddings()
+    hidden = capture_hidden_states(model, module, inputs)  # [B, T, H]
     return tiled_scores(
         _take(hidden.flatten(0, 1), predictions.row * hidden.shape[1] + predictions.column),  # [U, H]
         module.weight,
@@ -151,16 +163,14 @@ def _from_hidden_states(
 
 def _from_logits(
     model: nn.Module,
-    batch: MicroBatch,
+    inputs: dict[str, Any],
     predictions: _Predictions,
     targets: _Targets,
     entropy_gradient: bool,
 ) -> HeadScores:
     """Take the model's own logits at every column where any row predicts: [B, K, V]."""
-    inner = unwrap(model)
-    inputs = model_inputs(inner, batch)
     columns, column = _unique(predictions.column)
-    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+    if "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters:
         logits: Tensor = model(**inputs, logits_to_keep=columns).logits
     else:
         logits = model(**inputs).logits[:, columns]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainer.model.attention.flex import FlexStructure
 from trainer.model.attention.tile_plan import TiledStructure
+from trainer.model.sequence_parallel import SequenceGroup
 from trainer.packing import MicroBatch
 
 TILED = "atropos_tiled"
@@ -21,6 +22,10 @@ STRUCTURE = "row_structure"
 """Keyword argument of the model's forward, and so of the attention function, that describes the row."""
 
 
+GROUP = "sequence_group"
+"""The same of the processes that the row's columns are split over."""
+
+
 OWN = {"tiled": TILED, "flex": FLEX}
 """The back-ends of this package by their names in the configuration."""
 
@@ -28,17 +33,20 @@ OWN = {"tiled": TILED, "flex": FLEX}
 _TAKES_A_MASK = ("sdpa", "eager")
 
 
-def model_inputs(inner: Any, batch: MicroBatch) -> dict[str, Any]:
+def model_inputs(inner: Any, batch: MicroBatch, group: SequenceGroup | None = None) -> dict[str, Any]:
     """Keyword arguments of the model's forward for a micro-batch.
 
     Args:
         inner: The model of transformers, unwrapped; its configuration names its attention.
         batch: On the model's device.
+        group: The processes that the row is split over; `batch` holds our columns of it.
     """
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if batch.subtree_end is None:
         return {**inputs, "attention_mask": batch.attention_mask}
     implementation = getattr(inner.config, "_attn_implementation", None)
+    if group is not None:
+        inputs[GROUP] = group
     device = batch.input_ids.device
     if implementation == TILED:
         structure: Any = TiledStructure(batch.subtree_end, device, batch.longest_sequence)

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from trainer.model.attention.flex import flex_tree_attention
-from trainer.model.attention.inputs import FLEX, STRUCTURE, TILED
+from trainer.model.attention.inputs import FLEX, GROUP, STRUCTURE, TILED
 from trainer.model.attention.tiled import tiled_attention
 
 _CHANGES_SCORES = ("softcap", "s_aux", "position_bias")
@@ -42,6 +42,7 @@ def _as_transformers_calls_it(name: str, kernel: Callable[..., Tensor]) -> Calla
             ValueError: The model asks for something that this back-end does not compute.
         """
         structure = arguments.pop(STRUCTURE, None)
+        group = arguments.pop(GROUP, None)
         if structure is None:
             plain: Callable[..., Any] = AttentionInterface()["sdpa"]
             result: tuple[Tensor, Tensor | None] = plain(
@@ -54,7 +55,10 @@ def _as_transformers_calls_it(name: str, kernel: Callable[..., Tensor]) -> Calla
         asked += [f"a window of {window} tokens"] if window is not None and window < structure.longest else []
         if asked:
             raise ValueError(f"the model asks its attention for {', '.join(asked)}, which {name} does not do")
-        return kernel(*_as_computed(query, key, value), structure, scaling), None
+        inputs = _as_computed(query, key, value)
+        if group is not None:
+            return group.attend(kernel, *inputs, structure, scaling), None
+        return kernel(*inputs, structure, scaling), None
 
     return attention
 

@@ -47,6 +47,7 @@ class TiledStructure:
     """
 
     def __init__(self, subtree_end: Tensor, device: torch.device, longest: int) -> None:
+        self.length = len(subtree_end)
         self.longest = longest
         self._subtree_end = subtree_end.to(device)
         self.tiles = list(plan_tiles(subtree_end.numpy()))
