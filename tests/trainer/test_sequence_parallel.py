@@ -6,10 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.forked import forked_ranks
+from tests.trainer.models import tiny_model
+from trainer.errors import ConfigurationError
+from trainer.model.attention import TILED, register_backends, require_splittable
 from trainer.model.sequence_parallel import SequenceGroup
+from trainer.packing import Packing
 
 
 @pytest.mark.slow
@@ -26,8 +29,16 @@ def test_log_probs_and_gradients_are_those_of_one_process(count: int, tmp_path: 
             rank.kill()
 
 
-def test_heads_that_cannot_be_divided_are_refused() -> None:
-    group = SequenceGroup(size=2, rank=0, group=None)
-    odd = torch.zeros(1, 3, 4, 8)
-    with pytest.raises(ValueError, match="3 attention heads cannot be divided among 2 processes"):
-        group.attend(lambda *_: odd, odd, odd, odd, None, None)
+@pytest.mark.parametrize(
+    ("packing", "attention", "size", "message"),
+    [
+        ("padded", TILED, 2, "takes padded sequences only"),
+        ("prefix_tree", "sdpa", 2, "set model.attention to tiled or flex"),
+        ("prefix_tree", TILED, 3, "has 4 attention heads, which cannot be divided so"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(packing: Packing, attention: str, size: int, message: str) -> None:
+    register_backends()
+    group = SequenceGroup(size=size, rank=0, group=None)
+    with pytest.raises(ConfigurationError, match=message):
+        require_splittable(tiny_model("llama", attention=attention), packing, group)

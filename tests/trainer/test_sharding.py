@@ -91,6 +91,18 @@ def assert_trained_alike(ours: Path, theirs: Path) -> None:
         assert_alike(ours / path, theirs / path, ending)
 
 
+def assert_told_alike(ours: Path, theirs: Path) -> None:
+    """What is summed over the tokens of the step counts each of them once."""
+    found, expected = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (ours, theirs)
+    )
+    assert len(found) == len(expected) == _STEPS
+    for row, one in zip(found, expected, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "mismatch_tokens", "mismatch_kl"):
+            assert row[name] == pytest.approx(one[name], rel=1e-4), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "cases"),
@@ -101,6 +113,8 @@ def assert_trained_alike(ours: Path, theirs: Path) -> None:
                 "tied": ["--parallel.mode", "sharded"],
                 "untied": ["--parallel.mode", "gathered", "--model.gradient_checkpointing", "true"],
                 "lora-tied": ["--parallel.mode", "sharded", *_LORA],
+                # Whole weights, and each micro-batch split; there is one head of keys for two processes.
+                "split-untied": ["--parallel.sequence", "2", *_SCORED],
             },
         ),
         (
@@ -115,6 +129,7 @@ def assert_trained_alike(ours: Path, theirs: Path) -> None:
             4,
             {
                 "untied": ["--parallel.mode", "sharded", "--parallel.shard", "2"],
+                "split-untied": ["--parallel.mode", "sharded", "--parallel.sequence", "2"],
                 # The reference is a second model, spread as well.
                 "tied": ["--parallel.mode", "gathered", "--parallel.replicate", "2", *_SCORED],
             },
@@ -143,6 +158,7 @@ def test_spread_over_processes_a_run_computes_what_one_process_does(
         model = models[name.rpartition("-")[2]]
         run(model, tmp_path / name, make_bodies(_STEPS), *_COMMON, *_without_parallel(options), steps=_STEPS)
         assert_trained_alike(tmp_path / f"ours-{name}", tmp_path / name)
+        assert_told_alike(tmp_path / f"ours-{name}", tmp_path / name)
         AutoModelForCausalLM.from_pretrained(tmp_path / f"ours-{name}/checkpoints/step-000004/model")
 
 
@@ -263,6 +279,7 @@ def test_another_number_of_processes_and_modes_that_cannot_be_are_refused(
             ["--parallel.mode", "sharded", "--publish.transport", "nccl", "--publish.servers", "http://x:1"],
             "does not yet publish weights that are spread",
         ),
+        (["--parallel.sequence", "2"], "which does not divide the 1 processes"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             run(tiny_model_directory, tmp_path / "run", make_bodies(1), *options, steps=1)

@@ -23,6 +23,10 @@ class ParallelSettings(Section):
     replicate: int | None = Field(default=None, gt=0)
     """Copies of the weights, each spread over parallel.shard processes. None: 1, or what parallel.shard
     leaves."""
+    sequence: int = Field(default=1, gt=0)
+    """Processes that compute each micro-batch together, a slice of its columns each, so that they share the
+    memory of its activations. Needs model.attention tiled or flex, and has to divide the attention heads.
+    1: every process computes micro-batches of its own."""
     processes: int | None = Field(default=None, gt=0)
     """Refuse to start with another number of processes. None: any."""
 

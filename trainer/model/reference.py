@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from trainer.config import DataSettings, ModelSettings
 from trainer.errors import ConfigurationError
+from trainer.model.attention import require_splittable
 from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
 from trainer.model.load import context_length, inspect_beside, load_beside
 from trainer.model.select_packing import choose_packing
+from trainer.model.sequence_parallel import SequenceGroup
 from trainer.model.sharding import Spread
 from trainer.model.token_logprobs import TokenLogProbs, token_logprobs
 from trainer.packing import MicroBatch, Packing
@@ -35,11 +37,16 @@ class ReferenceModel:
     head: LogitTransform | None
     is_policy: bool
     """Its adapters are switched off while it scores."""
+    group: SequenceGroup | None = None
+    """See `token_logprobs`."""
 
     def score(self, batch: MicroBatch, *, use_temperature: bool) -> Tensor:
         """Return the reference's log-probs of a micro-batch's trained tokens, [N] float32."""
         with _without_adapters(self.model) if self.is_policy else contextlib.nullcontext():
-            return score(self.model, batch, use_temperature=use_temperature, head=self.head).logprobs
+            scores = score(
+                self.model, batch, use_temperature=use_temperature, head=self.head, group=self.group
+            )
+            return scores.logprobs
 
 
 def load_reference(
@@ -70,7 +77,7 @@ def load_reference(
     if setting == "batch":
         return None
     if setting == "base" and settings.lora is not None:
-        return ReferenceModel(model=policy, head=head, is_policy=True)
+        return ReferenceModel(model=policy, head=head, is_policy=True, group=spread.sequence)
     path = settings.path if setting == "base" else setting
     model = load_beside("loss.reference", path, settings).to(next(policy.parameters()).device)
     _refuse_smaller(path, model, limits)
@@ -80,10 +87,12 @@ def load_reference(
         raise ConfigurationError(
             f"loss.reference {path!r} cannot compute the policy's micro-batches: {error}"
         ) from error
+    if spread.sequence is not None:
+        require_splittable(model, packing, spread.sequence)
     head = choose_head(model, settings.head)
     model.requires_grad_(False)  # only now: to choose the packing took gradients
     replace(spread, gathered=False).shard(model)
-    return ReferenceModel(model=model, head=head, is_policy=False)
+    return ReferenceModel(model=model, head=head, is_policy=False, group=spread.sequence)
 
 
 def inspect_reference(
@@ -155,7 +164,12 @@ def _token_texts(file: Path) -> Any | None:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, batch: MicroBatch, *, use_temperature: bool, head: LogitTransform | None
+    model: nn.Module,
+    batch: MicroBatch,
+    *,
+    use_temperature: bool,
+    head: LogitTransform | None,
+    group: SequenceGroup | None = None,
 ) -> TokenLogProbs:
     """Score a micro-batch's trained tokens as inference does: no gradient, no dropout.
 
@@ -164,11 +178,12 @@ def score(
         batch: On the model's device.
         use_temperature: See `token_logprobs`.
         head: See `token_logprobs`.
+        group: See `token_logprobs`.
     """
     was_training = model.training
     model.eval()
     try:
-        return token_logprobs(model, batch, use_temperature=use_temperature, head=head)
+        return token_logprobs(model, batch, use_temperature=use_temperature, head=head, group=group)
     finally:
         model.train(was_training)
 

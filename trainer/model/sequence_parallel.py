@@ -92,7 +92,7 @@ class SequenceGroup:
 
         Args:
             kernel: An attention back-end for whole rows; see `tiled_attention`.
-            query: [1, H, t, D] of own columns.
+            query: [1, H, t, D] of own columns, H a multiple of the number of processes.
             key: [1, K, t, D].
             value: [1, K, t, E].
             structure: Of the whole row, T columns.
@@ -100,14 +100,7 @@ class SequenceGroup:
 
         Returns:
             [1, t, H, E].
-
-        Raises:
-            ValueError: The heads cannot be divided among the processes.
         """
-        if query.shape[1] % self.size:
-            raise ValueError(
-                f"{query.shape[1]} attention heads cannot be divided among {self.size} processes"
-            )
         repeats = self.size // gcd(key.shape[1], self.size)
         if repeats > 1:
             key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value))
@@ -133,6 +126,18 @@ class SequenceGroup:
         """[N] bool: which tokens are predicted from own columns."""
         first, past = self._own_columns(batch.input_ids.shape[1])
         return (batch.predict_column >= first) & (batch.predict_column < past)
+
+
+def make_sequence_group(size: int, rank: int) -> SequenceGroup:
+    """Make a group of every `size` processes that follow one another; all processes have to call it.
+
+    Args:
+        size: Divides the number of processes.
+        rank: Our place among all.
+    """
+    new_subgroups: Any = distributed.new_subgroups
+    group, _ = new_subgroups(group_size=size)
+    return SequenceGroup(size=size, rank=rank % size, group=group)
 
 
 class _ToSomeHeads(torch.autograd.Function):

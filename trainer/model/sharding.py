@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.config import ParallelSettings
 from trainer.errors import ConfigurationError
+from trainer.model.sequence_parallel import SequenceGroup, make_sequence_group
 from trainer.model.wrappers import unwrap
 
 _COPIES, _PARTS = "replicate", "shard"
@@ -49,6 +50,8 @@ class Spread:
     """Of [copies, parts]; None: whole weights."""
     control: Any = None
     """Group for what processes tell each other about weights, by the CPU; nothing else uses it."""
+    sequence: SequenceGroup | None = None
+    """The processes that compute our micro-batches with us. None: each computes its own."""
 
     @property
     def sharded(self) -> bool:
@@ -59,6 +62,29 @@ class Spread:
     def processes(self) -> int:
         """Processes that train together."""
         return self.copies * self.parts
+
+    @property
+    def teams(self) -> int:
+        """How many micro-batches are computed at a time."""
+        return self.processes // self._team_size
+
+    def team_of(self, rank: int) -> int:
+        """Which of them a process computes; neighbours by rank compute the same."""
+        return rank // self._team_size
+
+    @property
+    def leads_team(self) -> bool:
+        """Whether this process speaks for its team, whose processes all know the same of a micro-batch."""
+        return self.rank % self._team_size == 0
+
+    @property
+    def in_lock_step(self) -> bool:
+        """Whether processes wait for each other in every micro-batch: where its weights are gathered."""
+        return self.sharded and not self.gathered
+
+    @property
+    def _team_size(self) -> int:
+        return self.sequence.size if self.sequence is not None else 1
 
     def shard(self, model: nn.Module) -> None:
         """Spread a model in place; what is decided by its whole weights has to be decided before.
@@ -228,6 +254,11 @@ def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:
             f"parallel.processes is {settings.processes}, but {processes} train together; start that many "
             f"(torchrun --nproc_per_node), or set parallel.processes to {processes}"
         )
+    if processes % settings.sequence:
+        raise ConfigurationError(
+            f"parallel.sequence is {settings.sequence}, which does not divide the {processes} processes that "
+            "train together; start a multiple of it, or set another"
+        )
     whole = settings.mode == "replicated"
     parts = settings.shard or (1 if whole else max(1, processes // (settings.replicate or 1)))
     copies = settings.replicate or max(1, processes // parts)
@@ -252,8 +283,9 @@ def make_spread(settings: ParallelSettings, *, processes: int, rank: int, device
         ConfigurationError: See `plan_spread`.
     """
     copies, parts = plan_spread(settings, processes)
+    sequence = make_sequence_group(settings.sequence, rank) if settings.sequence > 1 else None
     if parts == 1:
-        return Spread(copies=copies, rank=rank)
+        return Spread(copies=copies, rank=rank, sequence=sequence)
     control = distributed.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     mesh = init_device_mesh(device.type, (copies, parts), mesh_dim_names=(_COPIES, _PARTS))
     return Spread(
@@ -263,6 +295,7 @@ def make_spread(settings: ParallelSettings, *, processes: int, rank: int, device
         rank=rank,
         mesh=mesh,
         control=control,
+        sequence=sequence,
     )
 
 

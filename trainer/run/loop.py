@@ -310,7 +310,7 @@ class Trainer:
             "served_version": incoming.served_version,
             **batch_metrics(prepared.batch),
             "set_aside_share": self._tracker.set_aside_share,
-            **packing_metrics(prepared.micro_batches, self._prepared.joined.count),
+            **packing_metrics(prepared.micro_batches, self._prepared.spread),
             **step_metrics(result),
             "waiting_seconds": waited,
             "preparing_seconds": prepared.seconds,

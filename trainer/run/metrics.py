@@ -16,6 +16,7 @@ from atropos_client.private_files import PRIVATE_DIRECTORY, open_private, write_
 from schemas import count_of
 from trainer.config import TrainerConfig
 from trainer.errors import ConfigurationError, MetricsError
+from trainer.model.sharding import Spread
 from trainer.packing import MicroBatch, imbalance
 from trainer.row_files import drop_rows
 from trainer.run.optimizer_step import StepResult
@@ -46,17 +47,18 @@ def batch_metrics(batch: PreparedBatch) -> Row:
     }
 
 
-def packing_metrics(micro_batches: Sequence[MicroBatch], processes: int) -> Row:
+def packing_metrics(micro_batches: Sequence[MicroBatch], spread: Spread) -> Row:
     """Token counts and waste of a step.
 
     Args:
         micro_batches: All of the step, in the order of `pack`.
-        processes: How many compute it.
+        spread: The processes that compute it.
     """
     computed = sum(each.computed_tokens for each in micro_batches)
     padding = sum(each.padding_tokens for each in micro_batches)
     in_sequences = sum(each.sequence_tokens for each in micro_batches)
     saved = in_sequences - (computed - padding)
+    costs = [each.cost for each in micro_batches]
     return {
         "computed_tokens": computed,
         "sequence_tokens": in_sequences,
@@ -64,7 +66,7 @@ def packing_metrics(micro_batches: Sequence[MicroBatch], processes: int) -> Row:
         "prefix_tokens_saved": saved,
         "prefix_tokens_saved_share": saved / in_sequences,
         "micro_batches": len(micro_batches),
-        "imbalance": imbalance([each.cost for each in micro_batches], processes),
+        "imbalance": imbalance(costs, spread.teams, lock_step=spread.in_lock_step),
     }
 
 

@@ -135,14 +135,18 @@ class StepRunner:
     def share_out(
         self, micro_batches: list[MicroBatch], *, step: int = 0, staleness: int | None = None
     ) -> list[StepShare]:
-        """Return what each process computes of a step; see `trainer.run.step_share.share_out`."""
-        return share_out(
+        """Return what each process computes of a step; see `trainer.run.step_share.share_out`.
+
+        The processes of a team compute the same micro-batches.
+        """
+        shares = share_out(
             micro_batches,
-            self._accelerator.num_processes,
+            self._spread.teams,
             step=step,
             staleness=staleness,
             with_columns=self._loss.step_statistics is not None,
         )
+        return [shares[self._spread.team_of(rank)] for rank in range(self._spread.processes)]
 
     def compute(
         self,
@@ -224,8 +228,9 @@ class StepRunner:
             batch.denominators,
             packing=self._prepared.packing,
             tokens_per_micro_batch=self._config.data.tokens_per_micro_batch,
-            processes=self._accelerator.num_processes,
+            processes=self._spread.teams,
             cost=self._cost,
+            lock_step=self._spread.in_lock_step,
         )
 
     def accumulate(
@@ -293,6 +298,7 @@ class StepRunner:
                 use_temperature=self._config.loss.uses_temperature,
                 head=self._prepared.head,
                 entropy_gradient=self._objective.differentiates_entropy,
+                group=self._spread.sequence,
             )
         loss, inputs, metrics = self._objective(batch, scores, statistics=statistics, staleness=staleness)
         entropy = scores.entropy.detach()
@@ -309,9 +315,11 @@ class StepRunner:
         }
 
     def _over_processes(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Add the sums of all processes."""
+        """Add the sums of all processes, those of a team once."""
         names = sorted(sums)
         stacked = torch.stack([sums[name].to(torch.float64) for name in names])
+        if not self._spread.leads_team:  # its sums are those of another
+            stacked.zero_()
         reduced = self._accelerator.reduce(stacked, reduction="sum")
         return dict(zip(names, reduced.tolist(), strict=True))
 

@@ -65,7 +65,13 @@ class StepScores:
     def _entropy(self, batch: MicroBatch) -> Tensor:
         """[N], at least 0."""
         use_temperature = self._settings.uses_temperature
-        scores = score(self._policy, batch, use_temperature=use_temperature, head=self._head)
+        scores = score(
+            self._policy,
+            batch,
+            use_temperature=use_temperature,
+            head=self._head,
+            group=self._spread.sequence,
+        )
         return scores.entropy.clamp(min=0)
 
     def _keep_highest(
@@ -77,7 +83,9 @@ class StepScores:
         Source: Wang et al. 2025, Beyond the 80/20 Rule (arXiv 2506.01939).
         """
         own = [entropy[batch.loss_mask > 0] for batch, entropy in zip(micro_batches, entropies, strict=True)]
-        padded = self._accelerator.pad_across_processes(torch.cat(own), pad_index=-1)
+        # Of those that all processes of a team know, one of them tells.
+        told = torch.cat(own) if self._spread.leads_team else own[0][:0]
+        padded = self._accelerator.pad_across_processes(told, pad_index=-1)
         everybodys = self._accelerator.gather(padded)
         everybodys = everybodys[everybodys >= 0].sort(descending=True).values
         lowest = (

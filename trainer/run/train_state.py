@@ -17,6 +17,7 @@ from trainer.checkpoints.format import (
     restore_optimizer,
 )
 from trainer.config import OptimizerSettings, TrainerConfig
+from trainer.model.attention import require_splittable
 from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
 from trainer.model.load import Policy, load_policy
@@ -114,6 +115,8 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         config.model.attention,
         longest_sequence=policy.limits.max_sequence_length,
     )
+    if spread.sequence is not None:
+        require_splittable(policy.model, packing, spread.sequence)
     head = choose_head(policy.model, config.model.head)
     reference = load_reference(
         config.loss.reference,

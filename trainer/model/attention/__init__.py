@@ -17,6 +17,7 @@ from trainer.model.attention.inputs import (
     loaded_implementation,
     model_inputs,
     readable,
+    require_splittable,
     takes_trees,
 )
 from trainer.model.attention.registration import register_backends
@@ -29,5 +30,6 @@ __all__ = [
     "model_inputs",
     "readable",
     "register_backends",
+    "require_splittable",
     "takes_trees",
 ]

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.errors import ConfigurationError
 from trainer.model.attention.flex import FlexStructure
 from trainer.model.attention.tile_plan import TiledStructure
 from trainer.model.sequence_parallel import SequenceGroup
-from trainer.packing import MicroBatch
+from trainer.packing import MicroBatch, Packing
 
 TILED = "atropos_tiled"
 
@@ -89,6 +90,29 @@ def loaded_implementation(setting: str) -> str | None:
 def readable(implementation: str | None) -> str:
     """The name of an implementation as the configuration has it."""
     return next((name for name, known in OWN.items() if known == implementation), str(implementation))
+
+
+def require_splittable(inner: Any, packing: Packing, group: SequenceGroup) -> None:
+    """See that the rows of a model's micro-batches can be split over processes.
+
+    Raises:
+        ConfigurationError: They cannot.
+    """
+    asked = f"parallel.sequence is {group.size}, but {type(inner).__name__}"
+    config = inner.config.get_text_config()
+    implementation = getattr(inner.config, "_attn_implementation", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if packing == "padded":
+        raise ConfigurationError(f"{asked} takes padded sequences only, which are not split; set it to 1")
+    if implementation not in OWN.values():
+        raise ConfigurationError(
+            f"{asked} has the attention {implementation}, which does not split rows; set model.attention to "
+            "tiled or flex, or parallel.sequence to 1"
+        )
+    if not heads or heads % group.size:
+        raise ConfigurationError(
+            f"{asked} has {heads} attention heads, which cannot be divided so; set a divisor of {heads}"
+        )
 
 
 def dense_mask(subtree_end: Tensor) -> Tensor:
