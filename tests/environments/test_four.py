@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from atropos_client import AtroposClient, parse_batch
+from atropos_client import parse_batch
 from atropos_client.journal import Journal
-from local_stack.commands import Address, api_command
 from schemas import ScoredGroup
 from tests.conftest import RunningInferenceServer
+from tests.environments.beside import api_and_environments
 from tests.environments.four import GROUP_SIZE, NAMES, token_advantages
 from tests.trainer.runs import rows
 from trainer import RunSummary, load_config
@@ -48,20 +45,13 @@ def finished(
 ) -> Finished:
     """Three steps; nothing is published, so that all batches come from the weights on the disk."""
     output = tmp_path_factory.mktemp("four") / "run"
-    address = Address(port=free_port())
-    log = (output.parent / "log").open("wb")
-    words = ["tests.environments.four", address.url, shared_inference_server.url, str(tiny_model_directory)]
-    api = subprocess.Popen(api_command(address), stdout=log, stderr=log)
-    environments = subprocess.Popen(
-        [sys.executable, "-m", *words], stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
-    try:
-        with AtroposClient(address.url) as client:
-            client.wait_until_ready(120)
+    words = (shared_inference_server.url, str(tiny_model_directory))
+    log = output.parent / "log"
+    with api_and_environments("tests.environments.four", *words, log=log) as api:
         config = load_config(
             None,
             [
-                *("--model.path", str(tiny_model_directory), "--atropos.url", address.url),
+                *("--model.path", str(tiny_model_directory), "--atropos.url", api),
                 *("--atropos.batch_size", str(GROUP_SIZE * len(NAMES)), "--atropos.max_token_length", "256"),
                 *("--atropos.batch_timeout", "240", "--atropos.heartbeat_every", "10"),
                 *("--train.output_dir", str(output), "--train.steps", str(STEPS)),
@@ -71,12 +61,6 @@ def finished(
             environment={},
         )
         summary = build_trainer(config).run()
-        assert environments.poll() is None, "environments must outlive the last step"
-    finally:
-        for process in (environments, api):
-            process.kill()
-            process.wait()
-        log.close()
     with Journal.read_only(output / "journal") as journal:
         replies = [parse_batch(journal.read(number).body) for number in range(1, STEPS + 1)]
     return Finished(
@@ -84,14 +68,6 @@ def finished(
         rows(output),
         [{NAMES[group.env_id or 0]: group for group in reply.groups} for reply in replies],
     )
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_all_are_trained_and_nothing_is_set_aside(finished: Finished) -> None:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from atropos_client import AtroposClient
-from local_stack.commands import Address, api_command
+from tests.environments.beside import api_and_environments
 from tests.environments.teacher import GROUP_SIZE, random_texts
-from tests.environments.test_four import free_port
 from tests.trainer.runs import rows
 from trainer import load_config
 from trainer.run.build import build_trainer
@@ -57,18 +52,12 @@ def test_the_students_distance_to_the_teacher_falls_by_half(
     teach(teacher)
     before = divergence(tiny_model_directory, teacher)
 
-    address = Address(port=free_port())
-    log = (tmp_path / "log").open("wb")
-    api = subprocess.Popen(api_command(address), stdout=log, stderr=log)
-    command = [sys.executable, "-m", "tests.environments.teacher", address.url, str(teacher)]
-    environment = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        with AtroposClient(address.url) as client:
-            client.wait_until_ready(120)
+    log = tmp_path / "log"
+    with api_and_environments("tests.environments.teacher", str(teacher), log=log) as api:
         config = load_config(
             None,
             [
-                *("--model.path", str(tiny_model_directory), "--atropos.url", address.url),
+                *("--model.path", str(tiny_model_directory), "--atropos.url", api),
                 *("--atropos.batch_size", str(8 * GROUP_SIZE), "--atropos.max_token_length", "256"),
                 *("--atropos.batch_timeout", "100", "--distillation.mode", mode),
                 *("--train.output_dir", str(tmp_path / "run"), "--train.steps", str(STEPS)),
@@ -78,11 +67,6 @@ def test_the_students_distance_to_the_teacher_falls_by_half(
             environment={},
         )
         build_trainer(config).run()
-    finally:
-        for process in (environment, api):
-            process.kill()
-            process.wait()
-        log.close()
     found = rows(tmp_path / "run")
     assert [row["set_aside_groups_total"] for row in found] == [0] * STEPS
     assert found[-1]["kl_teacher"] < found[0]["kl_teacher"] / 2

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from atropos_client import AtroposClient
-from local_stack.commands import Address, api_command
 from local_stack.inference import Engine
 from local_stack.inference.weights import read_checkpoint
 from schemas import ScoredGroup
 from tests.atropos_client.environment_side import push_groups, register_environment
+from tests.atropos_client.test_real_api import RealApi
 from tests.conftest import RunningInferenceServer
 from tests.trainer.test_cli import atropos_train
 from trainer import load_config
@@ -32,21 +31,10 @@ class RoundingEngine(Engine):
 
 
 @pytest.fixture
-def api_url(free_port: int) -> Iterator[str]:
+def api_url() -> Iterator[str]:
     """The real API server, in a process of its own."""
-    process = subprocess.Popen(
-        api_command(Address(port=free_port), python=sys.executable),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"http://127.0.0.1:{free_port}"
-    try:
-        with AtroposClient(url) as client:
-            client.wait_until_ready(60)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
+    with RealApi() as api:
+        yield api.url
 
 
 def test_every_party_that_is_missing_is_named_with_a_remedy(tmp_path: Path, free_port: int) -> None:
