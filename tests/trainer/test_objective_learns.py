@@ -20,6 +20,8 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "gspo": ("gspo", WIDER),
     "gspo, token form": ("gspo", {**WIDER, "form": "token"}),
     "luspo": ("luspo", WIDER),
+    "decoupled_ppo, interpolated": ("decoupled_ppo", {"proximal": "interpolated"}),
+    "ipo, capped": ("ipo", {"epsilon": 0.3, "mismatch_penalty": 0.0, "ratio_cap": 1e4}),
     "dual clip": ("ppo_clip", {"dual_clip": 3.0}),
     "two-sided clip": ("ppo_clip", {"two_sided": 4.0}),
     "clip_cov of a tenth": ("clip_cov", {"covariance_share": 0.1, "covariance_low": 0.1}),
@@ -58,6 +60,7 @@ def reward_after_training(name: str, options: dict[str, Any], *, steps: int, sig
                 loss_mask=torch.ones(SEQUENCES, len(TARGETS)),
                 inference_logprobs=sampler.gather(1, tokens).T,
                 ref_logprobs=versions[0].log_softmax(-1).gather(1, tokens).T,
+                staleness=STALENESS,
             )
         )
         optimizer.zero_grad()
