@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import RunningInferenceServer
 from tests.forked import forked_ranks
-from tests.trainer.test_stop_signals import ENDED_WITHIN, newest
+from tests.trainer.stoppable_run import long_body
+from tests.trainer.test_stop_signals import ENDED_WITHIN, Run, newest
+from tests.trainer.test_watch import until
+from tests.trainer.test_watch_runs import health_file, wait_for_step
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +68,112 @@ def test_the_failure_of_one_process_ends_all(
     if (rank, how) != (0, "kill"):
         step = newest(output).state.step
         assert step == (3 if where == "checkpointing" else 2) or how == "kill while"
+
+
+def test_a_process_that_dies_during_a_publish_leaves_a_server_that_serves(
+    inference_server: RunningInferenceServer, tmp_path: Path, free_port: int
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    output.mkdir()
+    words = [inference_server.model_directory, output, 1, "publishing", "kill while"]
+    words += ["--publish.transport", "disk", "--publish.servers", inference_server.url]
+    ranks = forked_ranks(2, free_port, MODULE, words, stdout=tmp_path / "out", stderr=log)
+    try:
+        assert ranks[0].wait(ENDED_WITHIN) == 1
+    finally:
+        for process in ranks:
+            process.kill()
+    (told,) = lines_of(log.read_text(), "atropos-train run")
+    assert re.search("failed: " + OF_A_RANK + "has ended without a word", told)
+    assert newest(output).state.step == 3
+    assert inference_server.complete([5, 50], max_tokens=1)
+
+
+def torchrun(*words: object, module: str = MODULE) -> subprocess.Popen[str]:
+    """Start a launcher, as users do, whose processes write to its pipes."""
+    command = [sys.executable, "-m", "torch.distributed.run", *words[:-1], "-m", module, *words[-1]]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([str(word) for word in command], env=environment, **pipes)
+
+
+def ended(launchers: list[subprocess.Popen[str]]) -> str:
+    """What the launchers and all that they started have printed, when they have ended."""
+    try:
+        return "".join(launcher.communicate(timeout=ENDED_WITHIN)[0] for launcher in launchers)
+    finally:
+        for launcher in launchers:
+            launcher.terminate()
+
+
+def test_the_failure_of_one_of_three_under_torchrun_is_said_by_process_0(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    words = [tiny_model_directory, output, 2, "step", "raise"]
+    launcher = torchrun("--nproc_per_node", 3, "--master_port", free_port, words)
+    said = ended([launcher])
+    assert launcher.returncode == 1
+    of_process_0 = lines_of(said, "atropos-train run: failed:")
+    assert len(of_process_0) == 1, said[-3000:]
+    assert re.search(OF_A_RANK + "failed: RuntimeError: nothing works", of_process_0[0])
+    assert lines_of(said, "atropos-train run [rank 1]") == []
+    assert newest(output).state.step == 2
+
+
+def test_the_death_of_a_process_on_another_node_is_said_on_the_first(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    """Two launchers that find each other, as on two nodes."""
+    output = tmp_path / "run"
+    output.mkdir()
+    meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port}", "--rdzv_id", "test")
+    words = [tiny_model_directory, output, 1, "step", "kill"]
+    said = ended([torchrun("--nnodes", 2, "--nproc_per_node", 1, *meeting, words) for _ in range(2)])
+    assert "Training with 2 processes on 2 nodes" in said
+    told = lines_of(said, "atropos-train run: failed:")
+    assert len(told) == 1, said[-3000:]
+    assert re.search(OF_A_RANK + "has ended without a word", told[0])
+    assert newest(output).state.step == 2
+
+
+def test_a_launcher_that_is_told_to_stop_leaves_time_to_give_up_a_long_step(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    """It kills what has not ended after 30 seconds."""
+    output = tmp_path / "run"
+    output.mkdir()
+    words = [tiny_model_directory, output, "long step", "--checkpoint.grace", "1"]
+    launcher = torchrun(
+        "--nproc_per_node", 2, "--master_port", free_port, words, module="tests.trainer.stoppable_run"
+    )
+    assert launcher.stdout is not None
+    while launcher.stdout.readline() != "now\n":
+        assert launcher.poll() is None
+    time.sleep(0.5)  # well into its micro-batches
+    launcher.terminate()
+    said = ended([launcher])
+    assert said.count("SIGTERM: stopping with a checkpoint") == 2
+    assert said.count("Stopped after 2 optimizer steps (SIGTERM)") == 1, said[-3000:]
+    assert newest(output).state.step == 2
+    assert (output / "set_aside/batch-000003.json").read_bytes() == long_body()
+
+
+def test_health_says_which_process_is_silent(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    output = tmp_path / "run"
+    words = ("--health.file_every", "0.1")
+    run = Run(tiny_model_directory, output, "wait", *words, port=free_port)
+    pid = int(run.wait_for("rank 1").split()[-1])
+    run.wait_for("now")
+    assert wait_for_step(run, output, 2)["processes"] == 2
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: health_file(output)["silent_processes"].get("1", 0) > 4)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: health_file(output)["silent_processes"] == {})
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends_with() == 143
