@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.conftest import RunningInferenceServer
 from tests.forked import forked_ranks
@@ -48,6 +54,30 @@ def untied(tiny_model_directory: Path, tmp_path_factory: pytest.TempPathFactory)
             head_dim=16,
             max_position_embeddings=128,
             tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    )
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral that sends each token to one of four experts, with the tiny model's tokenizer."""
+    directory = tmp_path_factory.mktemp("models") / "experts"
+    shutil.copytree(tiny_model_directory, directory)
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            num_local_experts=4,
+            num_experts_per_tok=1,
             initializer_range=0.2,
         )
     )
@@ -261,6 +291,35 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != "manifest.json"
     }
+
+
+@pytest.mark.slow
+def test_in_bfloat16_as_with_copies_and_with_experts_as_in_one_process(
+    tiny_model_directory: Path, experts: Path, tmp_path: Path
+) -> None:
+    """bfloat16 rounds what one process packs otherwise than two do, so two are compared with two.
+
+    Experts are single tensors in memory and many in the checkpoint, and some get no token on a process.
+    """
+    sharded, bfloat16 = ["--parallel.mode", "sharded"], ["--train.mixed_precision", "bf16"]
+    cases = {
+        "ours": (tiny_model_directory, [*sharded, *bfloat16]),
+        "copies": (tiny_model_directory, bfloat16),
+        "experts": (experts, sharded),
+    }
+    runs = [
+        {
+            "model": str(model),
+            "output": str(tmp_path / name),
+            "options": [*_COMMON, *options],
+            "steps": _STEPS,
+        }
+        for name, (model, options) in cases.items()
+    ]
+    run_in_processes(2, runs, tmp_path / "log")
+    assert_trained_alike(tmp_path / "ours", tmp_path / "copies")
+    run(experts, tmp_path / "one", make_bodies(_STEPS), *_COMMON, steps=_STEPS)
+    assert_trained_alike(tmp_path / "experts", tmp_path / "one")
 
 
 def _without_parallel(options: list[str]) -> list[str]:
