@@ -43,6 +43,7 @@ LOWEST_LOGPROB = -9999.0
 _COMPLETIONS = "/v1/completions"
 _MODELS = "/v1/models"
 _WEIGHT_INFO = "/weight_info"
+_JSON = (b"content-type", b"application/json")
 
 _NEUTRAL_SAMPLING = {
     "temperature": 1.0,
@@ -124,7 +125,7 @@ class AtroposGenerate:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
             _refuse_method("POST")
-        request = to_completion_request(_decode(await _read(scope, receive)))
+        request = to_completion_request(_decode(await _read(receive)))
         label = await self._choose_model(scope, request)
         start = await label()
         connection = _Replay(_encode(request), receive)
@@ -133,7 +134,7 @@ class AtroposGenerate:
         if connection.closed:
             return
         if reply.status != HTTPStatus.OK:
-            await reply.pass_on(send)
+            await _respond(send, reply.status, reply.body, reply.headers)
             return
         try:
             answer = to_generate_reply(json.loads(reply.body))
@@ -144,7 +145,7 @@ class AtroposGenerate:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             message = f"{_COMPLETIONS} answered unexpectedly: {error!r}"
             raise RequestRefused(message, status=HTTPStatus.BAD_GATEWAY) from error
-        await _send_json(send, HTTPStatus.OK, body, reply.headers)
+        await _respond(send, HTTPStatus.OK, body, reply.headers)
 
     async def _choose_model(self, scope: Scope, request: dict[str, Any]) -> Label:
         """Put the current policy into a request, unless it asks for another adapter by name.
@@ -179,16 +180,16 @@ class AtroposGenerate:
         # Whoever may list the models may do this: vLLM's own authentication decides.
         models = await self._ask(scope, _MODELS)
         if models.status != HTTPStatus.OK:
-            await models.pass_on(send)
+            await _respond(send, models.status, models.body, models.headers)
             return
         if scope["method"] == "POST":
-            self._adapter = _to_adapter(_decode(await _read(scope, receive)), _names(models, adapters=True))
+            self._adapter = _to_adapter(_decode(await _read(receive)), _names(models, adapters=True))
         current = self._adapter
         answer = {
             "name": current and current.name,
             "weight_version": current and current.weight_version,
         }
-        await _send_json(send, HTTPStatus.OK, json.dumps(answer).encode())
+        await _respond(send, HTTPStatus.OK, json.dumps(answer).encode(), [_JSON])
 
     async def _ask(self, scope: Scope, path: str) -> _Collected:
         """GET a route of the wrapped application with the caller's credentials, inside this process."""
@@ -353,11 +354,6 @@ class _Collected:
         elif message["type"] == "http.response.body":
             self.body += message.get("body", b"")
 
-    async def pass_on(self, send: Send) -> None:
-        headers = [*_without(self.headers, {b"content-length", b"transfer-encoding"}), _length(self.body)]
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body})
-
 
 class _Replay:
     """Hands out `body`, then whatever the connection says next: a client that goes away is noticed."""
@@ -402,7 +398,7 @@ def _redirected(scope: Scope, path: str, body: bytes, *, method: str = "POST") -
     if root and str(scope["path"]).startswith(f"{root}/"):
         path = root + path
     replaced = {b"content-length", b"content-type", b"transfer-encoding", b"accept-encoding"}
-    headers = [*_without(scope["headers"], replaced), (b"content-type", b"application/json"), _length(body)]
+    headers = [*_without(scope["headers"], replaced), _JSON, _length(body)]
     return {
         **scope,
         "method": method,
@@ -422,10 +418,7 @@ def _length(body: bytes) -> tuple[bytes, bytes]:
     return b"content-length", str(len(body)).encode()
 
 
-async def _read(scope: Scope, receive: Receive) -> bytes:
-    announced = next((value for name, value in scope["headers"] if name.lower() == b"content-length"), b"")
-    if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
-        _refuse_length()
+async def _read(receive: Receive) -> bytes:
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -433,7 +426,8 @@ async def _read(scope: Scope, receive: Receive) -> bytes:
             raise ClientGone
         body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
-            _refuse_length()
+            reason = f"the body is longer than {MAX_BODY_BYTES} bytes"
+            raise RequestRefused(reason, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         more = message.get("more_body", False)
     return bytes(body)
 
@@ -459,11 +453,6 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def _refuse_length() -> NoReturn:
-    message = f"the body is longer than {MAX_BODY_BYTES} bytes"
-    raise RequestRefused(message, status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-
-
 def _refuse_method(allowed: str) -> NoReturn:
     message = f"Method Not Allowed: use {allowed}"
     raise RequestRefused(message, status=HTTPStatus.METHOD_NOT_ALLOWED, allowed=allowed)
@@ -473,11 +462,10 @@ async def _send_error(send: Send, error: RequestRefused) -> None:
     """Refuse in the words that vLLM uses."""
     kind = "".join(error.status.phrase.title().split()) + "Error"
     info = {"message": str(error), "type": kind, "param": error.param, "code": int(error.status)}
-    await _send_json(send, error.status, json.dumps({"error": info}).encode(), error.headers)
+    await _respond(send, error.status, json.dumps({"error": info}).encode(), [_JSON, *error.headers])
 
 
-async def _send_json(send: Send, status: HTTPStatus, body: bytes, headers: Headers | None = None) -> None:
-    kept = _without(headers or [], {b"content-length", b"content-type", b"transfer-encoding"})
-    headers = [*kept, (b"content-type", b"application/json"), _length(body)]
+async def _respond(send: Send, status: int, body: bytes, headers: Headers) -> None:
+    headers = [*_without(headers, {b"content-length", b"transfer-encoding"}), _length(body)]
     await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": body})
