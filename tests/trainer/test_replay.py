@@ -346,6 +346,8 @@ def test_texts_are_trained_on(tiny_model_directory: Path, tmp_path: Path) -> Non
     summary = replayed(tiny_model_directory, tmp_path / "out", [path], *overrides)
     assert summary.step == 2
     assert [row["sequences"] for row in rows(tmp_path / "out")] == [4, 4]
+    with pytest.raises(ConfigurationError, match=r"--replay\.order or atropos\.batch_size are others"):
+        replayed(tiny_model_directory, tmp_path / "out", [path], *overrides, "--atropos.batch_size", "8")
 
 
 def test_a_replay_is_one_pass_and_publishes_nothing_unless_told_otherwise() -> None:

@@ -148,11 +148,13 @@ def _go_on(source: ReplaySource, config: TrainerConfig, checkpoint: Checkpoint |
 
 def adapt(config: TrainerConfig, *, steps: Any, publish: bool) -> TrainerConfig:
     """The configuration of a replay: one pass unless it says how many steps, and perhaps no publishing."""
-    changes: dict[str, Any] = {}
+    # Whether a replay goes on with another batch size is for its recordings to say, which know.
+    train: dict[str, Any] = {"resume_changes": [*config.train.resume_changes, "atropos.batch_size"]}
     if "steps" not in config.train.model_fields_set:
         count = max(1, steps())
         logger.info("Replaying %s, one step each (train.steps is not set).", count_of(count, "batch"))
-        changes["train"] = config.train.model_copy(update={"steps": count})
+        train["steps"] = count
+    changes: dict[str, Any] = {"train": config.train.model_copy(update=train)}
     if not publish:
         changes["publish"] = config.publish.model_copy(update={"transport": "none"})
     return config.model_copy(update=changes)
