@@ -1,0 +1,20 @@
+#!/bin/bash
+# A run on several nodes under SLURM:   sbatch --nodes 4 deploy/slurm.sh run --config run.yaml
+# The words after the script are those of atropos-train. train.output_dir has to be on a file system that all nodes share.
+
+#SBATCH --job-name=atropos-train
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+
+# One launcher a node, which starts a process for each GPU. Five minutes before the end of the job's time SLURM
+# signals the launchers; they pass it on, and process 0 writes a checkpoint. The same job goes on from it.
+set -euo pipefail
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+exec srun --kill-on-bad-exit=1 torchrun \
+    --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$head_node:${PORT:-29500}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 240 \
+    -m trainer.cli "$@"
