@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 from atropos_client._reading import claims_batch, parse_batch
 from atropos_client.clock import running_time
 from atropos_client.errors import FetcherStopped, InvalidReply, UnreadableBatch
-from atropos_client.fetcher._lateness import Lateness, Progress
+from atropos_client.fetcher._lateness import Lateness
 from atropos_client.fetcher._process import FetchingProcess
 from atropos_client.fetcher._records import FetchCounters, FetchedBatch, count_groups, warn_of_rejected
 from atropos_client.fetcher._settings import FetcherSettings
@@ -79,7 +79,7 @@ class Fetcher:
         self._process = self._make_process()
         self._listener = threading.Thread(target=self._listen, name="atropos-fetcher", daemon=True)
         self._loader = threading.Thread(target=self._load_all, name="atropos-loader", daemon=True)
-        self._lateness = Lateness(settings, journal.marks, self._process, self._progress)
+        self._lateness = Lateness(settings, journal.marks, self._process)
 
         # Of the loading thread alone.
         self._new_after = 0  # number of the last batch that lay in the journal at the start
@@ -93,15 +93,11 @@ class Fetcher:
         self._ready: deque[FetchedBatch[Any]] = deque()  # read, not taken yet
         self._taken = after  # number of the last batch that the caller took
         self._waiting = 0  # callers in `get`
-        self._wanting_since: float | None = None  # None: enough is recorded, nobody is late
-        self._loading: tuple[int, float] | None = None  # which batch, since when
-        self._group_size: float | None = None
         self._read_counts: Counter[str] = Counter()  # of new batches, when they were read
         self._counters: FetchCounters | None = None  # when it was stopped: the journal may be closed then
         self._stopping = False
         self._recorded_all = False  # the process will record no more
         self._ended = False  # the loader will read no more
-        self._failure: BaseException | None = None
 
     def _make_process(self) -> FetchingProcess:
         return FetchingProcess(self._journal, self._settings)
@@ -154,8 +150,8 @@ class Fetcher:
                 batch = self._ready.popleft()
                 self._taken = batch.number
                 return batch
-            if self._failure is not None:
-                raise self._failure
+            if self._lateness.failure is not None:
+                raise self._lateness.failure
             if self._ended:
                 raise FetcherStopped("the fetching process was stopped")
         return None
@@ -238,9 +234,9 @@ class Fetcher:
             self._process.wake()
             self._changed.notify_all()
         if self._last_number >= self._up_to():
-            self._wanting_since = None
-        elif self._wanting_since is None:
-            self._wanting_since = running_time()
+            self._lateness.wanting_since = None
+        elif self._lateness.wanting_since is None:
+            self._lateness.wanting_since = running_time()
 
     def _look(self) -> None:
         """Queue everything that is in the journal and was not queued before."""
@@ -250,7 +246,7 @@ class Fetcher:
             numbers = self._journal.numbers_after(self._last_number)
             if numbers:
                 self._last_number = numbers[-1]
-                self._wanting_since = None
+                self._lateness.wanting_since = None
                 self._numbers.extend(numbers)
                 self._changed.notify_all()
             self._tell()
@@ -266,7 +262,7 @@ class Fetcher:
             failure = error
             logger.error("Fetching ends: %s", error)  # noqa: TRY400 - get() raises it with its trace
         with self._changed:
-            self._failure = failure
+            self._lateness.failure = failure
             self._recorded_all = True
             self._changed.notify_all()
 
@@ -278,14 +274,14 @@ class Fetcher:
             while (number := self._next_to_load()) is not None:
                 batch = self._load(number)
                 with self._changed:
-                    self._loading = None
+                    self._lateness.loading = None
                     self._ready.append(batch)
                     self._changed.notify_all()
         except BaseException as error:  # noqa: BLE001 - whatever ends this thread is raised in get()
             failure = error
             logger.error("Reading the journal failed: %s", error)  # noqa: TRY400 - get() raises it
         with self._changed:
-            self._failure = failure or self._failure
+            self._lateness.failure = failure or self._lateness.failure
             self._ended = True
             self._changed.notify_all()
 
@@ -302,7 +298,7 @@ class Fetcher:
             if self._stopping or not self._numbers:
                 return None
             number = self._numbers.popleft()
-            self._loading = (number, time.monotonic())
+            self._lateness.loading = (number, time.monotonic())
             return number
 
     def _load(self, number: int) -> FetchedBatch[Any]:
@@ -357,18 +353,10 @@ class Fetcher:
         with self._changed:
             self._read_counts.update(**counts, unreadable=int(unreadable))
             if counts["groups"]:
-                self._group_size = counts["sequences"] / counts["groups"]
+                self._lateness.group_size = counts["sequences"] / counts["groups"]
 
     # Who is late.
 
     def explain_wait(self) -> str:
         """Say in one line who is late. Asks the API for its status if that is likely to answer."""
         return self._lateness.explain()
-
-    def _progress(self) -> Progress:
-        return Progress(
-            wanting_since=self._wanting_since,
-            loading=self._loading,
-            group_size=self._group_size,
-            failure=self._failure,
-        )

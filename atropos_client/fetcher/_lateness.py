@@ -6,8 +6,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from atropos_client._client import AtroposClient
@@ -25,20 +23,6 @@ _LONG_LOADING: Final = 1.0  # seconds after which a wait is one for the loading,
 _LONG_SILENCE: Final = 3.0  # seconds without a sign of life after which a wait is one for the process
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far the fetcher is."""
-
-    wanting_since: float | None
-    """On the running clock. None: enough is recorded, nobody is late."""
-    loading: tuple[int, float] | None
-    """Which batch is being read and prepared, and since when on the monotonic clock."""
-    group_size: float | None
-    """Sequences per group in the last batch. None: none came yet."""
-    failure: BaseException | None
-    """What ended the fetching."""
-
-
 class Lateness:
     """Explains a wait, with a thread that does so in the log.
 
@@ -46,20 +30,20 @@ class Lateness:
         settings: How to reach the API, and how often to speak.
         marks: Of the journal.
         process: That fetches.
-        progress: How far the fetcher is now.
     """
 
-    def __init__(
-        self,
-        settings: FetcherSettings,
-        marks: Marks,
-        process: FetchingProcess,
-        progress: Callable[[], Progress],
-    ) -> None:
+    def __init__(self, settings: FetcherSettings, marks: Marks, process: FetchingProcess) -> None:
+        self.wanting_since: float | None = None
+        """Set by the fetcher, as are the next ones: on the running clock; None: nobody is late."""
+        self.loading: tuple[int, float] | None = None
+        """Which batch is being read and prepared, and since when on the monotonic clock."""
+        self.group_size: float | None = None
+        """Sequences per group in the last batch."""
+        self.failure: BaseException | None = None
+        """What ended the fetching."""
         self._settings = settings
         self._marks = marks
         self._process = process
-        self._progress = progress
         self._stopped = threading.Event()
         self._next_line_at = 0.0  # of the heartbeat's thread alone, as is the next one
         self._said_at_once = False
@@ -78,12 +62,11 @@ class Lateness:
 
     def _explain_here(self) -> str | None:
         """Say what this machine knows by itself, if that is why there is no batch."""
-        progress = self._progress()
-        loading = progress.loading
+        loading = self.loading
         if loading is not None and (seconds := time.monotonic() - loading[1]) > _LONG_LOADING:
             return f"batch {loading[0]} is recorded, and being read and prepared for {seconds:.0f} s"
-        if progress.failure is not None:
-            return f"fetching has ended: {progress.failure}"
+        if self.failure is not None:
+            return f"fetching has ended: {self.failure}"
         if self._process.pid is None:
             return "the fetching process is being started"
         silent = self._process.silent_seconds()
@@ -93,8 +76,7 @@ class Lateness:
 
     def _asked_facts(self) -> WaitFacts:
         """Return what is known, and what the API says, if it is likely to answer."""
-        marks, progress = self._marks, self._progress()
-        since = progress.wanting_since
+        marks, since = self._marks, self.wanting_since
         polling_since = marks.get("polling_since")
         facts = WaitFacts(
             url=self._settings.url,
@@ -102,7 +84,7 @@ class Lateness:
             batch_size=self._settings.registration.batch_size,
             max_token_len=self._settings.registration.max_token_len,
             batches=marks.get("batches"),
-            group_size=progress.group_size,
+            group_size=self.group_size,
             in_flight=time.monotonic() - polling_since / 1e9 if polling_since else None,
             trouble=marks.trouble,
             status=None,
@@ -120,13 +102,13 @@ class Lateness:
 
     def _late_line(self) -> str | None:
         """A line at every heartbeat; before the first batch at once, if no waiting can mend it."""
-        now, since = running_time(), self._progress().wanting_since
+        now, since = running_time(), self.wanting_since
         if since is None:
             return None
         if now - since >= self._settings.heartbeat and now >= self._next_line_at:
             self._next_line_at = now + self._settings.heartbeat
             line = self.explain()
-            return None if self._progress().wanting_since is None else line  # one came while we asked
+            return None if self.wanting_since is None else line  # one came while we asked
         if self._said_at_once or self._marks.get("batches"):
             return None
         with AtroposClient(self._settings) as client, contextlib.suppress(AtroposClientError):

@@ -381,7 +381,7 @@ def test_the_heartbeat_logs_the_queue_while_we_wait_and_is_silent_while_a_batch_
     server.script("/batch", batch(1.0), NULL)
     server.script("/status", Answer(body=b'{"current_step":1,"queue_size":3}'))
     with fetching(journal, server.url, heartbeat=0.05) as fetcher:
-        eventually(lambda: fetcher._wanting_since is None)
+        eventually(lambda: fetcher._lateness.wanting_since is None)
         caplog.clear()
         time.sleep(0.2)
         assert "late" not in caplog.text
