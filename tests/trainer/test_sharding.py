@@ -258,6 +258,26 @@ def test_what_one_process_cannot_write_fails_on_all(tiny_model_directory: Path, 
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_process_0_fails_to_begin_keeps_nobody_waiting(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int
+) -> None:
+    output, log = tmp_path / "run", tmp_path / "log"
+    output.mkdir()
+    words = [tiny_model_directory, output, 0, "checkpointing", "raise", "--checkpoint.every", "3"]
+    words += ["--parallel.mode", "sharded"]
+    ranks = forked_ranks(
+        2, free_port, "tests.trainer.failing_run", words, stdout=tmp_path / "out", stderr=log
+    )
+    try:
+        assert [rank.wait(60) for rank in ranks] == [1, 1]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert "unexpected RuntimeError: nothing works" in log.read_text()
+    assert (output / "checkpoints/step-000003/manifest.json").exists(), "by all, after the failure"
+
+
+@pytest.mark.slow
 def test_weights_that_are_spread_are_published_and_proven(
     tiny_model_directory: Path,
     start_inference_server: Callable[..., RunningInferenceServer],

@@ -161,8 +161,9 @@ def write_checkpoint(
         CheckpointError: It could not be written, by this process or another; `path` is then as it was before.
     """
     try:
-        make_private_directory(path.parent)
-        spread.settle(model)
+        with failing_together(spread, path):
+            make_private_directory(path.parent)
+            spread.settle(model)
         with shared_directory(path, spread, replace=True, verify=_read_back) as directory:
             with failing_together(spread, path):
                 (directory / "model").mkdir(mode=PRIVATE_DIRECTORY, exist_ok=True)

@@ -121,8 +121,10 @@ class CheckpointWriter:
             CheckpointError: It cannot be written.
             AnotherProcessFailed: Another process is gone.
         """
-        with together(self._prepared.joined, Order.CHECKPOINT, self._tracker.step):
-            self._write()
+        with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
+            state = self._state()  # what fails here fails before the others wait for it
+            with together(self._prepared.joined, Order.CHECKPOINT, self._tracker.step):
+                self._write(state)
 
     def save_last_whole_step(self, *, weights_whole: bool, others_listen: bool) -> None:
         """After a failure: a checkpoint of the last whole step.
@@ -141,7 +143,8 @@ class CheckpointWriter:
             return
         try:
             if not self._prepared.spread.sharded:
-                self._write()
+                with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
+                    self._write(self._state())
             elif others_listen:
                 self.write()
             else:
@@ -159,14 +162,12 @@ class CheckpointWriter:
         with together(self._prepared.joined, Order.FINAL):
             return write_final_model(self._config, self._prepared)
 
-    def _write(self) -> None:
-        step = self._tracker.step
-        with self._progress.phase(RunPhase.CHECKPOINTING, self._disk):
-            write_checkpoint_files(self._config, self._prepared, self._state(), self._versions)
-            settings = self._config.checkpoint
-            prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
-            self._prune_ledger()
-        self._step = step
+    def _write(self, state: CheckpointState) -> None:
+        write_checkpoint_files(self._config, self._prepared, state, self._versions)
+        settings = self._config.checkpoint
+        prune_checkpoints(self._directory, keep=settings.keep, keep_every=settings.keep_every)
+        self._prune_ledger()
+        self._step = state.step
         self._settled_batch = self._tracker.settled.batches
 
     def _prune_ledger(self) -> None:
