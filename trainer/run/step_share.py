@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from trainer.packing import MicroBatch
 
-_COLUMNS = ("inference_logprobs", "advantages", "loss_mask")
+_ALIGNMENT: Final = 8
+"""Bytes: that of the widest numbers, as which memory is looked at where they are sent."""
+
+_COLUMNS: Final = ("inference_logprobs", "advantages", "loss_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,34 +39,54 @@ class StepShare:
     with statistics of the step; else empty."""
 
     def to_bytes(self) -> Tensor:
-        """Return it as one tensor, [bytes] uint8."""
-        tensors = {f"column.{name}": column for name, column in self.columns.items()}
-        plain = [
-            {name: value for name, value in vars(each).items() if not isinstance(value, Tensor)}
-            for each in self.micro_batches
-        ]
-        for index, micro_batch in enumerate(self.micro_batches):
-            for name, value in vars(micro_batch).items():
+        """Return it as one tensor, [bytes] uint8: a text in JSON that describes it, and its tensors."""
+        tensors: list[Tensor] = []
+
+        def described(values: Mapping[str, Any]) -> dict[str, Any]:
+            """With dtype and shape, as a list, for each tensor."""
+            result = dict(values)
+            for name, value in values.items():
                 if isinstance(value, Tensor):
-                    tensors[f"{index}.{name}"] = value
-        header = {"step": self.step, "staleness": self.staleness, "has_reference": self.has_reference}
-        text = json.dumps({**header, "micro_batches": plain}).encode()
-        tensors["header"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        # Copies: views of one tensor are refused.
-        whole = save({name: tensor.clone() for name, tensor in tensors.items()})
-        return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+                    result[name] = [str(value.dtype).removeprefix("torch."), *value.shape]
+                    tensors.append(value)
+            return result
+
+        share = described(vars(self) | {"micro_batches": None, "columns": None})
+        share["columns"] = described(self.columns)
+        share["micro_batches"] = [described(vars(each)) for each in self.micro_batches]
+        text = json.dumps(share).encode()
+        parts = [torch.tensor([len(text)]), torch.frombuffer(bytearray(text), dtype=torch.uint8), *tensors]
+        whole = torch.empty(sum(_aligned(part.nbytes) for part in parts), dtype=torch.uint8)
+        start = 0
+        for part in parts:
+            whole[start : start + part.nbytes] = part.reshape(-1).view(torch.uint8)
+            start += _aligned(part.nbytes)
+        return whole
 
     @classmethod
     def from_bytes(cls, whole: Tensor) -> Self:
-        """Read what `to_bytes` made."""
-        tensors = load(whole.numpy().tobytes())
-        header = json.loads(tensors.pop("header").numpy().tobytes())
-        columns: dict[str, Tensor] = {}
-        micro_batches: list[dict[str, Any]] = header.pop("micro_batches")
-        for key, tensor in tensors.items():
-            index, _, name = key.partition(".")
-            (columns if index == "column" else micro_batches[int(index)])[name] = tensor
-        return cls(micro_batches=[MicroBatch(**each) for each in micro_batches], columns=columns, **header)
+        """Read what `to_bytes` made; the tensors share its memory."""
+        size = int(whole[:_ALIGNMENT].view(torch.int64))
+        start = _ALIGNMENT + _aligned(size)
+        share = json.loads(whole[_ALIGNMENT : _ALIGNMENT + size].numpy().tobytes())
+
+        def restored(values: dict[str, Any]) -> dict[str, Any]:
+            nonlocal start
+            for name, value in values.items():
+                if isinstance(value, list):
+                    dtype, shape = getattr(torch, value[0]), value[1:]
+                    past = start + dtype.itemsize * math.prod(shape)
+                    values[name] = whole[start:past].view(dtype).reshape(shape)
+                    start += _aligned(past - start)
+            return values
+
+        columns = restored(share.pop("columns"))
+        micro_batches = [MicroBatch(**restored(each)) for each in share.pop("micro_batches")]
+        return cls(columns=columns, micro_batches=micro_batches, **share)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def share_out(
