@@ -176,8 +176,9 @@ class StandIn:
             choices.append({"index": index, "text": "", "prompt_logprobs": [None, *logprobs]})
         return {"model": request.model, "choices": choices[::-1], "usage": {}}
 
-    def sample(self, prompt: list[int], temperature: float) -> tuple[list[float], int]:
+    def sample(self, prompt: list[int], temperature: float, model: str = "policy") -> tuple[list[float], int]:
         """Log-probs of the next token, and how many of the prompt's came from the cache, which is filled."""
+        assert model == "policy"
         block = tuple(prompt[:BLOCK])
         hit = len(block) == BLOCK and block in self.cache
         cached = self.cache.setdefault(block, self.weights)
@@ -186,14 +187,14 @@ class StandIn:
         return [logprob + self.noise() for logprob in row], BLOCK if hit else 0
 
     def generate(self, request: CompletionRequest) -> dict[str, Any]:
-        assert request.model == "policy"
+        assert request.model is not None
         assert request.max_tokens == 1
         assert request.temperature
         assert request.logprobs
         assert request.return_tokens_as_token_ids
         prompt: Any = request.prompt
-        row, cached = self.sample(prompt, request.temperature)
-        likeliest = sorted(range(VOCABULARY), key=row.__getitem__, reverse=True)[: request.logprobs]
+        row, cached = self.sample(prompt, request.temperature, request.model)
+        likeliest = sorted(range(len(row)), key=row.__getitem__, reverse=True)[: request.logprobs]
         token = self.generates(row)
         logprobs = {
             "tokens": [f"token_id:{token}"],
@@ -204,7 +205,7 @@ class StandIn:
         if self.tells_cached_tokens:
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
         choice = {"index": 0, "text": "", "logprobs": logprobs}
-        return {"model": "policy", "choices": [choice], "usage": usage}
+        return {"model": request.model, "choices": [choice], "usage": usage}
 
 
 @contextmanager

@@ -53,9 +53,9 @@ other 1.0
 class AdapterStandIn(StandIn):
     """Loads real adapters and scores with them, under the routes of vLLM and of our middleware."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: nn.Module | None = None) -> None:
         super().__init__((0.0, 0.0))
-        self.base: nn.Module = tiny_model("llama", dtype=torch.float32)
+        self.base: nn.Module = base or tiny_model("llama", dtype=torch.float32)
         self.adapters: dict[str, nn.Module] = {}
         self.paths_read: list[str] = []
         self.current = CurrentAdapter(name=None)
@@ -112,9 +112,16 @@ class AdapterStandIn(StandIn):
 
     def scored(self, request: CompletionRequest) -> list[list[float]]:
         assert request.model is not None
-        model = self.base if request.model == "policy" else self.adapters[request.model]
         prompts: Any = request.prompt
-        return score_with_model(model, prompts, "cpu")
+        return score_with_model(self.named(request.model), prompts, "cpu")
+
+    def sample(self, prompt: list[int], temperature: float, model: str = "policy") -> tuple[list[float], int]:
+        with torch.no_grad():
+            logits = self.named(model)(input_ids=torch.tensor([prompt])).logits[0, -1]
+        return torch.log_softmax(logits, -1).tolist(), 0
+
+    def named(self, model: str) -> nn.Module:
+        return self.base if model == "policy" else self.adapters[model]
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ from transformers import (
 from tests.conftest import RunningInferenceServer
 from tests.forked import forked_ranks
 from tests.trainer.batches import VOCABULARY, make_bodies
+from tests.trainer.inference_stand_in import serving
 from tests.trainer.runs import assert_equal_tensors, rows, run
+from tests.trainer.test_publish_lora import AdapterStandIn
 from trainer.errors import ConfigurationError
 
 _COMMON = ["--data.tokens_per_micro_batch", "40", "--checkpoint.every", "1", "--checkpoint.keep", "9"]
@@ -302,6 +304,47 @@ def test_weights_that_are_spread_are_published_and_proven(
         assert all(row["publish_verified"] for row in published)
         served = load_file(tmp_path / name / "published/v000002/model.safetensors")
         assert_equal_tensors(served, load_file(tmp_path / name / "final/model.safetensors"))
+
+
+@pytest.mark.slow
+def test_adapters_that_are_spread_are_published_as_one_process_would_and_proven(
+    tiny_model_directory: Path,
+    start_inference_server: Callable[..., RunningInferenceServer],
+    tmp_path: Path,
+) -> None:
+    """To a server that takes adapters, and merged to one that takes none."""
+    taking = AdapterStandIn(AutoModelForCausalLM.from_pretrained(tiny_model_directory))
+    plain = start_inference_server(tiny_model_directory)
+    steps = 2
+    with serving(taking):
+        options = [*_COMMON, *_LORA, "--publish.transport", "lora"]
+        options += ["--publish.servers", f"[{taking.url}, {plain.url}]"]
+        runs = [
+            {
+                "model": str(tiny_model_directory),
+                "output": str(tmp_path / mode),
+                "options": [*options, "--parallel.mode", mode],
+                "steps": steps,
+            }
+            for mode in ("sharded", "gathered")
+        ]
+        run_in_processes(2, runs, tmp_path / "log")
+        last = f"checkpoints/step-{steps:06d}"
+        for mode in ("sharded", "gathered"):
+            shutil.copytree(tmp_path / mode / last, tmp_path / f"{mode}-one" / last)
+            # Nothing is left to be trained: what it went on from is published.
+            run(tiny_model_directory, tmp_path / f"{mode}-one", [], *options, steps=steps)
+    for mode in ("sharded", "gathered"):
+        published = rows(tmp_path / mode, "publish")
+        assert [row["version"] for row in published] == [0, 1, 2]
+        assert all(row["publish_verified"] for row in published)
+        assert all(row["publish_servers"] == 2 for row in published)
+        (ours,), (one,) = (
+            [contents(path) for path in (tmp_path / each / "published").glob("*-v000002")]
+            for each in (mode, f"{mode}-one")
+        )
+        assert ours.keys() == {"adapter_model.safetensors", "adapter_config.json"}
+        assert ours == one
 
 
 def contents(checkpoint: Path) -> dict[str, bytes]:

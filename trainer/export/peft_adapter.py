@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.errors import CheckpointError
 from trainer.export.atomic_directory import atomic_directory
+from trainer.model.sharding import Spread
 from trainer.model.wrappers import unwrap_training
 
 PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """The ways to start an adapter, beside PEFT's default, that leave the base weights as they are."""
+
+_WHOLE = Spread()
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,17 @@ class CapturedAdapter:
             raise CheckpointError(f"cannot write the adapter to {path}: {error}") from error
 
 
-def capture_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> CapturedAdapter:
+def capture_adapter(
+    model: nn.Module, *, dtype: torch.dtype | None = None, spread: Spread = _WHOLE
+) -> CapturedAdapter:
     """Copy the active adapter's tensors to the CPU, so that they can be written while the model trains on.
+
+    Where weights are spread over processes, all of them call it, and process 0 alone gets the tensors.
 
     Args:
         model: A PEFT model, possibly inside DistributedDataParallel or torch.compile.
         dtype: The tensors are cast to it. None: as they are.
+        spread: How weights are spread.
 
     Raises:
         CheckpointError: The model has no adapter, or one of a kind that inference servers do not load.
@@ -93,12 +101,19 @@ def capture_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> Ca
         adapter_name=names[0],
         save_embedding_layers=False,
     )
-    weights = {name.replace("_orig_mod.", ""): _copy(found_weights[name], dtype) for name in found_weights}
-    if not weights:
+    if not found_weights:
         raise CheckpointError("the model's adapter has no tensors; see model.lora.target_modules")
+    weights = {}
+    for name, tensor in found_weights.items():
+        kind = dtype or tensor.dtype
+        whole = spread.whole_on(tensor.detach().to(kind), 0)
+        if whole is not None:
+            weights[name.replace("_orig_mod.", "")] = whole.to("cpu", copy=True).contiguous()
     stored = copy.deepcopy(configuration)
     stored.inference_mode = True
-    kind = next(iter(weights.values())).dtype
+    for option, value in list(vars(stored).items()):
+        if isinstance(value, set):  # PEFT would write it in an order that each process has of its own
+            setattr(stored, option, sorted(value))
     return CapturedAdapter(weights, stored, str(kind).removeprefix("torch."))
 
 
@@ -138,8 +153,3 @@ def unservable_features(configuration: Any) -> list[str]:
     if isinstance(start, str) and start.lower() not in PLAIN_INITIALIZATIONS:
         found.append(f"init_lora_weights={start!r}, which changes the base weights")
     return found
-
-
-def _copy(tensor: Any, dtype: torch.dtype | None) -> Tensor:
-    copied: Tensor = tensor.detach().to("cpu", dtype or tensor.dtype, copy=True)
-    return copied.contiguous()

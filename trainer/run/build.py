@@ -12,7 +12,7 @@ from atropos_client.journal import Journal
 from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.config import PublishSettings, TrainerConfig
 from trainer.errors import ConfigurationError
-from trainer.export.peft_adapter import CapturedAdapter, capture_adapter
+from trainer.export.peft_adapter import CapturedAdapter
 from trainer.monitoring import Progress
 from trainer.publish import (
     DiskTransport,
@@ -200,7 +200,7 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
         ConfigurationError: It does not go with the model, the engine, or the number of processes.
     """
     settings = config.publish
-    policy, stream = prepared.policy, part.stream
+    stream = part.stream
     directory = settings.directory or config.train.output_dir / "published"
     mode = PUBLISHED_MODES[settings.readable_by]
 
@@ -209,9 +209,9 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
         with together(prepared.joined, Order.CAPTURE):
             return partial(part.capture(), durable=False, mode=mode)
 
-    def capture_adapters() -> CapturedAdapter:
-        with together(prepared.joined, Order.CAPTURE):
-            return capture_adapter(policy.model, dtype=part.dtype or policy.base.dtype)
+    def capture_adapter() -> CapturedAdapter:
+        with together(prepared.joined, Order.CAPTURE_ADAPTER):
+            return part.capture_adapter()
 
     if settings.transport in ("nccl", "ipc"):
         if settings.transport == "ipc" and prepared.accelerator.num_processes > 1:
@@ -229,7 +229,7 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
         return disk
     return LoraTransport(
         directory,
-        capture_adapters,
+        capture_adapter,
         keep=settings.keep,
         merged=disk if settings.lora_fallback == "merged" else None,
         mode=mode,

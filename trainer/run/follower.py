@@ -26,6 +26,7 @@ PROCESS_0: Final = "process 0"
 
 _PHASES: Final = {
     Order.CAPTURE: RunPhase.PUBLISHING,
+    Order.CAPTURE_ADAPTER: RunPhase.PUBLISHING,
     Order.SCORE: RunPhase.PUBLISHING,
     Order.CHECKPOINT: RunPhase.CHECKPOINTING,
     Order.FINAL: RunPhase.STOPPING,
@@ -131,6 +132,8 @@ class Follower:
     def _do(self, order: Order, step: int) -> None:
         if order is Order.CAPTURE:
             self._publish_part.capture()
+        elif order is Order.CAPTURE_ADAPTER:
+            self._publish_part.capture_adapter()
         elif order is Order.SCORE:
             self._publish_part.score(self._publish_part.probes)
         elif order is Order.FINAL:

@@ -36,10 +36,10 @@ class Order(IntEnum):
     """A step, with each process's share of it."""
     CAPTURE = auto()
     """It copies the weights, for a publish."""
+    CAPTURE_ADAPTER = auto()
+    """It copies the adapter's."""
     SCORE = auto()
     """It computes the log-probs of the probes."""
-    SEND = auto()
-    """It sends the weights themselves to the inference servers."""
     CHECKPOINT = auto()
     """It writes a checkpoint."""
     FINAL = auto()

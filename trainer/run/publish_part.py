@@ -14,6 +14,7 @@ import torch
 from trainer.config import TrainerConfig
 from trainer.errors import CheckpointError, ConfigurationError
 from trainer.export.hf_model import capture_model
+from trainer.export.peft_adapter import CapturedAdapter, capture_adapter
 from trainer.model.weight_stream import WeightStream
 from trainer.publish import Probes, ProbeScores, make_probes, score_probes
 from trainer.run.train_state import PreparedRun
@@ -63,6 +64,11 @@ class PublishPart:
     def capture(self) -> Callable[..., None]:
         """Copy the weights; see `capture_model`."""
         return capture_model(self.stream)
+
+    def capture_adapter(self) -> CapturedAdapter:
+        """Copy the adapter's tensors; see `trainer.export.peft_adapter`."""
+        dtype = self.dtype or self._policy.base.dtype
+        return capture_adapter(self._policy.model, dtype=dtype, spread=self._spread)
 
     def score(self, probes: Probes) -> ProbeScores:
         """Compute the trainer's own log-probs of the probes."""
