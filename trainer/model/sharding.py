@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.config import ParallelSettings
 from trainer.errors import ConfigurationError
+from trainer.model.collectives import wait
 from trainer.model.sequence_parallel import SequenceGroup, make_sequence_group
 from trainer.model.wrappers import unwrap
 
@@ -203,7 +204,7 @@ class Spread:
         if not self.sharded:
             return ours
         votes = torch.tensor([int(ours)])
-        distributed.all_reduce(votes, op=distributed.ReduceOp.MAX, group=self.control)
+        wait(distributed.all_reduce(votes, distributed.ReduceOp.MAX, self.control, async_op=True))
         return bool(votes.item())
 
     def text_of_process_0(self, text: str) -> str:
@@ -211,11 +212,11 @@ class Spread:
         if not self.sharded:
             return text
         size = torch.tensor([len(text.encode())])
-        distributed.broadcast(size, 0, group=self.control)
+        wait(distributed.broadcast(size, 0, self.control, async_op=True))
         told = torch.zeros(int(size), dtype=torch.uint8)
         if self.rank == 0:
             told = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        distributed.broadcast(told, 0, group=self.control)
+        wait(distributed.broadcast(told, 0, self.control, async_op=True))
         return bytes(told.tolist()).decode()
 
     def sends_to(self, owner: int) -> bool:

@@ -17,7 +17,8 @@ from torch import Tensor, distributed
 
 from atropos_client.clock import running_time
 from trainer.errors import AnotherProcessFailed, DeadlineExceeded
-from trainer.run.processes import JoinedRun, translated_peer_failures, wait
+from trainer.model.collectives import wait
+from trainer.run.processes import JoinedRun, translated_peer_failures
 from trainer.sources.incoming import BatchSource, IncomingBatch
 
 _POLL_SECONDS: Final = 0.5

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import re
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -33,6 +32,7 @@ from trainer.launch import (
     started_by_accelerate_alone,
     take_settings_of_accelerate,
 )
+from trainer.model.collectives import wait
 from trainer.model.load import choose_mixed_precision, inspect_model
 from trainer.model.reference import inspect_reference
 from trainer.model.sharding import plan_spread
@@ -48,9 +48,6 @@ _LOCK_PATIENCE_SECONDS: Final = 10.0
 """Beyond `journal.shutdown_timeout`, in which the fetching process of a killed trainer ends its last poll."""
 
 _FAILED: Final = -2
-
-_newest_work: Final[deque[Any]] = deque(maxlen=8)
-"""See `wait`; not with the run, which ends before its group does."""
 
 _PLACE: Final = re.compile(r"^\[[^]]*\] ")
 """Where in torch's own source an error came up."""
@@ -123,16 +120,6 @@ class JoinedRun:
         with translated_peer_failures():
             wait(distributed.all_reduce(votes, distributed.ReduceOp.MAX, self.control, async_op=True))
         return bool(votes.item())
-
-
-def wait(work: Any) -> None:
-    """Wait for a collective, and keep it for a while after its end.
-
-    A thread of gloo that is the last to let go of it needs the interpreter, for its tensors. If the group is
-    taken down just then, the thread that has the interpreter waits for that one, and both wait for ever.
-    """
-    _newest_work.append(work)
-    work.wait()
 
 
 def join_run(config: TrainerConfig) -> JoinedRun:
