@@ -25,7 +25,8 @@ from trainer.config import DataSettings, LoraSettings, ModelSettings, TrainSetti
 from trainer.errors import CheckpointError, ConfigurationError, DamagedCheckpoint
 from trainer.model.attention import loaded_implementation
 from trainer.model.base_checkpoint import BaseCheckpoint, read_base
-from trainer.model.pretrained import LOADING_ERRORS, load_model, load_structure, weights_identity
+from trainer.model.own_rows import LoadedModel, load
+from trainer.model.pretrained import LOADING_ERRORS, load_structure, weights_identity
 from trainer.model.tokenizer import load_tokenizer, require_directory_or_hub_id
 from trainer.model.weight_stream import WeightStream
 from trainer.samples.validation import ModelLimits
@@ -50,8 +51,10 @@ class Policy:
     limits: ModelLimits
     base: BaseCheckpoint
     """The base model, whose layout everything that is written has."""
-    base_weights: str | None = None
+    base_weights: str | None
     """Which weights the adapters belong to, see `weights_identity`; None without adapters."""
+    loaded: LoadedModel
+    """The same model; until it has been spread over processes, perhaps without its weights."""
 
 
 def load_policy(
@@ -60,6 +63,7 @@ def load_policy(
     trained: Path | None = None,
     *,
     base_weights: str | None = None,
+    rows_only: bool = False,
 ) -> Policy:
     """Load model and tokenizer, the base weights or those that a run has trained.
 
@@ -69,6 +73,7 @@ def load_policy(
         trained: What a checkpoint holds of the policy: the whole model, or, with `model.lora`, the adapters
             alone. None: begin with the base weights.
         base_weights: The identity of the weights that those adapters were trained on. None: not known.
+        rows_only: Leave the weights unread where that is possible: processes will each read their own rows.
 
     Raises:
         ConfigurationError: The path holds no usable checkpoint, those adapters belong to other base
@@ -76,30 +81,38 @@ def load_policy(
     """
     resumed_whole = trained is not None and settings.lora is None
     path = str(trained) if resumed_whole else settings.path
-    remote_code = settings.trust_remote_code
     with _explained("the checkpoint's model" if resumed_whole else "model.path", path):
         attention = loaded_implementation(settings.attention)
-        model = load_model(path, trust_remote_code=remote_code, attention=attention)
+        loaded = load(
+            path, trust_remote_code=settings.trust_remote_code, attention=attention, rows_only=rows_only
+        )
+    model = loaded.model
     tokenizer = load_policy_tokenizer(settings)
     base = _read_base(settings)
-    if settings.dropout == "none":
-        _switch_dropout_off(model)
-    if settings.gradient_checkpointing:
-        _recompute_activations(model)
+    for each in loaded.both:
+        if settings.dropout == "none":
+            _switch_dropout_off(each)
+        if settings.gradient_checkpointing:
+            _recompute_activations(each)
     limits = ModelLimits(
         vocabulary_size=model.get_input_embeddings().num_embeddings,
         max_sequence_length=context_length(model.config.get_text_config(), data.max_sequence_length),
     )
     identity = None
     if settings.lora is not None:
-        identity = weights_identity(model)
+        identity = weights_identity(model, loaded.rows.whole if loaded.rows is not None else None)
         if base_weights not in (None, identity):
             raise ConfigurationError(
                 f"the adapters in {trained} were trained on other base weights than those that "
                 f"model.path {settings.path!r} holds now; give it the base of the run, or start anew with "
                 "another train.output_dir"
             )
-        model = _with_adapters(model, settings.lora, trained)
+        with loaded.filled():
+            model = _with_adapters(model, settings.lora, trained)
+        loaded.model = model
+        if loaded.first_layers is not None:
+            with torch.random.fork_rng(devices=[]):  # what is drawn for a test must not change the run
+                loaded.first_layers = _with_adapters(loaded.first_layers, settings.lora, None)
     _refuse_unwritable(settings.path, model, base)
     return Policy(
         model=model,
@@ -107,27 +120,33 @@ def load_policy(
         limits=limits,
         base=base,
         base_weights=identity,
+        loaded=loaded,
     )
 
 
-def load_beside(setting: str, path: str, settings: ModelSettings) -> Any:
+def load_beside(setting: str, path: str, settings: ModelSettings, *, rows_only: bool = False) -> LoadedModel:
     """Load a model that is used beside the policy: float32, on the CPU, without dropout.
 
     Args:
         setting: Which setting names it, for messages.
         path: Directory, or hub id.
         settings: Section `model`, for its attention and whether code beside the weights may run.
+        rows_only: See `load_policy`.
 
     Raises:
         ConfigurationError: The path holds no usable checkpoint.
     """
     with _explained(setting, path):
-        attention = loaded_implementation(settings.attention)
-        model = load_model(
-            path, trust_remote_code=settings.trust_remote_code, attention=attention, setting=setting
+        loaded = load(
+            path,
+            trust_remote_code=settings.trust_remote_code,
+            attention=loaded_implementation(settings.attention),
+            setting=setting,
+            rows_only=rows_only,
         )
-    _switch_dropout_off(model)
-    return model
+    for each in loaded.both:
+        _switch_dropout_off(each)
+    return loaded
 
 
 def inspect_beside(setting: str, path: str, settings: ModelSettings) -> Any | None:

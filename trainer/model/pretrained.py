@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +35,12 @@ LOADING_ERRORS: Final = (OSError, ValueError, ImportError, SafetensorError, Runt
 
 
 def load_model(
-    path: str, *, trust_remote_code: bool, attention: str | None, setting: str = "model.path"
+    path: str,
+    *,
+    trust_remote_code: bool,
+    attention: str | None,
+    setting: str = "model.path",
+    first_layers: int | None = None,
 ) -> Any:
     """Load a causal language model in float32, on the CPU, exactly as the checkpoint holds it.
 
@@ -43,15 +49,20 @@ def load_model(
         trust_remote_code: Whether code beside the weights may run.
         attention: The attention implementation, by transformers' name.
         setting: Which setting names the path, for messages.
+        first_layers: So many layers of the language model; what the files hold of others is passed over.
+            None: all.
 
     Raises:
         ConfigurationError: A tensor is missing, unknown, or of another shape; or an adapter lies there.
         OSError, ValueError, ...: See `LOADING_ERRORS`.
     """
     _refuse_adapter(setting, path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if first_layers is not None:
+        _keep_first_layers(config, first_layers)
     model, info = AutoModelForCausalLM.from_pretrained(
         path,
-        config=AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code),
+        config=config,
         dtype=torch.float32,
         attn_implementation=attention,
         use_safetensors=True,
@@ -59,8 +70,17 @@ def load_model(
         ignore_mismatched_sizes=True,  # they are refused here, by name
         output_loading_info=True,
     )
+    if first_layers is not None:
+        info["unexpected_keys"] = []
     _refuse_differences(setting, path, info)
     return model
+
+
+def _keep_first_layers(config: Any, layers: int) -> None:
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
 
 
 def load_structure(path: str, *, trust_remote_code: bool, setting: str = "model.path") -> Any | None:
@@ -97,14 +117,18 @@ def load_structure(path: str, *, trust_remote_code: bool, setting: str = "model.
     return model
 
 
-def weights_identity(model: nn.Module) -> str:
+def weights_identity(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> str:
     """SHA-256 over names, shapes and a sample of the numbers of every tensor: which weights these are.
 
     A sample, because hashing all of a large base would take longer than reading it.
+
+    Args:
+        model: Without adapters.
+        read: Returns a tensor of those that have no values in the model, by its name.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        numbers = tensor.detach().reshape(-1)
+        numbers = (read(name) if read is not None and tensor.is_meta else tensor).detach().reshape(-1)
         sample = numbers[:: max(1, numbers.numel() // _SAMPLED_OF_A_TENSOR)].to("cpu", torch.float64)
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(sample.contiguous().numpy().tobytes())

@@ -64,11 +64,11 @@ def load_reference(
     Args:
         setting: `batch`, `base`, or a path or hub id.
         settings: Section `model`.
-        policy: The model being trained, unwrapped, on its device.
+        policy: The model being trained, unwrapped, with its weights on its device.
         head: The policy's.
         packing: How micro-batches are packed.
         limits: The policy's.
-        spread: How the policy's weights will be spread over processes; those of another model are spread so
+        spread: How the policy's weights are spread over processes; those of another model are spread so
             here, and never stay gathered.
 
     Raises:
@@ -79,20 +79,24 @@ def load_reference(
     if setting == "base" and settings.lora is not None:
         return ReferenceModel(model=policy, head=head, is_policy=True, group=spread.sequence)
     path = settings.path if setting == "base" else setting
-    model = load_beside("loss.reference", path, settings).to(next(policy.parameters()).device)
-    _refuse_smaller(path, model, limits)
+    device = next(policy.parameters()).device
+    loaded = load_beside("loss.reference", path, settings, rows_only=spread.sharded)
+    loaded.tested.to(device)
+    _refuse_smaller(path, loaded.model, limits)
     try:
-        choose_packing(model, packing, settings.attention, longest_sequence=limits.max_sequence_length)
+        choose_packing(
+            loaded.tested, packing, settings.attention, longest_sequence=limits.max_sequence_length
+        )
     except ConfigurationError as error:
         raise ConfigurationError(
             f"loss.reference {path!r} cannot compute the policy's micro-batches: {error}"
         ) from error
     if spread.sequence is not None:
-        require_splittable(model, packing, spread.sequence)
-    head = choose_head(model, settings.head)
-    model.requires_grad_(False)  # only now: to choose the packing took gradients
-    replace(spread, gathered=False).shard(model)
-    return ReferenceModel(model=model, head=head, is_policy=False, group=spread.sequence)
+        require_splittable(loaded.tested, packing, spread.sequence)
+    head = choose_head(loaded.tested, settings.head)
+    loaded.model.requires_grad_(False)  # only now: to choose the packing took gradients
+    loaded.spread_over(replace(spread, gathered=False), device)
+    return ReferenceModel(model=loaded.model, head=head, is_policy=False, group=spread.sequence)
 
 
 def inspect_reference(

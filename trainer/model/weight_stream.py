@@ -219,6 +219,25 @@ class WeightStream:
         return tensor.detach() if dtype is None else tensor.detach().to(dtype)
 
 
+def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str]:
+    """Return under which name the base holds each of a model's tensors; what it does not store is left out.
+
+    Args:
+        model: Without adapters; values are not needed.
+        base: What it is loaded from.
+
+    Raises:
+        CheckpointError: They differ by more than names (experts that are one tensor in memory and many in the
+            checkpoint).
+    """
+    inner = unwrap(model)
+    units = _fit(inner, _plan(inner), base.tensors)
+    for unit in units:
+        if unit.converted or len(unit.shapes) > 1:
+            raise CheckpointError(f"{unit.sources[0]} has another layout in its file than in memory")
+    return {unit.sources[0]: name for unit in units for name in unit.shapes}
+
+
 def _target(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
 

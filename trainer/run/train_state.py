@@ -105,19 +105,20 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
     checkpoint = find_checkpoint(config, accelerator, accept)
     # Equal weights everywhere: adapters are drawn at random.
     set_seed(config.train.seed)
-    policy = load_trained_policy(config, checkpoint)
-    policy.model.to(accelerator.device)
-    if freeze_unused_parameters(policy.model):
+    policy = load_trained_policy(config, checkpoint, rows_only=spread.sharded)
+    policy.loaded.tested.to(accelerator.device)
+    if freeze_unused_parameters(policy.loaded.tested):
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     packing = choose_packing(
-        policy.model,
+        policy.loaded.tested,
         config.data.packing,
         config.model.attention,
         longest_sequence=policy.limits.max_sequence_length,
     )
     if spread.sequence is not None:
-        require_splittable(policy.model, packing, spread.sequence)
-    head = choose_head(policy.model, config.model.head)
+        require_splittable(policy.loaded.tested, packing, spread.sequence)
+    head = choose_head(policy.loaded.tested, config.model.head)
+    policy.loaded.spread_over(spread, accelerator.device)
     reference = load_reference(
         config.loss.reference,
         config.model,
@@ -127,7 +128,6 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         limits=policy.limits,
         spread=spread,
     )
-    spread.shard(policy.model)
     optimizer = make_optimizer(policy.model, config.optimizer)
     normalizer = AdvantageNormalizer(config.data.advantage_normalization)
     if checkpoint is not None:
@@ -154,16 +154,29 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
     )
 
 
-def load_trained_policy(config: TrainerConfig, checkpoint: Checkpoint | None) -> Policy:
+def load_trained_policy(
+    config: TrainerConfig, checkpoint: Checkpoint | None, *, rows_only: bool = False
+) -> Policy:
     """Load the policy as the checkpoint has it; the base without one.
+
+    Args:
+        config: The configuration.
+        checkpoint: What the run goes on from.
+        rows_only: See `load_policy`.
 
     Raises:
         ConfigurationError, CheckpointError: See `load_policy` and `Checkpoint.trained_path`.
     """
     if checkpoint is None:
-        return load_policy(config.model, config.data)
+        return load_policy(config.model, config.data, rows_only=rows_only)
     trained = checkpoint.trained_path(adapters=config.model.lora is not None)
-    return load_policy(config.model, config.data, trained, base_weights=checkpoint.state.base_weights)
+    return load_policy(
+        config.model,
+        config.data,
+        trained,
+        base_weights=checkpoint.state.base_weights,
+        rows_only=rows_only,
+    )
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
