@@ -24,6 +24,8 @@ from local_stack.commands import Address, api_command, free_addresses, serve_com
 from local_stack.health import answers
 from local_stack.processes import ChildProcess
 from tests.compose import ROOT
+from tests.trainer.runs import rows
+from tests.trainer.test_multiprocess import run_in_processes
 from tests.vllm.conftest import StartVllm
 from tests.vllm.launching import VllmServer
 
@@ -182,16 +184,22 @@ def server(start_vllm: StartVllm, vllm_model_directory: Path) -> VllmServer:
 
 
 @pytest.fixture
-def start_run(server: VllmServer, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Start a run on the server, which serves the weights it was started with."""
-    runs: list[Run] = []
+def fresh_server(server: VllmServer) -> VllmServer:
+    """The server with the weights it was started with."""
     reload = {"method": "reload_weights", "kwargs": {"weights_path": str(server.model)}}
     assert server.post("/collective_rpc", reload).status_code == 200
     assert server.post("/atropos/adapter", {"name": None}).status_code == 200
     assert server.post("/update_weight_version", {"new_version": "default"}).status_code == 200
+    return server
+
+
+@pytest.fixture
+def start_run(fresh_server: VllmServer, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Start a run on the server, which serves the weights it was started with."""
+    runs: list[Run] = []
 
     def start(*settings: str) -> Run:
-        runs.append(Run(server, tmp_path / "run", *settings))
+        runs.append(Run(fresh_server, tmp_path / "run", *settings))
         return runs[-1]
 
     yield start
@@ -247,6 +255,26 @@ def test_five_steps(
         assert largest_difference(served, own_logprobs(server.model)) > 1e-2
     else:  # generation never stood still for an adapter
         assert all(row["publish_pause_seconds"] == 0 for row in run.rows("publish"))
+
+
+@pytest.mark.parametrize("transport", ["disk", "lora"])
+def test_two_steps_with_weights_spread_over_two_processes(
+    transport: str, fresh_server: VllmServer, tmp_path: Path, free_port: int
+) -> None:
+    options = ["--parallel.mode", "sharded", "--optimizer.learning_rate", "1e-2"]
+    options += ["--publish.transport", transport, "--publish.servers", fresh_server.url]
+    options += ["--model.lora.rank", "8"] if transport == "lora" else []
+    run = tmp_path / "run"
+    run_in_processes(2, fresh_server.model, run, *options, port=free_port, steps=2, torchrun=True)
+    published = rows(run, "publish")
+    assert [row["version"] for row in published] == [0, 1, 2]
+    assert all(row["publish_verified"] is True for row in published)
+    with fresh_server.client() as client:
+        reply = served_logprobs(client)
+    assert reply is not None
+    assert reply[0] == "2"
+    assert largest_difference(reply[1], own_logprobs(run / "final")) < 1e-3
+    assert largest_difference(reply[1], own_logprobs(fresh_server.model)) > 1e-2
 
 
 def test_vllm_killed_in_the_middle_of_a_publish(server: VllmServer, start_run: Callable[..., Run]) -> None:
