@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from tests.trainer.runs import run
 from trainer.check._local import check_model
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigurationError
-from trainer.export.hf_model import capture_model, write_model_directory
+from trainer.export.hf_model import capture_model, write_model_directory, write_without_copy
 from trainer.model.base_checkpoint import read_base
 from trainer.model.weight_stream import WeightStream
 
@@ -325,6 +327,30 @@ def test_writing_leaves_the_model_and_its_configuration_alone(model: PreTrainedM
     assert model.config.dtype == torch.bfloat16
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.dtype == torch.float32
+
+
+def test_without_a_copy_weights_are_written_as_they_are_made(model: PreTrainedModel, tmp_path: Path) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    class Watched(WeightStream):
+        def weights(self, owners: Any = None) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in super().weights(owners):
+                # Whoever writes may still hold the last one.
+                assert [each() for each in made[:-1]] == [None] * len(made[:-1])
+                made.append(weakref.ref(tensor))
+                yield name, tensor
+
+    base = base_of(model, torch.bfloat16)
+    write_model_directory(tmp_path / "copied", WeightStream(model, base, dtype=torch.bfloat16))
+    stream = Watched(model, base, dtype=torch.bfloat16)
+    write_without_copy(tmp_path / "ours", stream)
+    assert files(tmp_path / "ours") == files(tmp_path / "copied")
+    weights = len(made)
+    assert weights == len(stream.entries())
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write the model"):
+        write_without_copy(tmp_path / "file" / "below", stream)
+    assert len(made) == 2 * weights, "processes that send rows are waited for"
 
 
 def test_a_capture_is_what_the_model_was(model: PreTrainedModel, tmp_path: Path) -> None:

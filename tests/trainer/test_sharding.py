@@ -285,7 +285,7 @@ def test_weights_that_are_spread_are_published_and_proven(
     start_inference_server: Callable[..., RunningInferenceServer],
     tmp_path: Path,
 ) -> None:
-    """Full ones, and those of a base with adapters merged."""
+    """Full ones, copied and written as they come, and those of a base with adapters merged."""
     server = start_inference_server(tiny_model_directory)
     publish = ["--publish.transport", "disk", "--publish.servers", server.url]
     runs = [
@@ -295,10 +295,14 @@ def test_weights_that_are_spread_are_published_and_proven(
             "options": [*_COMMON, *publish, "--parallel.mode", mode, *options],
             "steps": 2,
         }
-        for name, mode, options in (("full", "sharded", []), ("lora", "gathered", _LORA))
+        for name, mode, options in (
+            ("full", "sharded", []),
+            ("uncopied", "sharded", ["--publish.overlap", "false"]),
+            ("lora", "gathered", _LORA),
+        )
     ]
     run_in_processes(2, runs, tmp_path / "log")
-    for name in ("full", "lora"):
+    for name in ("full", "uncopied", "lora"):
         published = rows(tmp_path / name, "publish")
         assert [row["version"] for row in published] == [0, 1, 2]
         assert all(row["publish_verified"] for row in published)

@@ -76,6 +76,28 @@ def capture_model(stream: WeightStream) -> Callable[..., None]:
     return partial(write_model_directory, stream=stream, weights=weights)
 
 
+def write_without_copy(path: Path, stream: WeightStream, *, mode: int = PRIVATE_DIRECTORY) -> None:
+    """Write the directory `path` from the live model, a weight at a time, not flushed to the disk.
+
+    Where weights are spread over processes, process 0 calls it while the others go through the stream's
+    weights. It goes through them to the end also where it fails: the others send their rows, and would wait.
+
+    Args:
+        path: See `write_model_directory`.
+        stream: The weights, and the base that they are written like.
+        mode: As of `atomic_directory`.
+
+    Raises:
+        CheckpointError: See `write_model_directory`.
+    """
+    weights = stream.weights()
+    try:
+        write_model_directory(path, stream, weights, durable=False, mode=mode)
+    finally:
+        for _ in weights:
+            pass
+
+
 def fill_model_directory(
     directory: Path, stream: WeightStream, weights: Iterable[tuple[str, Tensor]] | None = None
 ) -> None:

@@ -12,6 +12,7 @@ from atropos_client.journal import Journal
 from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.config import PublishSettings, TrainerConfig
 from trainer.errors import ConfigurationError
+from trainer.export.hf_model import write_without_copy
 from trainer.export.peft_adapter import CapturedAdapter
 from trainer.monitoring import Progress
 from trainer.publish import (
@@ -204,7 +205,13 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
     directory = settings.directory or config.train.output_dir / "published"
     mode = PUBLISHED_MODES[settings.readable_by]
 
+    def write(path: Path) -> None:
+        with together(prepared.joined, Order.CAPTURE):
+            write_without_copy(path, stream, mode=mode)
+
     def capture() -> Callable[[Path], None]:
+        if not settings.overlap:  # the model stays as it is until the version is proven
+            return write
         # Not flushed to the disk: after a crash the trainer publishes anew.
         with together(prepared.joined, Order.CAPTURE):
             return partial(part.capture(), durable=False, mode=mode)

@@ -62,7 +62,7 @@ class PublishPart:
         return make_probes(self._policy.tokenizer, self._settings.probes, context=context)
 
     def capture(self) -> Callable[..., None]:
-        """Copy the weights; see `capture_model`."""
+        """Copy the weights; see `capture_model`. On processes other than 0: send them, for whatever use."""
         return capture_model(self.stream)
 
     def capture_adapter(self) -> CapturedAdapter:
