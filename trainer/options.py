@@ -205,6 +205,15 @@ class PpoClipOptions(ClipOptions):
     """The ratio itself is at most this, above 1 + epsilon_high: also under a negative advantage, one beyond
     it has no gradient; 4 is usual. None: not bounded."""
 
+    @model_validator(mode="after")
+    def _two_sided_lies_above_the_clip(self) -> Self:
+        if self.two_sided is not None and self.two_sided <= self.highest:
+            raise ValueError(
+                f"two_sided {self.two_sided:g} is not above {self.highest:g}, which is 1 + epsilon_high: "
+                f"raise two_sided (4 is usual), or lower epsilon_high {self.epsilon_high:g}"
+            )
+        return self
+
 
 class SequenceClipOptions(ClipOptions):
     """Options of a loss that clips a sequence's mean ratio, which stays far nearer to 1 than a token's."""

@@ -88,15 +88,18 @@ def test_the_loss_of_the_page_is_gspo(directory: Path) -> None:
             sequence_count=3,
         )
     )
-    expected, clipped = 0.0, 0
+    expected, clipped, outside = 0.0, 0, 0
     for sequence, advantage in enumerate(advantages.tolist()):
         of_it = index == sequence
         ratio = math.exp((logprobs - sampler)[of_it].mean().item())
         bounded = min(max(ratio, 0.9), 1.1)
+        has_gradient = ratio == bounded or (ratio > bounded) == (advantage < 0)
         expected -= min(ratio * advantage, bounded * advantage) / 3
-        clipped += int(of_it.sum()) if ratio != bounded else 0
+        clipped += 0 if has_gradient else int(of_it.sum())
+        outside += int(of_it.sum()) if ratio != bounded else 0
     assert value.item() == pytest.approx(expected)
     assert metrics["clipped"].item() == clipped
+    assert 0 < clipped < outside  # some beyond a bound keep their gradient
 
 
 def test_a_run_trains_with_both_and_goes_on_only_with_the_same(

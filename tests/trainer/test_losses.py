@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -324,11 +325,12 @@ def test_micro_batches_add_up_under_a_common_denominator(loss: Loss[Any], sizes:
     whole = make_inputs(shape=(6, 9))
     bound = loss.bind(loss.options())
     if bound.step_statistics is not None:  # what a run takes once, of the whole step
-        statistics = bound.step_statistics(whole, bound.options)
-        whole = LossInputs(**(vars_of(whole) | {"statistics": statistics}))
+        before = LossInputs(**(vars_of(whole) | {"logprobs": whole.inference_logprobs}))
+        statistics = bound.step_statistics(before, bound.options)
+        whole = LossInputs(**vars_of(whole), statistics=statistics)
     count = whole.loss_mask.sum().item()
     expected_value, expected_gradient = value_and_gradient(
-        loss, LossInputs(**(vars_of(whole) | {"denominator": count})), kl_coefficient=0.1
+        loss, replace(whole, denominator=count), kl_coefficient=0.1
     )
     expected_metrics = loss(whole)[1]
     values, gradients, metrics = [], [], []
@@ -410,6 +412,35 @@ def test_a_denominator_that_is_not_positive_or_of_a_foreign_shape_is_refused() -
             make_inputs(denominator=torch.ones(shape))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_mask": torch.tensor([1.0, -0.5])}, r"loss_mask has -0\.5 at \[1\]"),
+        ({"loss_mask": torch.tensor([math.nan, 1.0])}, r"loss_mask has nan at \[0\]"),
+        ({"loss_mask": torch.tensor([1, -1])}, r"loss_mask has -1 at \[1\]"),
+        ({"sequence_ids": torch.tensor([0, -1])}, "sequence_ids has -1; number the sequences from 0"),
+        ({"sequence_ids": torch.tensor([0.0, 1.0])}, r"sequence_ids are torch\.float32; .*int64"),
+        (
+            {"sequence_ids": torch.tensor([0, 2]), "sequence_count": 2},
+            "sequence_ids has 2, but sequence_count is 2; pass at least 3",
+        ),
+    ],
+)
+def test_a_mask_or_sequence_ids_that_would_mislead_are_refused(changes: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {
+        "logprobs": torch.tensor([-1.0, -2.0]),
+        "advantages": torch.ones(2),
+        "loss_mask": torch.ones(2),
+    }
+    with pytest.raises(DataError, match=message):
+        LossInputs(**(fields | changes))
+    boolean = LossInputs(**(fields | {"loss_mask": torch.tensor([True, False])}))
+    assert weighted_sft(boolean)[0].item() == pytest.approx(1.0)
+    empty = {name: value[:0] for name, value in fields.items()}
+    ids = torch.zeros(0, dtype=torch.int64)
+    assert weighted_sft(LossInputs(**empty, sequence_ids=ids, sequence_count=0))[0].item() == 0.0
+
+
 @pytest.mark.parametrize("name", BUILT_IN_LOSSES)
 def test_a_bound_loss_is_the_function_with_its_options(name: str) -> None:
     loss: Loss[Any] = Loss.find(name)
@@ -429,6 +460,9 @@ def test_a_bound_loss_is_the_function_with_its_options(name: str) -> None:
     [
         (weighted_sft, {"ratio_cap": 2.0}, "weighted_sft has no option ratio_cap: its options are kl_coeff"),
         (ppo_clip, {"epsilon_lo": 2.0}, r"no option epsilon_lo \(did you mean epsilon_low\?\)"),
+        (ppo_clip, {"reduction": "sequence"}, r"has no option reduction: pass .* LossInputs\.denominator"),
+        (ppo_clip, {"two_sided": 1.1}, r"two_sided 1\.1 is not above 1\.2, which is 1 \+ epsilon_high"),
+        (ppo_clip, {"two_sided": 4.0, "epsilon_high": 3.0}, "two_sided 4 is not above 4.* epsilon_high 3"),
         (policy_gradient, {"ratio_cap": 0.0}, "policy_gradient: ratio_cap is 0.0: .*greater than 0"),
         (ppo_clip, {"epsilon_low": 1.5}, "epsilon_low is 1.5: .*less than 1"),
         (ppo_clip, {"epsilon_high": math.nan}, "epsilon_high is nan"),
@@ -437,7 +471,7 @@ def test_a_bound_loss_is_the_function_with_its_options(name: str) -> None:
     ],
 )
 def test_options_are_checked_on_a_direct_call_too(
-    loss: Loss[Any], options: dict[str, float], message: str
+    loss: Loss[Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         loss(make_inputs(), **options)

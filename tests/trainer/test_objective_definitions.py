@@ -421,6 +421,53 @@ def test_the_tokens_of_the_largest_covariance_are_held_back(seed: int, share: fl
     assert metrics["masked"].item() == len(among)
 
 
+@pytest.mark.parametrize("trainer_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.001, 0.2])
+@pytest.mark.parametrize(("name", "metric"), [("clip_cov", "masked"), ("kl_cov", "penalized")])
+def test_a_step_chooses_by_the_samplers_covariance_however_it_is_cut(
+    name: str, metric: str, share: float, trainer_dtype: torch.dtype
+) -> None:
+    """Its threshold is one token's own value, so a comparison with another would miss it."""
+    bounds = {"covariance_low": -1e8, "covariance_high": 1e8} if name == "clip_cov" else {}
+    bound = resolve_loss(name, covariance_share=share, **bounds)
+    for seed in range(8):
+        batch = ragged_batch(seed)
+        columns = {
+            column: getattr(loss_inputs(batch, denominator=7.0), column).detach().float()
+            for column in ("logprobs", "advantages", "loss_mask", "inference_logprobs")
+        }
+        assert bound.step_statistics is not None
+        before = LossInputs(**(columns | {"logprobs": columns["inference_logprobs"]}))
+        statistics = bound.step_statistics(before, bound.options)
+        columns["logprobs"] = columns["logprobs"].to(trainer_dtype)
+        found = 0.0
+        for start in range(0, len(columns["logprobs"]), 5):
+            part = {column: values[start : start + 5] for column, values in columns.items()}
+            found += bound(LossInputs(**part, statistics=statistics))[1][metric].item()
+        assert found == max(1, int(share * len(columns["logprobs"])))
+
+
+def test_the_token_that_a_step_holds_back_is_the_samplers_largest() -> None:
+    """Under the trainer's log-probs it would be the first one, which the clip stops anyway."""
+    columns = {
+        "advantages": torch.tensor([1.0, 1.0, -1.0, -1.0]),
+        "loss_mask": torch.ones(4),
+        "inference_logprobs": torch.tensor([-2.0, -0.1, -0.5, -0.6]),
+    }
+    bound = resolve_loss("clip_cov", covariance_share=0.25, covariance_low=0.0, covariance_high=9.0)
+    assert bound.step_statistics is not None
+    before = LossInputs(logprobs=columns["inference_logprobs"], **columns)
+    logprobs = torch.tensor([-0.01, -0.12, -0.5, -0.6], requires_grad=True)
+    inputs = LossInputs(
+        logprobs=logprobs, denominator=1.0, statistics=bound.step_statistics(before, bound.options), **columns
+    )
+    value, metrics = bound(inputs)
+    value.backward()
+    assert metrics["masked"].item() == 1
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([0.0, 0.0, 1.0, 1.0])
+
+
 def test_a_mask_of_the_correction_takes_the_term_and_leaves_the_penalty_and_the_denominator() -> None:
     batch = ragged_batch(1)
     inputs = loss_inputs(batch, denominator=7.0)

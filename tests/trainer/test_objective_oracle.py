@@ -71,7 +71,8 @@ def computed(
     statistics = None
     if loss.step_statistics is not None and as_a_run:
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        statistics = loss.step_statistics(LossInputs(**whole), loss.options)
+        before = whole | {"logprobs": whole["inference_logprobs"]}
+        statistics = loss.step_statistics(LossInputs(**before), loss.options)
     total, gradients = 0.0, []
     for part in parts:
         logprobs = part["logprobs"].clone().requires_grad_()

@@ -147,6 +147,14 @@ class Loss(Extension[O]):
     decorator = "trainer.extensions.loss()"
     built_in = BUILT_IN_LOSSES
 
+    def _no_option(self, name: str, also: Collection[str]) -> str:
+        if name not in ("reduction", "constant_length"):
+            return super()._no_option(name, also)
+        return (
+            f"{self.noun} {self.__name__} has no option {name}: pass the number to divide by as "
+            "LossInputs.denominator, see Reductions in docs/objectives.md; loss.reduction is a run's setting"
+        )
+
     def __init__(
         self,
         function: Callable[[LossInputs, O], LossResult],

@@ -1,9 +1,10 @@
 """Objectives that hold back the few tokens which cost the policy most of its entropy.
 
 Those are the tokens of the largest covariance of advantage and log-prob (Cui et al. 2025, "The Entropy
-Mechanism of Reinforcement Learning", arXiv 2505.22617). Means and threshold are those of the whole step; in a
-run they are taken with the sampler's log-probs, which are known before any micro-batch is computed, so that
-they do not depend on how the step is cut.
+Mechanism of Reinforcement Learning", arXiv 2505.22617). In a run the log-probs are the sampler's, both
+where the step's means and threshold are taken and where tokens are compared with them: those are known before
+any micro-batch is computed, so that the choice does not depend on how the step is cut. A direct call without
+statistics takes the trainer's, as the paper does.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ class StepCovariance:
     threshold: Tensor
     """0-dim: tokens whose covariance is at least this are held back."""
 
-    def of_tokens(self, inputs: LossInputs) -> Tensor:
-        """``(advantage - mean) (logprob - mean)`` per token, without gradient."""
-        advantages = inputs.at_trained_tokens(inputs.advantages)
-        logprobs = inputs.at_trained_tokens(inputs.logprobs).detach()
+    def of_tokens(self, inputs: LossInputs, logprobs: Tensor) -> Tensor:
+        """``(advantage - mean) (logprob - mean)`` per token, without gradient.
+
+        In the precision of the means, so that a token has the value here that the threshold was taken from.
+        """
+        precision = self.mean_logprob.dtype
+        advantages = inputs.at_trained_tokens(inputs.advantages).to(precision)
+        logprobs = inputs.at_trained_tokens(logprobs).detach().to(precision)
         return (advantages - self.mean_advantage.to(advantages)) * (logprobs - self.mean_logprob.to(logprobs))
 
 
@@ -60,7 +65,7 @@ def _step_covariance(
         mean_logprob=inputs.weighted_sum(inputs.logprobs) / count,
         threshold=count.new_tensor(math.inf),
     )
-    covariance = means.of_tokens(inputs)
+    covariance = means.of_tokens(inputs, inputs.logprobs)
     candidates = inputs.trained if eligible is None else inputs.trained & eligible
     if isinstance(options, ClipCovOptions):
         candidates = (
@@ -76,6 +81,29 @@ def _step_covariance(
     )
 
 
+def _has_largest_covariance(
+    inputs: LossInputs, options: ClipCovOptions | KlCovOptions, eligible: Tensor | None = None
+) -> Tensor:
+    """True for the tokens that reach the step's threshold, under the log-probs that it was taken with.
+
+    Args:
+        inputs: Those of the loss, which has the sampler's log-probs.
+        options: See there.
+        eligible: See `_step_covariance`; without the step's statistics only.
+    """
+    statistics: StepCovariance | None = inputs.statistics
+    logprobs = inputs.inference_logprobs
+    if statistics is None or logprobs is None:
+        statistics, logprobs = _step_covariance(inputs, options, eligible), inputs.logprobs
+    else:
+        eligible = None  # the step's choice was made without it
+    covariance = statistics.of_tokens(inputs, logprobs)
+    large = inputs.trained & (covariance >= statistics.threshold)
+    if isinstance(options, ClipCovOptions):
+        large = large & (covariance < options.covariance_high)
+    return large if eligible is None else large & eligible
+
+
 @loss(ClipCovOptions, step_statistics=_step_covariance)
 def clip_cov(inputs: LossInputs, options: ClipCovOptions) -> tuple[Tensor, LogMetrics]:
     """PPO's clipped surrogate without the tokens of the largest covariance of advantage and log-prob.
@@ -85,14 +113,13 @@ def clip_cov(inputs: LossInputs, options: ClipCovOptions) -> tuple[Tensor, LogMe
     `covariance_high`. The paper draws among those in between at random; here it is always the largest.
 
     Source: arXiv 2505.22617, equation 11. Own metrics: ``clipped_low``, ``clipped_high``, ``clipped``,
-    ``masked``. Without ``statistics`` these tokens are the whole step.
+    ``masked``. Without ``statistics`` these tokens are the whole step, and those that the clip stops are not
+    chosen from.
     """
     ratio = torch.exp(sampler_log_ratio(inputs, "clip_cov"))
     terms, counts = clipped_surrogate(inputs, ratio, options)
     stopped = terms > -ratio * inputs.at_trained_tokens(inputs.advantages)
-    statistics = inputs.statistics or _step_covariance(inputs, options, ~stopped)
-    covariance = statistics.of_tokens(inputs)
-    held_back = (covariance >= statistics.threshold) & (covariance < options.covariance_high) & ~stopped
+    held_back = _has_largest_covariance(inputs, options, ~stopped)
     terms = torch.where(held_back, torch.zeros_like(terms), terms)
     return finish_loss(inputs, options, terms, counts, kept=~held_back)
 
@@ -109,8 +136,7 @@ def kl_cov(inputs: LossInputs, options: KlCovOptions) -> tuple[Tensor, LogMetric
     the whole step.
     """
     difference = sampler_log_ratio(inputs, "kl_cov")
-    statistics = inputs.statistics or _step_covariance(inputs, options)
-    large = statistics.of_tokens(inputs) >= statistics.threshold
+    large = _has_largest_covariance(inputs, options)
     terms = -torch.exp(difference) * inputs.at_trained_tokens(inputs.advantages)
     terms = terms + options.covariance_penalty * difference.abs() * large
     return finish_loss(inputs, options, terms, {"penalized": inputs.weighted_sum(large)})

@@ -36,6 +36,7 @@ class LossInputs:
         logprobs: The trainer's log-prob of each token, float32 or float64, with gradient.
         advantages: Weight of each token; positive makes it more likely.
         loss_mask: 0 where a token is not trained, 1 where it is; other non-negative values weigh tokens.
+            A negative one would turn the token's loss around.
         inference_logprobs: The sampler's log-prob of each token, or None if the environment sent none.
         ref_logprobs: A frozen reference model's log-prob of each token, or None.
         denominator: What the sum over tokens is divided by. A number or 0-dim tensor (> 0), usually the
@@ -46,14 +47,17 @@ class LossInputs:
             known.
         sequence_ids: Which sequence each token belongs to, int64 from 0; a sequence is never split over
             two calls. None: each row of ``[B, T]`` is one.
-        sequence_count: How many sequences there are. None: one more than the largest of ``sequence_ids``,
-            which is looked up, and an accelerator is waited for.
+        sequence_count: How many sequences there are, more than the largest of ``sequence_ids``. None: one
+            more than that, which is looked up, and an accelerator is waited for.
         statistics: What the loss's ``step_statistics`` made of the whole step. None: it makes them of these
             tokens.
 
     Raises:
         ShapeMismatchError: if the tensors do not share one shape.
-        DataError: if ``logprobs`` has less than float32 precision, or the denominator is not positive.
+        DataError: if ``logprobs`` has less than float32 precision, the denominator is not positive,
+            or ``sequence_ids`` is not int64; of tensors on the CPU also if ``loss_mask`` has a value that is
+            negative or not finite, or ``sequence_ids`` one outside of 0 to ``sequence_count - 1``. Values on
+            an accelerator are not looked at: it would be waited for.
     """
 
     logprobs: Tensor
@@ -75,6 +79,8 @@ class LossInputs:
                 "compute the log-softmax in float32"
             )
         self._refuse_bad_denominator()
+        self._refuse_bad_mask()
+        self._refuse_bad_sequence_ids()
 
     @cached_property
     def mask(self) -> Tensor:
@@ -200,4 +206,34 @@ class LossInputs:
             raise DataError(
                 f"denominator is {self.denominator}; pass the step's number of trained tokens (> 0), "
                 "and skip a step that has none"
+            )
+
+    def _refuse_bad_mask(self) -> None:
+        mask = self.loss_mask
+        if mask.device.type != "cpu" or mask.dtype is torch.bool:
+            return
+        bad = ~((mask >= 0) & mask.isfinite())
+        if bool(bad.any()):
+            raise DataError(
+                f"loss_mask has {mask[bad][0].item():g} at {bad.nonzero()[0].tolist()}; pass 0 for a token "
+                "that is not trained, 1 for one that is, or another weight that is 0 or more"
+            )
+
+    def _refuse_bad_sequence_ids(self) -> None:
+        ids = self.sequence_ids
+        if ids is None:
+            return
+        if ids.dtype is not torch.int64:
+            raise DataError(
+                f"sequence_ids are {ids.dtype}; pass the number of each token's sequence as int64"
+            )
+        if ids.device.type != "cpu" or not ids.numel():
+            return
+        smallest, largest = int(ids.min()), int(ids.max())
+        if smallest < 0:
+            raise DataError(f"sequence_ids has {smallest}; number the sequences from 0")
+        if self.sequence_count is not None and largest >= self.sequence_count:
+            raise DataError(
+                f"sequence_ids has {largest}, but sequence_count is {self.sequence_count}; pass at least "
+                f"{largest + 1}, or None to have it looked up"
             )
