@@ -50,7 +50,7 @@ from local_stack.records import RunRecords, before_training, newest_checkpoint, 
 from local_stack.report import Report, describe_machine, draw_report
 from local_stack.signals import StopRequests
 from local_stack.vllm import DEFAULT_PYTHON, require_vllm, starting_part
-from trainer.config import TrainerConfig, load_config
+from trainer.config import TrainerConfig, describe_preset, load_config
 
 BUILT_IN_MODELS = ("demo", "tiny")
 
@@ -108,6 +108,11 @@ def check_settings(options: LocalOptions) -> TrainerConfig:
 
 def run_local(options: LocalOptions, console: Console) -> int:
     """Run the whole loop; returns the exit status of the command (0 done, 1 failed, 130 stopped)."""
+    trainer = check_settings(options)
+    preset = trainer.loss.preset
+    if preset is not None:
+        told = f"loss.preset {preset}: {describe_preset(preset, trainer)}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     with StopRequests() as stop:
         try:
             if options.engine == "vllm":

@@ -56,6 +56,14 @@ def test_a_new_run_directory_says_when_the_run_began() -> None:
     assert new_run_directory(datetime(2026, 3, 4, 5, 6, 7, tzinfo=UTC)) == Path("runs/local-20260304-050607")
 
 
+def test_what_a_preset_came_to_is_shown_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")  # so that nothing is started
+    shown = io.StringIO()
+    run_local(options(tmp_path, settings=("--loss.preset", "dapo")), Console(file=shown, width=80))
+    line = shown.getvalue().splitlines()[0]
+    assert line.startswith("loss.preset dapo: loss.name ppo_clip (in place of the file's policy_gradient), ")
+
+
 def test_the_demo_configuration_fits_the_environment_and_proves_every_publish(tmp_path: Path) -> None:
     check_settings(options(tmp_path))
     config = load_config(DEMO_CONFIG, ["--model.path", "m", "--publish.servers", "http://127.0.0.1:1"])

@@ -25,7 +25,9 @@ from trainer.config import (
     refuse_changed_settings,
 )
 from trainer.errors import ConfigurationError
+from trainer.extensions import loss
 from trainer.losses import LossInputs
+from trainer.options import ClipOptions
 from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import prepare_batch
 from trainer.samples.validation import ModelLimits
@@ -81,6 +83,21 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], str, str, dict[str, Any]]] = {
     "gpg": ("weighted_sft", {}, "token", "gpg", {}),
     "lite_ppo": ("ppo_clip", CLIP, "token", "batch_std", {"std": "n-1"}),
     "opd": ("policy_gradient", {"ratio_cap": 2.0}, "token", "raw", {}),
+}
+
+
+# The same settings by hand, as a file has them.
+OVER_ANY: dict[str, dict[str, Any]] = {
+    name: {
+        "loss": {"name": loss_name, "reduction": reduction, **options},
+        "data": {
+            "advantage_estimator": estimator,
+            "advantage_options": of_estimator,
+            "advantage_normalization": "batch",
+        },
+        "distillation": {"mode": "forward_kl", "reward_coefficient": 0.5},
+    }
+    for name, (loss_name, options, reduction, estimator, of_estimator) in OBJECTIVES.items()
 }
 
 
@@ -166,8 +183,65 @@ def test_what_is_set_by_hand_wins_wherever_it_is_set(tmp_path: Path) -> None:
     assert describe_preset("dapo", config) == (
         "loss.name ppo_clip, loss.epsilon_low 0.2, loss.epsilon_high 0.25 (by hand, in place of 0.28), "
         "loss.reduction sequence (by hand, in place of token), data.advantage_estimator group_norm, "
-        "data.advantage_options.std n (by hand, in place of n-1)"
+        "data.advantage_options.std n (by hand, in place of n-1), data.advantage_normalization none"
     )
+
+
+def test_a_preset_wins_over_lower_layers_and_gives_way_to_its_own_and_higher_ones(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "loss: {name: policy_gradient, ratio_cap: 3, kl_coefficient: 0.1, max_staleness: 2}\n"
+        "data: {advantage_estimator: length_shaping, advantage_options: {weight: 0.2}, "
+        "advantage_normalization: batch}\n"
+    )
+    config = load("--loss.preset", "dapo", "--loss.epsilon_high", "0.3", file=file)
+    alone = load("--loss.preset", "dapo", "--loss.epsilon_high", "0.3", "--loss.kl_coefficient", "0.1")
+    assert config.loss.bound == alone.loss.bound
+    assert config.data.model_dump() == alone.data.model_dump()
+    assert config.loss.max_staleness == 2, "which no preset decides"
+    assert describe_preset("dapo", config) == (
+        "loss.name ppo_clip (in place of the file's policy_gradient), loss.epsilon_low 0.2, "
+        "loss.epsilon_high 0.3 (by hand, in place of 0.28), loss.reduction token, "
+        "data.advantage_estimator group_norm (in place of the file's length_shaping), "
+        "data.advantage_options.std n-1, "
+        "data.advantage_normalization none (in place of the file's batch); "
+        "added by hand: loss.kl_coefficient 0.1, loss.max_staleness 2; "
+        "left out of the file: loss.ratio_cap 3, data.advantage_options.weight 0.2"
+    )
+    below = load("--loss.preset", "dapo", file=file, ATROPOS_TRAINER_LOSS__REDUCTION="sequence")
+    variable = "environment variable ATROPOS_TRAINER_LOSS__REDUCTION"
+    assert f"loss.reduction token (in place of {variable}'s sequence)" in describe_preset("dapo", below)
+    between = load(file=file, ATROPOS_TRAINER_LOSS__PRESET="dapo")
+    assert between.loss.bound == below.loss.bound
+    above = load("--loss.name", "gspo", file=file, ATROPOS_TRAINER_LOSS__PRESET="dapo")
+    assert (above.loss.name, above.loss.bound.options.model_dump()["epsilon_high"]) == ("gspo", 4e-4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_on_the_command_line_is_the_same_over_any_file(name: PresetName, tmp_path: Path) -> None:
+    alone = load("--loss.preset", name)
+    file = tmp_path / "run.yaml"
+    for other in PRESETS:
+        file.write_text(json.dumps(OVER_ANY[other]))
+        config = load("--loss.preset", name, file=file)
+        assert (config.loss.bound, config.loss.reduction) == (alone.loss.bound, alone.loss.reduction)
+        assert config.data.model_dump() == alone.data.model_dump()
+        assert name != "opd" or config.distillation.model_dump() == alone.distillation.model_dump()
+
+
+def test_the_demonstration_trains_the_preset_that_is_asked_for() -> None:
+    demo = Path(__file__).parents[2] / "local_stack/demo.yaml"
+    words = ("--publish.servers", "http://127.0.0.1:1")
+    config, alone = load("--loss.preset", "dapo", *words, file=demo), load("--loss.preset", "dapo")
+    assert config.loss.model_dump() == alone.loss.model_dump()
+    assert config.data.bound_estimator == alone.data.bound_estimator
+    assert config.data.advantage_normalization == "none"
+
+
+def test_a_preset_hides_no_mistake_of_a_lower_layer(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("loss: {epsilno_high: 0.2}\n")
+    with pytest.raises(ConfigurationError, match=r"epsilno_high.*did you mean epsilon_high"):
+        load("--loss.preset", "dapo", file=tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -183,6 +257,7 @@ def test_each_setting_of_each_preset_gives_way_to_one_by_hand(name: PresetName) 
         if settings["data.advantage_estimator"] != "raw"
         else "group_center",
         "data.advantage_options.std": "n",
+        "data.advantage_normalization": "batch",
         "distillation.mode": "reverse_kl",
     }
     for setting, value in settings.items():
@@ -198,15 +273,32 @@ def test_another_function_by_hand_gets_none_of_the_options() -> None:
     assert config.data.bound_estimator.options.model_dump() == {"std": "n-1"}
     config = load("--loss.preset", "dapo", "--data.advantage_estimator", "length_shaping")
     assert config.data.bound_estimator.options.model_dump() == {"weight": 0.1}
-    assert "data.advantage_options.std" not in describe_preset("dapo", config)
+    assert "; left out of the preset: data.advantage_options.std n-1" in describe_preset("dapo", config)
     config = load("--loss.preset", "icepop", "--loss.name", "cispo")
     assert config.loss.bound == load("--loss.name", "cispo").loss.bound
-    assert "correction" not in describe_preset("icepop", config)
+    assert describe_preset("icepop", config).endswith(
+        "; left out of the preset: loss.correction.weight icepop, loss.correction.icepop_low 0.5, "
+        "loss.correction.icepop_high 5.0"
+    )
     config = load("--loss.preset", "gmpo", "--loss.name", "sapo")
-    assert "epsilon" not in describe_preset("gmpo", config)
+    line = describe_preset("gmpo", config)
+    assert "loss.temperature_positive 1.0, loss.temperature_negative 1.05, loss.reduction" in line
+    assert line.endswith("; left out of the preset: loss.epsilon_low 0.4, loss.epsilon_high 0.4")
     config = load("--loss.preset", "icepop", "--loss.correction.icepop_high", "3")
     assert config.loss.bound.options.model_dump()["correction"]["weight"] == "icepop"
     assert "loss.correction.icepop_high 3.0 (by hand, in place of 5.0)" in describe_preset("icepop", config)
+    line = describe_preset("icepop", load("--loss.preset", "icepop", "--loss.correction.weight", "token_tis"))
+    assert "loss.correction.ratio_cap 2.0" in line
+    assert "icepop_" not in line.partition("; left out of the preset: loss.correction.icepop_low 0.5")[0]
+
+
+def test_another_mode_of_distillation_by_hand_gets_none_of_the_options() -> None:
+    config = load("--loss.preset", "opd", "--distillation.mode", "none")
+    assert config.distillation.model_dump() == load().distillation.model_dump()
+    assert describe_preset("opd", config).endswith(
+        "distillation.mode none (by hand, in place of sampled_token); "
+        "left out of the preset: distillation.reward_coefficient 0.0"
+    )
 
 
 def test_sections_may_be_models_too() -> None:
@@ -273,26 +365,38 @@ def test_the_first_line_of_a_run_says_what_its_preset_came_to(
     assert caplog.messages[0] == (
         "loss.preset gspo: loss.name gspo, loss.epsilon_low 0.0003, loss.epsilon_high 0.0004, loss.reduction "
         "token (by hand, in place of sequence), data.advantage_estimator group_norm, "
-        "data.advantage_options.std n-1"
+        "data.advantage_options.std n-1, data.advantage_normalization none"
     )
 
 
 def test_the_line_of_a_preset_says_whatever_else_changes_the_objective() -> None:
     words = ("--loss.dual_clip", "3", "--loss.correction.reject", "token", "--loss.kl_coefficient", "0.1")
-    words += ("--data.advantage_normalization", "batch", "--distillation.coefficient", "0.5")
+    words += ("--distillation.mode", "forward_kl", "--distillation.coefficient", "0.5")
     untouched = ("--loss.kl_estimator", "k3", "--loss.max_staleness", "none", "--data.packing", "plain")
     line = describe_preset("dapo", load("--loss.preset", "dapo", *words, *untouched))
     assert line == describe_preset("dapo") + (
         "; added by hand: loss.kl_coefficient 0.1, loss.correction.reject token, loss.dual_clip 3.0, "
-        "data.advantage_normalization batch, distillation.coefficient 0.5"
+        "distillation.mode forward_kl, distillation.coefficient 0.5"
     )
 
 
-def test_the_line_of_a_preset_names_the_options_of_another_loss_that_are_set_by_hand() -> None:
-    words = ("--loss.name", "gspo", "--loss.epsilon_low", "0.2", "--loss.epsilon_high", "4e-4")
-    line = describe_preset("dapo", load("--loss.preset", "dapo", *words))
-    assert "; added by hand: loss.epsilon_low 0.2" in line
-    assert "epsilon_high" not in line, "that is the default of gspo"
+@loss(ClipOptions)
+def clip_of_ours(inputs: LossInputs, options: ClipOptions) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return inputs.logprobs.sum(), {}
+
+
+def test_the_line_of_a_preset_names_the_options_of_another_loss() -> None:
+    line = describe_preset("dapo", load("--loss.preset", "dapo", "--loss.name", "gspo"))
+    assert line.startswith(
+        "loss.name gspo (by hand, in place of ppo_clip), loss.epsilon_low 0.0003, loss.epsilon_high 0.0004, "
+        "loss.form sequence, loss.reduction token"
+    )
+    ours = f"{__name__}:clip_of_ours"
+    config = load("--loss.preset", "gspo", "--loss.name", ours, "--loss.epsilon_low", "0.1")
+    assert describe_preset("gspo", config).startswith(
+        f"loss.name {ours} (by hand, in place of gspo), loss.epsilon_low 0.1, "
+        "loss.epsilon_high 0.2, loss.reduction sequence"
+    )
 
 
 def test_the_line_of_a_preset_names_the_constant_length_where_it_counts() -> None:

@@ -22,6 +22,8 @@ from trainer.errors import ConfigurationError
 _EPILOG_START = """\
 Settings come from the command line, environment variables, the file, and defaults, in this order:
   --train.steps 20      {prefix}TRAIN__STEPS=20      train: {{steps: 20}}
+The first of them that names a setting wins. A preset (loss.preset) wins over settings
+given in a later place, in all that it decides, and gives way to those in its own place and before.
 """
 
 

@@ -223,7 +223,9 @@ class LossSettings(Section):
 
     preset: PresetName | None = None
     """The objective of a paper: sets the loss with its bounds, the reduction, and the advantage estimator
-    with its options (docs/advantages.md#presets). What is set by hand wins. None: each has its default."""
+    with its options (docs/advantages.md#presets). A setting by hand wins if it is in the same layer (file,
+    environment, command line) or a higher one; over lower layers the preset wins. None: each has its
+    default."""
     name: str = "weighted_sft"
     """weighted_sft: cross-entropy times advantage. policy_gradient: the same with a truncated importance
     ratio between trainer and sampler. ppo_clip: the clipped surrogate of PPO. All: docs/objectives.md. Or

@@ -1,7 +1,8 @@
 """Reads the configuration: command line > environment variables > YAML file > defaults.
 
 A setting has the same dotted name everywhere: `train.steps` is `steps:` below `train:` in the file,
-`ATROPOS_TRAINER_TRAIN__STEPS` in the environment, and `--train.steps 20` on the command line.
+`ATROPOS_TRAINER_TRAIN__STEPS` in the environment, and `--train.steps 20` on the command line. A preset wins
+over lower layers in all that it decides; in its own layer and above, a setting wins over the preset.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.config._fields import config_fields, option_fields
+from trainer.config._layers import take_out
 from trainer.config._tree import TrainerConfig
 from trainer.errors import ConfigurationError
 from trainer.extensions import closest_name
@@ -56,15 +58,24 @@ def load_config(
     tree: Tree = _read_yaml(path) if path is not None else {}
     variables = os.environ if environment is None else environment
     sources: dict[tuple[str, ...], str] = {}
-    for keys, text, source in (*_from_environment(variables), *_from_command_line(overrides)):
-        value = _parse_value(text, source=source)
-        for key in reversed(keys):
-            value = {key: value}
-        _merge(tree, value)
-        sources[tuple(keys)] = source
+    replaced: dict[str, tuple[str, Any]] = {}
+    for given in (_from_environment(variables), _from_command_line(overrides)):
+        layer: Tree = {}
+        layer_sources: dict[tuple[str, ...], str] = {}
+        for keys, text, source in given:
+            value = _parse_value(text, source=source)
+            for key in reversed(keys):
+                value = {key: value}
+            _merge(layer, value)
+            layer_sources[tuple(keys)] = source
+        for name, lower in take_out(tree, layer).items():
+            replaced[name] = (_closest_source(tuple(name.split(".")), sources) or "the file", lower)
+        _merge(tree, layer)
+        sources |= layer_sources
     tree.setdefault("model", {})  # so that a complaint names model.path, the one required setting
     try:
         config = TrainerConfig.model_validate(tree)
+        config.note_replaced(replaced)
     except ValidationError as error:
         raise ConfigurationError(_describe(error, sources)) from error
     known = {field.name for field in config_fields()}
@@ -232,11 +243,17 @@ def _describe(error: ValidationError, sources: Mapping[tuple[str, ...], str]) ->
 def _source(problem: ErrorDetails, sources: Mapping[tuple[str, ...], str]) -> str:
     """Name the environment variable that what is wrong came from; nothing if it came from elsewhere."""
     keys = tuple(map(str, problem["loc"]))
-    given = [each for each in sources if keys[: len(each)] == each]
-    if not given and problem["type"] == "extra_forbidden":  # a section that there is not
-        given = [each for each in sources if each[: len(keys)] == keys]
-    source = sources[max(given, key=len)] if given else ""
+    source = _closest_source(keys, sources)
+    if not source and problem["type"] == "extra_forbidden":  # a section that there is not
+        below = [each for each in sources if each[: len(keys)] == keys]
+        source = sources[max(below, key=len)] if below else ""
     return f" ({source})" if source.startswith("environment") else ""
+
+
+def _closest_source(keys: tuple[str, ...], sources: Mapping[tuple[str, ...], str]) -> str:
+    """Return where a setting, or the section that it is in, was given; empty for the file."""
+    given = [each for each in sources if keys[: len(each)] == each]
+    return sources[max(given, key=len)] if given else ""
 
 
 def _found(name: str, problem: ErrorDetails) -> str:

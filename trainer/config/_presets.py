@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -33,8 +33,13 @@ PresetName = Literal[
 ]
 
 
-CHOICES: Final = ("loss.name", "loss.reduction", "data.advantage_estimator")
-"""Settings of every preset; the others are options of the loss or the estimator."""
+CHOICES: Final = (
+    "loss.name",
+    "loss.reduction",
+    "data.advantage_estimator",
+    "data.advantage_normalization",
+)
+"""Settings of every preset; the others are options of what they choose, or of distillation."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,47 @@ class Preset:
     settings: Mapping[str, Any]
     """All of them by their dotted names: CHOICES, and options of what they choose."""
 
-    def exchanged(self, loss: str, estimator: str) -> tuple[str, ...]:
-        """Return the beginnings of the names of options that go with another loss or estimator than these."""
-        pairs = {"loss.": ("loss.name", loss), "data.": ("data.advantage_estimator", estimator)}
-        return tuple(
-            section for section, (choice, chosen) in pairs.items() if self.settings[choice] != chosen
-        )
+    def dropped(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that go, by dotted name, because another function or mode was chosen by hand.
+
+        Args:
+            chosen: Settings by dotted name; one that is absent is the preset's.
+        """
+        dropped: dict[str, Any] = {}
+        for choice, options in _OPTIONS_OF.items():
+            ours = self.settings.get(choice)
+            if chosen.get(choice, ours) != ours and ours is not None:
+                dropped |= {
+                    name: value
+                    for name, value in self.settings.items()
+                    if name.startswith(options) and name not in (choice, *CHOICES)
+                }
+        return dropped
 
     def lay_under(self, sections: dict[str, Any]) -> None:
-        """Set what is not set by hand; no options where another function was named."""
-        for choice in CHOICES:
-            _set_if_absent(sections, choice.split("."), self.settings[choice])
-        exchanged = self.exchanged(sections["loss"]["name"], sections["data"]["advantage_estimator"])
+        """Set what is not set by hand; no options where another function or mode was named."""
+        dropped = self.dropped(dict(leaves(sections)))
         for name, value in self.settings.items():
-            if name not in CHOICES and not name.startswith(exchanged):
+            if name not in dropped:
                 _set_if_absent(sections, name.split("."), value)
+
+
+_OPTIONS_OF: Final = {
+    "loss.name": "loss.",
+    "loss.correction.weight": "loss.correction.",
+    "data.advantage_estimator": "data.",
+    "distillation.mode": "distillation.",
+}
+"""From what chooses a function or a mode to the beginning of the names of its options."""
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of each setting in nested sections."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _settings(
@@ -70,7 +101,9 @@ def _settings(
     of_loss = {f"loss.{name.replace('__', '.')}": value for name, value in options.items()}
     of_estimator = {} if std is None else {"data.advantage_options.std": std}
     choices = {"loss.reduction": reduction, "data.advantage_estimator": estimator}
-    return {"loss.name": loss, **of_loss, **choices, **of_estimator}
+    # None normalises once more: where a paper does so over the batch, its estimator does.
+    normalization = {"data.advantage_normalization": "none"}
+    return {"loss.name": loss, **of_loss, **choices, **of_estimator, **normalization}
 
 
 # Above each preset stands where its values are from: a section of the paper, or a file of its authors' or of

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
 from trainer.config._base import Section
@@ -54,6 +55,16 @@ class TrainerConfig(Section):
     """Ends a run that is stuck: a deadline for each phase of the training thread."""
     health: HealthSettings = Field(default_factory=HealthSettings)
     """Reports the state of the run to an orchestrator."""
+    _replaced: dict[str, tuple[str, Any]] = PrivateAttr(default_factory=dict)
+
+    @property
+    def replaced_by_preset(self) -> Mapping[str, tuple[str, Any]]:
+        """What a preset took the place of in a lower layer: by dotted name, where it stood, and its value."""
+        return self._replaced
+
+    def note_replaced(self, replaced: Mapping[str, tuple[str, Any]]) -> None:
+        """Note what `replaced_by_preset` returns, for messages."""
+        self._replaced = dict(replaced)
 
     @model_validator(mode="before")
     @classmethod
