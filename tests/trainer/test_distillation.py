@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from pathlib import Path
@@ -30,8 +31,8 @@ from trainer.samples.validation import ModelLimits
 VOCABULARY = 259
 
 
-def with_teacher(group: dict[str, Any], *, seed: int = 0, most: int = 4) -> dict[str, Any]:
-    """Candidates at each trained token, among them the token itself, more of them at some than at others."""
+def with_teacher(group: dict[str, Any], *, seed: int = 0, fewest: int = 0, most: int = 4) -> dict[str, Any]:
+    """Candidates at each trained token: the token itself, and `fewest` to `most` others."""
     generator = random.Random(seed)
     ids: list[list[list[int]]] = []
     for tokens, masks in zip(group["tokens"], group["masks"], strict=True):
@@ -42,7 +43,7 @@ def with_teacher(group: dict[str, Any], *, seed: int = 0, most: int = 4) -> dict
                 else [
                     token,
                     *generator.sample(
-                        [v for v in range(VOCABULARY) if v != token], generator.randint(0, most)
+                        [v for v in range(VOCABULARY) if v != token], generator.randint(fewest, most)
                     ),
                 ]
                 for token, mask in zip(tokens, masks, strict=True)
@@ -73,6 +74,7 @@ def changed(group: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
 
 GROUP = make_group(random.Random(1))
 TAUGHT = with_teacher(GROUP)
+PAIRS = with_teacher(GROUP, fewest=1, most=1)
 LAST = len(GROUP["tokens"][0]) - 1
 TOKEN = GROUP["tokens"][0][-1]
 
@@ -112,6 +114,11 @@ TOKEN = GROUP["tokens"][0][-1]
             changed(changed(TAUGHT, "distill_token_ids", [(TOKEN + 1) % 200]), "distill_logprobs", [-1.0]),
             f"distill_token_ids[0][{LAST}] lacks the sampled token",
         ),
+        (
+            "reverse_kl",
+            changed(changed(PAIRS, "distill_token_ids", [TOKEN]), "distill_logprobs", [-0.1]),
+            f"distill_token_ids[0][{LAST}] has one candidate at a trained token; distillation.mode reverse",
+        ),
     ],
 )
 def test_a_group_whose_fields_cannot_be_used_is_set_aside(
@@ -121,6 +128,46 @@ def test_a_group_whose_fields_cannot_be_used_is_set_aside(
     assert batch.samples == []
     (found,) = batch.set_aside
     assert reason in found.reason
+
+
+def test_two_candidates_are_enough_for_the_reverse_divergence_and_one_for_the_others() -> None:
+    single = with_teacher(GROUP, most=0)
+    assert prepare(PAIRS, mode="reverse_kl").set_aside == []
+    assert prepare(single, mode="forward_kl").set_aside == []
+    assert prepare(single, mode="sampled_token").set_aside == []
+    assert len(prepare(single, mode="reverse_kl").set_aside) == 1
+
+
+def test_of_one_candidate_the_forward_divergence_is_its_negative_log_prob() -> None:
+    policy = torch.tensor([[-1.75]], requires_grad=True)
+    value = teacher_divergence(policy, torch.tensor([[-0.3]]), "forward_kl")
+    value.sum().backward()
+    assert value.item() == pytest.approx(1.75)
+    assert policy.grad is not None
+    assert policy.grad.item() == pytest.approx(-1.0)
+
+
+def shifted(group: dict[str, Any]) -> dict[str, Any]:
+    """Candidates at each token, all of them those of the token before."""
+    everywhere = with_teacher(group | {"masks": group["tokens"]}, fewest=2)
+    fields = ("distill_token_ids", "distill_logprobs")
+    moved = {name: [[[], *row[:-1]] for row in everywhere[name]] for name in fields}
+    return everywhere | moved | {"masks": group["masks"]}
+
+
+@pytest.mark.parametrize("mode", ["forward_kl", "reverse_kl"])
+def test_fields_of_other_positions_are_warned_of_once_with_the_share(
+    mode: str, tiny_model_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    aligned, wrong = PAIRS | {"env_id": 3}, shifted(GROUP) | {"env_id": 7}
+    assert prepare(aligned, mode=mode).without_sampled_token == {3: 0.0}
+    (share,) = prepare(wrong, mode=mode).without_sampled_token.values()
+    assert share > 0.9
+    body = json.dumps({"batch": [aligned, wrong]}).encode()
+    with caplog.at_level(logging.WARNING):
+        run(tiny_model_directory, tmp_path, [body, body], "--distillation.mode", mode, steps=2)
+    (warning,) = (text for text in caplog.messages if "sampled token" in text)
+    assert f"environment 7: the teacher's candidates lack the sampled token at {100 * share:.0f}%" in warning
 
 
 def test_without_a_mode_nothing_is_asked_of_the_fields() -> None:
@@ -242,7 +289,8 @@ def test_candidates_are_scored_as_the_models_own_logits_score_them(packing: Pack
 def test_a_step_has_the_loss_that_is_written_by_hand(
     mode: str, tiny_model_directory: Path, tmp_path: Path
 ) -> None:
-    groups = [with_teacher(make_group(random.Random(seed)), seed=seed) for seed in range(3)]
+    fewest = 1 if mode == "reverse_kl" else 0
+    groups = [with_teacher(make_group(random.Random(seed)), seed=seed, fewest=fewest) for seed in range(3)]
     body = json.dumps({"batch": groups}).encode()
     options = (
         "--distillation.mode",

@@ -35,7 +35,7 @@ def test_the_alarm_names_the_share_and_the_most_frequent_reasons(caplog: pytest.
         assert share.add(groups=10, reasons=["token id 5000 is unknown"])
     (message,) = [record.getMessage() for record in caplog.records]
     assert "3 of the 20 groups (15%) of the last 2 batches were set aside" in message
-    assert "2 x scores[0]: found nan; 1 x token id 5000 is unknown" in message
+    assert "2 x e.g. scores[0]: found nan; 1 x token id 5000 is unknown" in message
     assert "train.set_aside_alarm 0.1" in message
 
 
@@ -112,7 +112,7 @@ def test_a_skipped_batch_says_its_reasons_with_their_numbers(
     bodies = [mixed_body(1, bad=0, good=2), json.dumps({"batch": bad}).encode(), mixed_body(2, bad=0, good=2)]
     run(tiny_model_directory, tmp_path, bodies)
     (row,) = rows(tmp_path, "skipped")
-    assert "were set aside: 2 x scores has 3 entries but tokens has 4 sequences" in row["reason"]
+    assert "were set aside: 2 x e.g. scores has 3 entries but tokens has 4 sequences" in row["reason"]
 
 
 def test_a_checkpoint_of_before_there_was_a_window_is_read(

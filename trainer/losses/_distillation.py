@@ -19,8 +19,10 @@ def teacher_divergence(
         reverse_kl   sum_k s_k (log s_k - log p_k)        s the policy's, renormalised over the candidates
 
     The forward one pulls the policy's mass onto the candidates; the reverse one says nothing of how much lies
-    outside of them. Both are 0 or more. Source: Agarwal et al. 2023, On-Policy Distillation of Language
-    Models (arXiv 2306.13649).
+    outside of them. Both are 0 or more. Of a single candidate the forward one is its -log q, and the reverse
+    one always 0, without a gradient: it needs at least two.
+
+    Source: Agarwal et al. 2023, On-Policy Distillation of Language Models (arXiv 2306.13649).
 
     Args:
         logprobs: [N, K] the policy's log-probs of the candidates, with gradient; anything elsewhere.

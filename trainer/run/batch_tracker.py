@@ -35,6 +35,9 @@ _IGNORED_FIELDS = {
     "distill_token_ids": "is not used, because distillation.mode is none",
 }  # of groups, and why nothing is computed with them
 
+_MOST_TOKENS = 0.5
+"""Share of the trained tokens that a teacher's candidates may lack without a warning."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SettledCounts:
@@ -148,6 +151,7 @@ class BatchTracker:
             TooManySetAside: Of the last batches too large a share was left out; the batch is set aside.
         """
         self._warn_of_ignored_fields(incoming)
+        self._warn_of_missing_sampled_tokens(batch)
         self.counters["set_aside_groups_total"] += len(batch.set_aside)
         self.counters["groups_without_spread_total"] += batch.groups_without_spread
         self.counters["groups_with_binary_masks_total"] += batch.groups_with_binary_masks
@@ -174,6 +178,21 @@ class BatchTracker:
                         name,
                         reason,
                     )
+
+    def _warn_of_missing_sampled_tokens(self, batch: PreparedBatch) -> None:
+        """One warning an environment and run: a teacher's fields that are shifted train all the same."""
+        for env_id, share in batch.without_sampled_token.items():
+            if share > _MOST_TOKENS:
+                self._warn_once(
+                    f"sampled token, environment {env_id}",
+                    "Batch %d, environment %s: the teacher's candidates lack the sampled token at %.0f%% of "
+                    "the trained positions. vLLM's prompt_logprobs always hold it: if they come from there, "
+                    "distill_token_ids and distill_logprobs are probably shifted; entry t is for token t. A "
+                    "teacher's own likeliest tokens alone may lack it",
+                    self.batch,
+                    env_id,
+                    100 * share,
+                )
 
     def _warn_once(self, about: str, message: str, *values: object) -> None:
         if about not in self._warned:

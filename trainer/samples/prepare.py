@@ -21,7 +21,13 @@ from trainer.samples.advantages import (
 )
 from trainer.samples.quarantine_rate import kind_of_reason, name_reasons
 from trainer.samples.sample import Sample, samples_of_groups, token_columns
-from trainer.samples.teacher import TeacherRows, sampled_token_logprobs, teacher_reason, teacher_rows
+from trainer.samples.teacher import (
+    TeacherRows,
+    sampled_token_logprobs,
+    share_without_sampled_token,
+    teacher_reason,
+    teacher_rows,
+)
 from trainer.samples.validation import (
     ModelLimits,
     QuarantinedGroup,
@@ -59,6 +65,9 @@ class PreparedBatch:
     kl_teacher: float | None
     """Estimate of KL(sampler ‖ teacher) from the sampled tokens, in nats a trained token, with
     `distillation.mode` sampled_token."""
+    without_sampled_token: dict[int | None, float]
+    """Share of the trained tokens that a teacher's candidates lack, by environment, where the loss is over
+    these candidates. Near 1 they are probably those of other positions."""
     normalizer: dict[str, float]
     """State of the advantage normalizer after this batch: what a checkpoint of its step has to hold, while
     the normalizer itself may be batches ahead."""
@@ -174,8 +183,19 @@ def prepare_batch(
         groups_without_spread=without_spread,
         groups_with_binary_masks=sum(group.masks_were_binary for group in groups),
         kl_teacher=kl_teacher,
+        without_sampled_token=_without_sampled_token(groups, candidates) if distillation.is_loss else {},
         normalizer=normalizer.state_dict(),
     )
+
+
+def _without_sampled_token(
+    groups: Sequence[ScoredGroup], candidates: Sequence[Sequence[TeacherRows]]
+) -> dict[int | None, float]:
+    """Return the share of the trained tokens that a teacher's candidates lack, by environment."""
+    by_environment: dict[int | None, list[tuple[ScoredGroup, Sequence[TeacherRows]]]] = {}
+    for group, rows in zip(groups, candidates, strict=True):
+        by_environment.setdefault(group.env_id, []).append((group, rows))
+    return {env_id: share_without_sampled_token(of_it) for env_id, of_it in by_environment.items()}
 
 
 def _reward_kl_reason(group: ScoredGroup, coefficient: float) -> str | None:

@@ -151,8 +151,15 @@ def _most_frequent(reasons: Counter[KindOfReason]) -> Counter[KindOfReason]:
 
 
 def name_reasons(kinds: Counter[KindOfReason]) -> str:
-    """List the most frequent kinds of reasons with their counts, each by its first reason."""
-    return "; ".join(f"{count} x {kind.first}" for kind, count in kinds.most_common(_REASONS_NAMED))
+    """List the most frequent kinds of reasons with their counts, each by its first reason.
+
+    The numbers in it, a position among them, are those of the first group: where it stands for more, it is
+    named as an example.
+    """
+    return "; ".join(
+        f"{count} x {'e.g. ' if count > 1 and _NUMBER.search(kind.first) else ''}{kind.first}"
+        for kind, count in kinds.most_common(_REASONS_NAMED)
+    )
 
 
 def kind_of_reason(reason: str) -> KindOfReason:

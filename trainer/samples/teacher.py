@@ -33,6 +33,10 @@ class TeacherRows:
     logprobs: Tensor
     """[T, K] float32, minus infinity there."""
 
+    def hold(self, tokens: Sequence[int]) -> Tensor:
+        """Return for each of T tokens whether it is among its candidates, [T] bool."""
+        return (self.token_ids == torch.tensor(tokens)[:, None]).any(dim=1)
+
 
 def teacher_rows(group: ScoredGroup) -> list[TeacherRows]:
     """Give the candidates of each sequence of a group as tensors; an empty list if it has none."""
@@ -56,6 +60,17 @@ def sampled_token_logprobs(group: ScoredGroup, candidates: Sequence[TeacherRows]
         is_sampled = rows.token_ids == torch.tensor(tokens)[:, None]
         found.append(rows.logprobs.masked_fill(~is_sampled, -torch.inf).amax(dim=1))
     return torch.cat(found)
+
+
+def share_without_sampled_token(groups: Sequence[tuple[ScoredGroup, Sequence[TeacherRows]]]) -> float:
+    """Return the share of the groups' trained tokens that are not among the teacher's candidates for them."""
+    lacking = total = 0
+    for group, candidates in groups:
+        for tokens, masks, rows in zip(group.tokens, group.masks, candidates, strict=True):
+            trained = _trained(masks)
+            lacking += int((trained & ~rows.hold(tokens)).sum())
+            total += int(trained.sum())
+    return lacking / total if total else 0.0
 
 
 def teacher_reason(
@@ -90,12 +105,10 @@ def _reason_of_sequence(
     mode: str,
     vocabulary_size: int,
 ) -> str | None:
-    trained = torch.tensor(masks) != IGNORE_INDEX
-    trained[0] = False  # nothing predicts it
+    trained = _trained(masks)
     ids, known = rows.token_ids, rows.token_ids != NO_TOKEN
     ordered = ids.sort(dim=1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_TOKEN)).any(dim=1)
-    lacks_sampled = ~(ids == torch.tensor(tokens)[:, None]).any(dim=1)
     faults = {
         "is empty at a trained token": ~known.any(dim=1),
         f"names a token outside the model's vocabulary of {vocabulary_size}": (ids >= vocabulary_size).any(1),
@@ -104,13 +117,25 @@ def _reason_of_sequence(
         "has probabilities beside it that add up to more than 1": rows.logprobs.exp().sum(dim=1) > 1.01,
     }
     if mode == "sampled_token":
-        faults["lacks the sampled token, whose log-prob distillation.mode sampled_token needs"] = (
-            lacks_sampled
+        faults["lacks the sampled token, whose log-prob distillation.mode sampled_token needs"] = ~rows.hold(
+            tokens
         )
+    if mode == "reverse_kl":
+        # Renormalised over one candidate both distributions are 1: no divergence, and no gradient.
+        faults[
+            "has one candidate at a trained token; distillation.mode reverse_kl needs at least two, "
+            "forward_kl and sampled_token take one"
+        ] = known.sum(dim=1) < 2
     for what, where in faults.items():
         if bool((where & trained).any()):
             return f"distill_token_ids[{index}][{int((where & trained).nonzero()[0])}] {what}"
     return None
+
+
+def _trained(masks: Sequence[int]) -> Tensor:
+    trained = torch.tensor(masks) != IGNORE_INDEX
+    trained[0] = False  # nothing predicts it
+    return trained
 
 
 def _rectangle(rows: Sequence[Sequence[float]], filler: float, dtype: type) -> NDArray[Any]:
