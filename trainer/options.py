@@ -127,7 +127,10 @@ class CorrectionOptions(Options):
                 f"reject_below {self.reject_below} is not below {self.reject_above}, reject_above"
             )
         if self.reject == "sequence_max" and self.reject_estimator == "k1":
-            raise ValueError("sequence_max needs an estimate that is never negative: k2 or k3")
+            raise ValueError(
+                "loss.correction.reject_estimator k1 may be negative, and loss.correction.reject "
+                "sequence_max needs an estimate that is not: k2 or k3"
+            )
         return self
 
 
@@ -153,9 +156,9 @@ class RatioOptions(ObjectiveOptions):
     def _the_ratio_counts_once(self) -> Self:
         if self.correction.weight != "none":
             raise ValueError(
-                f"correction.weight {self.correction.weight} would count the importance ratio twice, because "
-                "this loss has one itself: leave loss.correction.weight out, or set loss.name weighted_sft, "
-                "which has none"
+                f"loss.correction.weight {self.correction.weight} would count the importance ratio "
+                "twice, because this loss has one itself: leave loss.correction.weight out, or set loss.name "
+                "weighted_sft, which has none"
             )
         return self
 

@@ -480,12 +480,13 @@ def test_options_are_checked_on_a_direct_call_too(
 @pytest.mark.parametrize("loss", RATIO_LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("weight", ["token_tis", "sequence_tis", "icepop"])
 def test_a_loss_with_a_ratio_refuses_to_be_weighed_by_it_again(loss: Loss[Any], weight: str) -> None:
-    told = rf"loss {loss.__name__}: correction.weight {weight} .*twice.*leave loss\.correction\.weight out"
+    setting = r"loss\.correction\.weight"
+    told = rf"loss {loss.__name__}: {setting} {weight} .*twice.*leave {setting} out"
     with pytest.raises(ConfigurationError, match=told):
         loss(make_inputs(), correction={"weight": weight})
     words = ("--model.path", "m", "--loss.name", loss.__name__, "--loss.correction.weight", weight)
     with pytest.raises(
-        ConfigurationError, match=r"loss: correction\.weight .*twice.*loss\.name weighted_sft"
+        ConfigurationError, match=r"loss\.correction\.weight .*twice.*loss\.name weighted_sft"
     ):
         load_config(None, words, environment={})
 

@@ -210,7 +210,7 @@ def test_an_adaptive_coefficient_follows_its_target_and_outlives_a_resume(
     assert_equal_tensors(weights(tmp_path / "halves/final"), weights(tmp_path / "whole/final"))
 
     for name, changed in (
-        ("fixed", ("--loss.entropy_coefficient", "0.3")),
+        ("fixed", ("--loss.entropy_coefficient", "0.3", "--loss.entropy_target", "none")),
         ("anew", ("--loss.entropy_coefficient", "0.3", "--loss.entropy_target", str(entropy + 1))),
     ):
         names = ("--train.resume_changes", "loss.entropy_coefficient,loss.entropy_target")

@@ -282,14 +282,16 @@ class LossSettings(Section):
         if given:  # without any, torch need not be loaded to read a configuration
             loss: Loss[Any] = Loss.find(self.name)
             options = loss.read_options(given, also=type(self).model_fields)
-            given.update(options.model_dump(include=set(given)))
+            # What was not given below them stays so, to be told from what was.
+            given.update(options.model_dump(include=set(given), exclude_unset=True))
         return self
 
     @model_serializer(mode="wrap")
     def _with_every_option(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Options that were not given too: a checkpoint is compared with them."""
         given: dict[str, Any] = dump(self)
-        return self.bound.options.model_dump() | given
+        options = self.bound.options.model_dump()
+        return options | {name: value for name, value in given.items() if name not in options}
 
     @cached_property
     def bound(self) -> BoundLoss:

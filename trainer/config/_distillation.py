@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from trainer.config._base import Section
 
@@ -21,15 +21,6 @@ class DistillationSettings(Section):
     """Weight of the teacher."""
     reward_coefficient: float = Field(default=1.0, ge=0)
     """Weight of the rewards' part of the objective beside it. 0: the teacher alone."""
-
-    @model_validator(mode="after")
-    def _somebody_teaches(self) -> Self:
-        if self.mode == "none" and self.reward_coefficient != 1:
-            raise ValueError(
-                f"reward_coefficient {self.reward_coefficient:g} weighs the rewards beside a teacher, and "
-                "mode is none: set mode, or leave reward_coefficient at 1"
-            )
-        return self
 
     @property
     def is_loss(self) -> bool:

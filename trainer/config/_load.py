@@ -235,6 +235,9 @@ def _describe(error: ValidationError, sources: Mapping[tuple[str, ...], str]) ->
             lines.append(f"  {where}: it must hold settings below it{_found(name, problem)}")
         else:
             said = problem["msg"].removeprefix("Value error, ")
+            if name and said.startswith(f"{name}."):  # a fault of a section that names the setting itself
+                lines.append(f"  {said}{_source(problem, sources)}")
+                continue
             lines.append(f"  {where}: {said}{_found(name, problem)}{_value_hint(problem)}")
     lines.append("`atropos-train run --help` lists every setting.")
     return "\n".join(lines)

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from trainer.config._atropos import AtroposSettings, DataSettings, JournalSettings, LossSettings
 from trainer.config._base import Section
 from trainer.config._distillation import DistillationSettings
+from trainer.config._inert import inert_settings
 from trainer.config._parallel import ParallelSettings
 from trainer.config._presets import with_preset
 from trainer.config._publish import PublishSettings
@@ -89,6 +91,20 @@ class TrainerConfig(Section):
                 "have become advantages: have the KL in the loss (loss.kl_coefficient instead of "
                 "data.reward_kl_coefficient), or leave loss.reference out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> Self:
+        inert = [
+            InitErrorDetails(
+                type=PydanticCustomError("inert", "{reason}", {"reason": reason}),
+                loc=tuple(name.split(".")),
+                input=value,
+            )
+            for name, value, reason in inert_settings(self.loss, self.distillation)
+        ]
+        if inert:
+            raise ValidationError.from_exception_data(type(self).__name__, inert)
         return self
 
     @model_validator(mode="after")

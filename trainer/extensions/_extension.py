@@ -218,13 +218,19 @@ class BoundLoss:
         Raises:
             ConfigurationError: The function returned something else, or, if it is a user's own, raised.
         """
-        result = called(f"the loss {self.name}", self.function, inputs, self.options)
+        result = called(f"loss.name {self._full_name}", self.function, inputs, self.options)
         if not _is_loss_result(result):
             raise ConfigurationError(
-                f"the loss {self.name} returned {_shown(result)}; a loss returns a pair: a tensor without "
-                "dimensions, and a dict of such tensors, the sums for the metrics"
+                f"loss.name {self._full_name} returned {_shown(result)}; a loss returns a pair: a "
+                "tensor without dimensions, and a dict of such tensors, the sums for the metrics"
             )
         return result
+
+    @property
+    def _full_name(self) -> str:
+        """As the setting has it."""
+        module = self.function.__module__
+        return self.name if module.startswith("trainer.") else f"{module}:{self.name}"
 
 
 def loss(
