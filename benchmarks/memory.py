@@ -106,7 +106,9 @@ def measure_processes(processes: int, mode: str, model: Path, output: Path) -> l
     """Run them to their end; returns the peak of each in bytes."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     words = [*launcher, "benchmarks.memory", "--measure", str(model), mode, str(output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # glibc keeps much of what was freed, which would be measured in the place of the trainer, and only on a
+    # CPU; pieces of more than 1 MiB it gives back at once then.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(_MIB)}
     subprocess.run([sys.executable, "-m", *words], check=True, env=environment)  # noqa: S603 - ourselves
     return [int(Path(f"{output}.{rank}").read_text(encoding="utf-8")) for rank in range(processes)]
 
