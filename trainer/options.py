@@ -86,9 +86,9 @@ class CorrectionOptions(Options):
     """
 
     weight: Literal["none", "token_tis", "sequence_tis", "icepop"] = "none"
-    """Importance weight, for losses that have no importance ratio; the others refuse it. token_tis: e^d, at
-    most ratio_cap. sequence_tis: e^(sum of d over the sequence), at most ratio_cap. icepop: e^d, 0 outside of
-    icepop_low and icepop_high."""
+    """Importance weight. token_tis: e^d, at most ratio_cap. sequence_tis: e^(sum of d over the sequence), at
+    most ratio_cap. icepop: e^d, 0 outside of icepop_low and icepop_high. A ratio that the loss has itself is
+    then that to the policy before the update, as in verl and TRL: 1, so that its bounds stop nothing."""
     ratio_cap: float = Field(default=2.0, gt=0)
     """Largest weight of token_tis and sequence_tis."""
     icepop_low: float = Field(default=0.5, ge=0)
@@ -151,16 +151,6 @@ class RatioOptions(ObjectiveOptions):
     def needs_sampler(self) -> bool:
         """Return True: the ratio does."""
         return True
-
-    @model_validator(mode="after")
-    def _the_ratio_counts_once(self) -> Self:
-        if self.correction.weight != "none":
-            raise ValueError(
-                f"loss.correction.weight {self.correction.weight} would count the importance ratio "
-                "twice, because this loss has one itself: leave loss.correction.weight out, or set loss.name "
-                "weighted_sft, which has none"
-            )
-        return self
 
 
 class ClipOptions(RatioOptions):

@@ -63,8 +63,6 @@ def test_a_default_that_is_written_is_no_fault() -> None:
 
 
 def test_faults_of_a_section_begin_with_the_full_setting() -> None:
-    with pytest.raises(ConfigurationError, match=r"(?m)^  loss\.correction\.weight token_tis would count"):
-        load("--loss.name", "ppo_clip", "--loss.correction.weight", "token_tis")
     with pytest.raises(ConfigurationError, match=r"(?m)^  loss\.correction\.reject_estimator k1 may be neg"):
         load("--loss.correction.reject", "sequence_max")
 

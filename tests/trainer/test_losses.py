@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.config import LossSettings, load_config
+from trainer.config import LossSettings
 from trainer.errors import ConfigurationError, DataError, MissingLogProbsError, ShapeMismatchError
 from trainer.extensions import BUILT_IN_LOSSES, Loss
 from trainer.losses import (
@@ -478,17 +478,21 @@ def test_options_are_checked_on_a_direct_call_too(
 
 
 @pytest.mark.parametrize("loss", RATIO_LOSSES, ids=lambda loss: loss.__name__)
-@pytest.mark.parametrize("weight", ["token_tis", "sequence_tis", "icepop"])
-def test_a_loss_with_a_ratio_refuses_to_be_weighed_by_it_again(loss: Loss[Any], weight: str) -> None:
-    setting = r"loss\.correction\.weight"
-    told = rf"loss {loss.__name__}: {setting} {weight} .*twice.*leave {setting} out"
-    with pytest.raises(ConfigurationError, match=told):
-        loss(make_inputs(), correction={"weight": weight})
-    words = ("--model.path", "m", "--loss.name", loss.__name__, "--loss.correction.weight", weight)
-    with pytest.raises(
-        ConfigurationError, match=r"loss\.correction\.weight .*twice.*loss\.name weighted_sft"
-    ):
-        load_config(None, words, environment={})
+def test_a_corrections_weight_counts_once_beside_a_ratio_of_the_loss(loss: Loss[Any]) -> None:
+    """The gradient is the one on policy, times the weight: bounds of the ratio stop nothing."""
+    spread = 0.5 if loss in (ppo_clip, policy_gradient) else 0.05  # trust regions still measure the sampler
+    penalties = {"mismatch_penalty": 0.0, "covariance_penalty": 1e-20}
+    options = {name: value for name, value in penalties.items() if name in loss.options.model_fields}
+    inputs = make_inputs(spread=spread)
+    weighted, _ = loss(inputs, correction={"weight": "sequence_tis", "ratio_cap": 1.05}, **options)
+    (gradient,) = torch.autograd.grad(weighted, inputs.logprobs)
+
+    on_policy, _ = loss(replace(inputs, inference_logprobs=inputs.logprobs.detach()), **options)
+    (expected,) = torch.autograd.grad(on_policy, inputs.logprobs)
+    difference = torch.where(inputs.loss_mask > 0, inputs.logprobs - inputs.inference_logprobs, 0.0)
+    weights = torch.exp(difference.sum(dim=-1, keepdim=True)).clamp(max=1.05).detach()
+    assert weights.unique().numel() > 1
+    torch.testing.assert_close(gradient, expected * weights, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("loss", RATIO_LOSSES, ids=lambda loss: loss.__name__)

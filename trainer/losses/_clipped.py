@@ -8,7 +8,7 @@ from torch import Tensor
 from trainer.extensions import loss
 from trainer.losses._divergences import log_ratio
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import LogMetrics, clipped_surrogate, finish_loss, sampler_log_ratio
+from trainer.losses._terms import LogMetrics, clipped_surrogate, finish_loss, own_log_ratio
 from trainer.options import DecoupledPpoOptions, PpoClipOptions, SapoOptions
 
 
@@ -25,7 +25,7 @@ def ppo_clip(inputs: LossInputs, options: PpoClipOptions) -> tuple[Tensor, LogMe
     ``clipped_high``, ``clipped`` (both); ``clipped_dual``, the tokens of negative advantage that `dual_clip`
     or `two_sided` stops, if either is set.
     """
-    ratio = torch.exp(sampler_log_ratio(inputs, "ppo_clip"))
+    ratio = torch.exp(own_log_ratio(inputs, options, "ppo_clip"))
     terms, counts = clipped_surrogate(inputs, ratio, options, largest=options.two_sided)
     negative = inputs.at_trained_tokens(inputs.advantages) < 0
     if options.dual_clip is not None:
@@ -55,8 +55,10 @@ def decoupled_ppo(inputs: LossInputs, options: DecoupledPpoOptions) -> tuple[Ten
     arXiv 2505.24298, and its "proximal log-probability approximation" (prox_logp_method loglinear). Own
     metrics: ``clipped_low``, ``clipped_high``, ``clipped``.
     """
-    sampler = inputs.sampler_logprobs("decoupled_ppo")
     logprobs = inputs.at_trained_tokens(inputs.logprobs)
+    sampler = inputs.sampler_logprobs("decoupled_ppo")
+    if options.correction.weight != "none":  # it weighs in the place of this loss's own
+        sampler = logprobs.detach()
     proximal = logprobs.detach()
     if options.proximal == "interpolated":
         age = max(1, inputs.staleness or 1)
@@ -79,7 +81,7 @@ def sapo(inputs: LossInputs, options: SapoOptions) -> tuple[Tensor, LogMetrics]:
     Source: Soft Adaptive Policy Optimization, arXiv 2511.20347. Own metric: ``gate``, what is left of each
     gradient, 1 on policy.
     """
-    ratio = torch.exp(sampler_log_ratio(inputs, "sapo"))
+    ratio = torch.exp(own_log_ratio(inputs, options, "sapo"))
     advantages = inputs.at_trained_tokens(inputs.advantages)
     positive = torch.full_like(ratio, options.temperature_positive)
     temperature = torch.where(advantages > 0, positive, options.temperature_negative)

@@ -21,6 +21,7 @@ from trainer.losses._terms import (
     LogMetrics,
     clipped_surrogate,
     finish_loss,
+    own_log_ratio,
     sampler_log_ratio,
 )
 from trainer.options import ClipCovOptions, KlCovOptions
@@ -116,7 +117,7 @@ def clip_cov(inputs: LossInputs, options: ClipCovOptions) -> tuple[Tensor, LogMe
     ``masked``. Without ``statistics`` these tokens are the whole step, and those that the clip stops are not
     chosen from.
     """
-    ratio = torch.exp(sampler_log_ratio(inputs, "clip_cov"))
+    ratio = torch.exp(own_log_ratio(inputs, options, "clip_cov"))
     terms, counts = clipped_surrogate(inputs, ratio, options)
     stopped = terms > -ratio * inputs.at_trained_tokens(inputs.advantages)
     held_back = _has_largest_covariance(inputs, options, ~stopped)
@@ -137,6 +138,6 @@ def kl_cov(inputs: LossInputs, options: KlCovOptions) -> tuple[Tensor, LogMetric
     """
     difference = sampler_log_ratio(inputs, "kl_cov")
     large = _has_largest_covariance(inputs, options)
-    terms = -torch.exp(difference) * inputs.at_trained_tokens(inputs.advantages)
+    terms = -torch.exp(own_log_ratio(inputs, options, "kl_cov")) * inputs.at_trained_tokens(inputs.advantages)
     terms = terms + options.covariance_penalty * difference.abs() * large
     return finish_loss(inputs, options, terms, {"penalized": inputs.weighted_sum(large)})

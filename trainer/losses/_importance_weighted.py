@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import LogMetrics, finish_loss, policy_gradient_terms, sampler_log_ratio
+from trainer.losses._terms import LogMetrics, finish_loss, own_log_ratio, policy_gradient_terms
 from trainer.options import CispoOptions, ObjectiveOptions, PolicyGradientOptions
 
 
@@ -35,7 +35,7 @@ def policy_gradient(inputs: LossInputs, options: PolicyGradientOptions) -> tuple
     Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Own metric: ``capped``, tokens whose
     weight was cut.
     """
-    ratio = torch.exp(sampler_log_ratio(inputs, "policy_gradient").detach())
+    ratio = torch.exp(own_log_ratio(inputs, options, "policy_gradient").detach())
     terms = policy_gradient_terms(inputs, torch.clamp(ratio, max=options.ratio_cap))
     return finish_loss(inputs, options, terms, {"capped": inputs.weighted_sum(ratio > options.ratio_cap)})
 
@@ -50,7 +50,7 @@ def cispo(inputs: LossInputs, options: CispoOptions) -> tuple[Tensor, LogMetrics
     Source: MiniMax-M1, arXiv 2506.13585, which leaves the lower bound out; ScaleRL, arXiv 2510.13786. Own
     metric: ``clipped``, tokens whose weight was changed.
     """
-    ratio = torch.exp(sampler_log_ratio(inputs, "cispo").detach())
+    ratio = torch.exp(own_log_ratio(inputs, options, "cispo").detach())
     weight = torch.clamp(ratio, 1.0 - options.epsilon_low, 1.0 + options.epsilon_high)
     counts = {"clipped": inputs.weighted_sum(weight != ratio)}
     return finish_loss(inputs, options, policy_gradient_terms(inputs, weight), counts)

@@ -14,8 +14,8 @@ from trainer.losses._terms import (
     LogMetrics,
     clipped_surrogate,
     finish_loss,
+    own_log_ratio,
     policy_gradient_terms,
-    sampler_log_ratio,
 )
 from trainer.options import GmpoOptions, GspoOptions, LuspoOptions, VespoOptions
 
@@ -36,7 +36,7 @@ def gspo(inputs: LossInputs, options: GspoOptions) -> tuple[Tensor, LogMetrics]:
     Source: Group Sequence Policy Optimization, arXiv 2507.18071, equations 7 and 14. Own metrics:
     ``sequence_ratio``, ``clipped_low``, ``clipped_high``, ``clipped``.
     """
-    log_of_ratio = inputs.sequence_mean(sampler_log_ratio(inputs, "gspo"))
+    log_of_ratio = inputs.sequence_mean(own_log_ratio(inputs, options, "gspo"))
     if options.form == "token":
         logprobs = inputs.at_trained_tokens(inputs.logprobs)
         log_of_ratio = torch.clamp(log_of_ratio.detach() + logprobs - logprobs.detach(), max=TOKEN_FORM_LIMIT)
@@ -55,7 +55,7 @@ def luspo(inputs: LossInputs, options: LuspoOptions) -> tuple[Tensor, LogMetrics
 
     Source: Length-Unbiased Sequence Policy Optimization, arXiv 2602.05261. Own metrics: as `gspo`.
     """
-    ratio = torch.exp(inputs.sequence_mean(sampler_log_ratio(inputs, "luspo")))
+    ratio = torch.exp(inputs.sequence_mean(own_log_ratio(inputs, options, "luspo")))
     terms, counts = clipped_surrogate(inputs, ratio, options)
     counts["sequence_ratio"] = inputs.weighted_sum(ratio).detach()
     return finish_loss(inputs, options, inputs.sequence_sum(inputs.trained) * terms, counts)
@@ -72,7 +72,7 @@ def gmpo(inputs: LossInputs, options: GmpoOptions) -> tuple[Tensor, LogMetrics]:
     Source: Geometric-Mean Policy Optimization, arXiv 2507.20673; its reduction is `loss.reduction: sequence`.
     Own metrics: ``sequence_ratio``, ``clipped``.
     """
-    difference = sampler_log_ratio(inputs, "gmpo")
+    difference = own_log_ratio(inputs, options, "gmpo")
     advantages = inputs.at_trained_tokens(inputs.advantages)
     sign = torch.sign(advantages)
     bounded = torch.clamp(difference, -options.epsilon_low, options.epsilon_high)
@@ -96,7 +96,7 @@ def vespo(inputs: LossInputs, options: VespoOptions) -> tuple[Tensor, LogMetrics
     Source: Variational Sequence-Level Soft Policy Optimization, arXiv 2602.10693. Own metric:
     ``sequence_weight`` (phi).
     """
-    total = inputs.sequence_sum(sampler_log_ratio(inputs, "vespo").detach())
+    total = inputs.sequence_sum(own_log_ratio(inputs, options, "vespo").detach())
     log_weight = total.clamp(LOWEST_LOG_WEIGHT, LOG_RATIO_LIMIT)
     positive = inputs.at_trained_tokens(inputs.advantages) >= 0
     ones = torch.ones_like(log_weight)

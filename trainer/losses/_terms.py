@@ -26,6 +26,23 @@ def sampler_log_ratio(inputs: LossInputs, loss_name: str) -> Tensor:
     return log_ratio(inputs.at_trained_tokens(inputs.logprobs), sampler)
 
 
+def own_log_ratio(inputs: LossInputs, options: ObjectiveOptions, loss_name: str) -> Tensor:
+    """Logarithm per token of the ratio that a loss has itself, held to ±20; 0 where the mask is 0.
+
+    That of trainer and sampler. With a weight of the correction, which counts that one, it is the ratio to
+    the policy before the update instead, as in verl and TRL. In the only update of a batch that is the policy
+    itself: 0, with a gradient.
+
+    Raises:
+        MissingLogProbsError: if ``inference_logprobs`` is None.
+    """
+    if options.correction.weight == "none":
+        return sampler_log_ratio(inputs, loss_name)
+    inputs.sampler_logprobs(loss_name)  # the correction's: said here if they are missing
+    logprobs = inputs.at_trained_tokens(inputs.logprobs)
+    return log_ratio(logprobs, logprobs.detach())
+
+
 def policy_gradient_terms(inputs: LossInputs, weight: Tensor | float = 1.0) -> Tensor:
     """``-weight A logprob`` per token; the weight has no gradient."""
     advantages = inputs.at_trained_tokens(inputs.advantages)

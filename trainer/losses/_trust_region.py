@@ -7,7 +7,13 @@ from torch import Tensor
 
 from trainer.extensions import loss
 from trainer.losses._inputs import LossInputs
-from trainer.losses._terms import LogMetrics, finish_loss, policy_gradient_terms, sampler_log_ratio
+from trainer.losses._terms import (
+    LogMetrics,
+    finish_loss,
+    own_log_ratio,
+    policy_gradient_terms,
+    sampler_log_ratio,
+)
 from trainer.options import DppoKlOptions, DppoTvOptions, IpoOptions, PrimeOptions
 
 PROBABILITY_EPSILON = 1e-8
@@ -95,7 +101,7 @@ def _within_total_variation(inputs: LossInputs, low: float, high: float, loss_na
 def _masked_policy_gradient(
     inputs: LossInputs, options: DppoTvOptions | DppoKlOptions, kept: Tensor, loss_name: str
 ) -> tuple[Tensor, LogMetrics]:
-    ratio = torch.exp(sampler_log_ratio(inputs, loss_name).detach())
+    ratio = torch.exp(own_log_ratio(inputs, options, loss_name).detach())
     terms = policy_gradient_terms(inputs, torch.clamp(ratio, max=options.ratio_cap) * kept)
     counts = {"capped": inputs.weighted_sum(kept & (ratio > options.ratio_cap))}
     return finish_loss(inputs, options, terms, counts, kept=kept)
@@ -105,7 +111,7 @@ def _penalized_surrogate(
     inputs: LossInputs, options: PrimeOptions | IpoOptions, kept: Tensor, loss_name: str
 ) -> tuple[Tensor, LogMetrics]:
     difference = sampler_log_ratio(inputs, loss_name)
-    ratio = torch.exp(difference)
+    ratio = torch.exp(own_log_ratio(inputs, options, loss_name))
     counts = {}
     if options.ratio_cap is not None:
         counts["capped"] = inputs.weighted_sum(kept & (ratio > options.ratio_cap))
