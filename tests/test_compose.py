@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,12 @@ def test_vllm_is_started_with_the_routes_that_publishing_needs() -> None:
 def test_the_image_build_sees_what_it_copies(needed: str) -> None:
     ignore = (ROOT / ".dockerignore").read_text().splitlines()
     assert f"!{needed}" in ignore
+
+
+def test_the_image_is_made_of_every_package() -> None:
+    """One package imports another, so an image without one of them starts nothing."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = {name.rstrip("*") for name in found["include"]}
+    copied = set(re.findall(r"^COPY (\w+) \1$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE))
+    assert packages <= copied
+    assert packages <= set(re.findall(r"^!(\w+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
