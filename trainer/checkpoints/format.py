@@ -43,15 +43,13 @@ from trainer.errors import CheckpointError, DamagedCheckpoint
 from trainer.export.hf_model import fill_model_directory
 from trainer.export.shared_directory import failing_together, shared_directory
 from trainer.model.base_checkpoint import BaseCheckpoint
-from trainer.model.sharding import Spread
+from trainer.model.sharding import WHOLE, Spread
 from trainer.model.weight_stream import WeightStream
 from trainer.samples.quarantine_rate import QuarantineWindow
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"
-
-_WHOLE = Spread()
 
 
 class CheckpointState(BaseModel):
@@ -138,7 +136,7 @@ def write_checkpoint(
     state: CheckpointState,
     configuration: Mapping[str, Any],
     versions: Mapping[str, str],
-    spread: Spread = _WHOLE,
+    spread: Spread = WHOLE,
 ) -> None:
     """Write a checkpoint, atomically; one of the same name is replaced.
 
@@ -209,7 +207,7 @@ def _write_adapter(directory: Path, model: Any, spread: Spread) -> None:
 
 
 def restore_optimizer(
-    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, model: nn.Module, spread: Spread = _WHOLE
+    checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, model: nn.Module, spread: Spread = WHOLE
 ) -> None:
     """Give `optimizer`, which trains `model`, the moments it had.
 

@@ -20,7 +20,7 @@ from trainer.checkpoints.manifest import Manifest
 from trainer.errors import CheckpointError
 from trainer.export.tensor_file import TensorFile, write_tensors
 from trainer.model.base_checkpoint import StoredTensor
-from trainer.model.sharding import Spread
+from trainer.model.sharding import Spread, in_turn
 
 FILE_BYTES: Final = 4 << 30
 """Most bytes of a file, but for one that holds a single larger tensor; one process writes each."""
@@ -71,10 +71,7 @@ def write_optimizer(
         except OSError as error:
             failure = error
         of_tensors = {name: owners[file] for file, content in files.items() for name in content}
-        write_tensors(places, _whole(tensors, of_tensors, spread), failure)
-        if spread.sharded:
-            for written in set(places.values()):
-                written.flush()
+        write_tensors(places, _whole(tensors, of_tensors, spread), failure, flush=spread.sharded)
 
 
 def read_optimizer(
@@ -143,12 +140,7 @@ def _whole(
     tensors: Mapping[str, Tensor], owners: Mapping[str, int], spread: Spread
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that this process writes, whole, one at a time; owners in turn."""
-    counts: dict[int, int] = {}
-    turns = []
-    for name in tensors:
-        counts[owners[name]] = counts.get(owners[name], 0) + 1
-        turns.append((counts[owners[name]], owners[name], name))
-    for _, owner, name in sorted(turns):
+    for name, owner in in_turn((name, owners[name]) for name in tensors):
         whole = spread.whole_on(tensors[name], owner)
         if whole is not None:
             yield name, whole

@@ -24,10 +24,8 @@ from trainer.errors import CheckpointError
 from trainer.export.shared_directory import shared_directory
 from trainer.export.tensor_file import TensorFile, write_tensors
 from trainer.model.base_checkpoint import INDEX_FILE, BaseCheckpoint, StoredTensor, WeightFile, make_header
-from trainer.model.sharding import Spread
+from trainer.model.sharding import WHOLE
 from trainer.model.weight_stream import WeightEntry, WeightStream
-
-_WHOLE = Spread()
 
 
 def write_model_directory(
@@ -53,7 +51,7 @@ def write_model_directory(
         CheckpointError: An adapter cannot be merged, or the file system refused. `path` is then as it was.
     """
     try:
-        spread = stream.spread if weights is None else _WHOLE
+        spread = stream.spread if weights is None else WHOLE
         with shared_directory(path, spread, replace=replace, durable=durable, mode=mode) as directory:
             fill_model_directory(directory, stream, weights)
     except OSError as error:
@@ -115,7 +113,7 @@ def fill_model_directory(
         CheckpointError: An adapter cannot be merged.
         OSError: The file system refused.
     """
-    base, spread = stream.base, stream.spread if weights is None else _WHOLE
+    base, spread = stream.base, stream.spread if weights is None else WHOLE
     entries = {entry.name: entry for entry in stream.entries()}
     layouts = {name: _layout(file, entries) for name, file in base.weight_files.items()}
     owners = spread.owners({name: sum(each.nbytes for each in layouts[name].values()) for name in layouts})
@@ -139,10 +137,7 @@ def fill_model_directory(
         if weights is None:
             of_weights = {name: owners[file] for file, layout in layouts.items() for name in layout}
             weights = stream.weights(of_weights)
-        write_tensors(places, weights, failure)
-        if spread.sharded:
-            for file in set(places.values()):
-                file.flush()
+        write_tensors(places, weights, failure, flush=spread.sharded)
 
 
 def _write_beside(

@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.errors import CheckpointError
 from trainer.export.atomic_directory import atomic_directory
-from trainer.model.sharding import Spread
+from trainer.model.sharding import WHOLE, Spread
 from trainer.model.wrappers import unwrap_training
 
 PLAIN_INITIALIZATIONS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 """The ways to start an adapter, beside PEFT's default, that leave the base weights as they are."""
-
-_WHOLE = Spread()
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class CapturedAdapter:
 
 
 def capture_adapter(
-    model: nn.Module, *, dtype: torch.dtype | None = None, spread: Spread = _WHOLE
+    model: nn.Module, *, dtype: torch.dtype | None = None, spread: Spread = WHOLE
 ) -> CapturedAdapter:
     """Copy the active adapter's tensors to the CPU, so that they can be written while the model trains on.
 

@@ -61,6 +61,8 @@ def write_tensors(
     places: Mapping[str, TensorFile],
     tensors: Iterable[tuple[str, Tensor]],
     failure: OSError | None = None,
+    *,
+    flush: bool,
 ) -> None:
     """Write tensors into their files.
 
@@ -71,6 +73,7 @@ def write_tensors(
         places: The file of each.
         tensors: Names and tensors.
         failure: What happened before, on this process alone; then nothing is written.
+        flush: Flush the files, see `TensorFile.flush`.
 
     Raises:
         OSError: The file system refused, or `failure`.
@@ -83,3 +86,6 @@ def write_tensors(
             failure = error
     if failure is not None:
         raise failure
+    if flush:
+        for file in set(places.values()):
+            file.flush()

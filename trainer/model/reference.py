@@ -20,12 +20,10 @@ from trainer.model.lm_head.select import choose_head
 from trainer.model.load import context_length, inspect_beside, load_beside
 from trainer.model.select_packing import choose_packing
 from trainer.model.sequence_parallel import SequenceGroup
-from trainer.model.sharding import Spread
+from trainer.model.sharding import WHOLE, Spread
 from trainer.model.token_logprobs import TokenLogProbs, token_logprobs
 from trainer.packing import MicroBatch, Packing
 from trainer.samples.validation import ModelLimits
-
-_WHOLE = Spread()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ def load_reference(
     head: LogitTransform | None,
     packing: Packing,
     limits: ModelLimits,
-    spread: Spread = _WHOLE,
+    spread: Spread = WHOLE,
 ) -> ReferenceModel | None:
     """Load the model that `loss.reference` names; None if groups bring the reference's log-probs.
 

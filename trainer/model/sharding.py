@@ -12,10 +12,11 @@ its forward to its backward pass, because the head's weight is used beside its m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,6 +29,8 @@ from trainer.errors import ConfigurationError
 from trainer.model.collectives import wait
 from trainer.model.sequence_parallel import SequenceGroup, make_sequence_group
 from trainer.model.wrappers import unwrap
+
+T = TypeVar("T")
 
 _COPIES, _PARTS = "replicate", "shard"
 
@@ -239,6 +242,23 @@ class Spread:
         received = [torch.empty_like(padded) for _ in range(self.parts)] if self.rank == owner else None
         distributed.gather(padded, received, dst=owner, group=self.mesh[_PARTS].get_group())
         return None if received is None else torch.cat(received)[:rows]
+
+
+WHOLE: Final = Spread()
+"""One process, with whole weights."""
+
+
+def in_turn(owned: Iterable[tuple[T, int]]) -> list[tuple[T, int]]:
+    """Order things with their owners so that the owners, 0 first, have turns: they work at the same time.
+
+    The things of one owner keep their order.
+    """
+    counts: Counter[int] = Counter()
+    turns = []
+    for thing, owner in owned:
+        counts[owner] += 1
+        turns.append((counts[owner], owner, thing))
+    return [(thing, owner) for _, owner, thing in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:

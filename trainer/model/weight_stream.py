@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError
 from trainer.model.base_checkpoint import BaseCheckpoint, StoredTensor
-from trainer.model.sharding import Spread
+from trainer.model.sharding import WHOLE, Spread, in_turn
 from trainer.model.wrappers import (
     adapted_layers,
     merged_weight,
@@ -34,7 +34,6 @@ from trainer.model.wrappers import (
 )
 
 _BUCKET_BYTES = 1 << 28
-_WHOLE = Spread()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -99,7 +98,7 @@ class WeightStream:
         *,
         dtype: torch.dtype | None = None,
         bucket_bytes: int = _BUCKET_BYTES,
-        spread: Spread = _WHOLE,
+        spread: Spread = WHOLE,
     ) -> None:
         self.base = base
         self.spread = spread
@@ -176,13 +175,11 @@ class WeightStream:
 
     def _turns(self, owners: Mapping[str, int]) -> list[tuple[_Unit, int]]:
         """The units, and who gets each; owners in turn, so that they write at the same time."""
-        turns = []
-        counts: dict[int, int] = defaultdict(int)
-        for unit in self._units:
-            for owner in sorted({owners.get(name, 0) for name in unit.shapes}):
-                turns.append((counts[owner], owner, unit))
-                counts[owner] += 1
-        return [(unit, owner) for _, owner, unit in sorted(turns, key=lambda turn: turn[:2])]
+        return in_turn(
+            (unit, owner)
+            for unit in self._units
+            for owner in sorted({owners.get(name, 0) for name in unit.shapes})
+        )
 
     def _make(
         self, unit: _Unit, live: Mapping[str, Tensor], adapted: Mapping[str, Any], owner: int
