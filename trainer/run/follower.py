@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Final
 
 from trainer.checkpoints.format import trained_parameter_names
@@ -18,6 +17,7 @@ from trainer.run.orders import Order, Outcome, hear, leave_together, taking_part
 from trainer.run.places import checkpoint_directory
 from trainer.run.publish_part import PublishPart
 from trainer.run.step_share import StepShare
+from trainer.run.stop_request import StopRequest
 from trainer.run.train_state import PreparedRun, library_versions
 
 logger = logging.getLogger(__name__)
@@ -58,8 +58,7 @@ class Follower:
         self._publish_part = PublishPart(config, prepared)
         self._progress = progress or Progress()
         self._accelerator = prepared.accelerator
-        self._stop_reason: str | None = None
-        self._stop_asked_at = 0.0
+        self._stop = StopRequest(prepared.joined, grace=config.checkpoint.grace, progress=self._progress)
         self.step = prepared.state.step
         """Optimizer steps done."""
         self.starting = True
@@ -67,9 +66,7 @@ class Follower:
 
     def request_stop(self, reason: str) -> None:
         """Ask the whole run to write a checkpoint and end; safe from any thread."""
-        self._stop_asked_at = time.monotonic()
-        self._stop_reason = reason
-        self._progress.stopping = True
+        self._stop.ask(reason)
 
     def run(self) -> RunSummary:
         """Follow until process 0 ends the run.
@@ -88,7 +85,7 @@ class Follower:
         done = outcome is Outcome.DONE
         return RunSummary(
             step=self.step,
-            stopped_early=None if done else self._stop_reason or ASKED_ELSEWHERE,
+            stopped_early=None if done else self._stop.reason or ASKED_ELSEWHERE,
             final_model=self._config.train.output_dir / "final" if done else None,
             checkpoint=checkpoint_path(checkpoint_directory(self._config), self.step),
             counters={},
@@ -104,7 +101,7 @@ class Follower:
                 return Outcome(heard.value)
             if heard.order is Order.WAIT:
                 self.starting = False
-                self._joined.any(self._stop_reason is not None)
+                self._joined.any(self._stop.asked)
             elif heard.order is Order.TRAIN:
                 self._train(StepShare.from_bytes(heard.payload))
             else:
@@ -114,7 +111,7 @@ class Follower:
         self._progress.note_batch()
         with self._progress.phase(RunPhase.TRAINING, f"the computation of step {share.step + 1}"):
             try:
-                result = self._steps.compute(share, should_abort=self._grace_is_over)
+                result = self._steps.compute(share, should_abort=self._stop.grace_is_over)
             except StepAborted:  # process 0 has given it up too
                 return
         self.step = share.step + result.applied
@@ -142,10 +139,3 @@ class Follower:
             names = trained_parameter_names(self._prepared.policy.model)
             state = self._prepared.state.model_copy(update={"step": step, "parameter_names": names})
             write_checkpoint_files(self._config, self._prepared, state, library_versions())
-
-    def _grace_is_over(self) -> bool:
-        """Whether the step under way is to be given up; all processes ask, and get one answer."""
-        return self._joined.any(
-            self._stop_reason is not None
-            and time.monotonic() - self._stop_asked_at >= self._config.checkpoint.grace
-        )

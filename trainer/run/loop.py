@@ -27,6 +27,7 @@ from trainer.run.metrics import Row, RowWriter, batch_metrics, packing_metrics, 
 from trainer.run.optimizer_step import StepAborted, StepResult, StepRunner
 from trainer.run.orders import Outcome, Stopped, end, next_batch
 from trainer.run.publish_schedule import PublishSchedule
+from trainer.run.stop_request import StopRequest
 from trainer.run.train_state import PreparedRun
 from trainer.sources.incoming import BatchSource, EndOfBatches, IncomingBatch, PreparedStep
 
@@ -86,8 +87,7 @@ class Trainer:
         self._source = source
         self._ledger = ledger
         self._progress = progress or Progress()
-        self._stop_reason: str | None = None
-        self._stop_asked_at = 0.0
+        self._stop = StopRequest(prepared.joined, grace=config.checkpoint.grace, progress=self._progress)
         self.starting = False
         """Whether the run still waits for servers and the API: its checkpoint stands, no step has begun."""
         self._steps = steps
@@ -114,7 +114,7 @@ class Trainer:
     @property
     def stop_requested(self) -> bool:
         """Whether the run is to end before its next batch."""
-        return self._stop_reason is not None
+        return self._stop.asked
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to write a checkpoint and end; safe from any thread and from a signal handler.
@@ -122,9 +122,7 @@ class Trainer:
         A step under way is given up if it takes longer than `checkpoint.grace` from now; everything else
         waits for the end of the step.
         """
-        self._stop_asked_at = time.monotonic()
-        self._stop_reason = reason
-        self._progress.stopping = True
+        self._stop.ask(reason)
 
     def save_if_stopping(self) -> bool:
         """For long waits of the training thread between steps: whether to stop, what there is being saved.
@@ -226,7 +224,7 @@ class Trainer:
                         meanwhile=self._tend,
                     )
             except Stopped:
-                return self._stop_reason or ASKED_ELSEWHERE
+                return self._stop.reason or ASKED_ELSEWHERE
             except EndOfBatches:
                 return NO_MORE_BATCHES
             self._progress.note_batch()
@@ -241,7 +239,7 @@ class Trainer:
                 grace = f"{self._config.checkpoint.grace:g} s"
                 reason = f"the run was to end and its step took longer than {grace} more"
                 self._tracker.forget(incoming, reason=reason)
-                return self._stop_reason or ASKED_ELSEWHERE
+                return self._stop.reason or ASKED_ELSEWHERE
             del incoming  # its tensors: the next batch has tensors of its own
         return None
 
@@ -249,12 +247,6 @@ class Trainer:
         """Between steps and while waiting for a batch."""
         self._tracker.note_counts()
         self._publishes.tend(self.step)
-
-    def _grace_is_over(self) -> bool:
-        """Whether the step under way is to be given up; all processes ask, and get one answer."""
-        return self._prepared.joined.any(
-            self.stop_requested and time.monotonic() - self._stop_asked_at >= self._config.checkpoint.grace
-        )
 
     def _train_on(self, incoming: IncomingBatch, *, waited: float) -> None:
         """Train on one batch, or pass over it with a reason."""
@@ -275,7 +267,7 @@ class Trainer:
             step=self.step,
             served_version=incoming.served_version,
             accepts=self._tracker.accepts,
-            should_abort=self._grace_is_over,
+            should_abort=self._stop.grace_is_over,
         )
         if result.refused:
             self._tracker.refuse(incoming, result.mismatch, result.staleness)
