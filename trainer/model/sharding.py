@@ -155,13 +155,6 @@ class Spread:
                 root.set_requires_all_reduce(last)
         yield
 
-    def own_part(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        """Return this process's part of a tensor that has a parameter's shape, spread as the parameter is."""
-        if not isinstance(parameter, DTensor):
-            return whole
-        first, past = self.own_rows(parameter)
-        return self.as_part(whole[first:past].clone(), parameter)
-
     def own_rows(self, parameter: Tensor) -> tuple[int, int]:
         """Return the first row of a parameter that this process holds, and the one past its last."""
         rows = parameter.shape[0]
