@@ -5,6 +5,7 @@ The reference is the same model in transformers, in double precision, one sequen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -195,20 +196,26 @@ def labels_around_a_change(server: VllmServer, new: str) -> tuple[str, str]:
 
 def test_a_client_that_goes_away_frees_the_engine(vllm_server: VllmServer) -> None:
     # As above: a server that is deaf for seconds may learn of it too late once, but not every time.
-    sampled = [sampled_for_one_who_goes_away(vllm_server)]
-    while sampled[-1] > 16 * 1000 and len(sampled) < 6:
-        sampled.append(sampled_for_one_who_goes_away(vllm_server))
-    assert 0 < sampled[-1] <= 16 * 1000, f"it ran on for nobody: {sampled}"
+    shares = [sampled_for_one_who_goes_away(vllm_server)]
+    while shares[-1] > 0.5 and len(shares) < 6:
+        shares.append(sampled_for_one_who_goes_away(vllm_server))
+    assert 0 < shares[-1] <= 0.5, f"it ran on for nobody: {shares}"
 
 
 def sampled_for_one_who_goes_away(server: VllmServer) -> float:
-    """Tokens that were sampled for a request of 16 x 2,000 whose caller waited for one second."""
-    body = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "n": 16}
+    """The share of its tokens that were sampled for a request whose caller waited for one second.
+
+    The request is four times what the server samples at once: a fast machine needs seconds for it too.
+    """
+    completions, length = 128, 2000
+    body = {"prompt": PROMPT, "max_tokens": length, "ignore_eos": True, "n": completions}
     before = server.metric("vllm:generation_tokens_total")
-    with server.client(timeout=1.0) as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/generate", json=body)
+    answer = None
+    with server.client(timeout=1.0) as client, contextlib.suppress(httpx.ReadTimeout):
+        answer = client.post("/generate", json=body)
+    assert answer is None, f"answered within a second: {answer.status_code} {answer.text[:500]}"
     wait_for(lambda: running(server) == 0, "the engine to drop the requests")
-    return server.metric("vllm:generation_tokens_total") - before
+    return (server.metric("vllm:generation_tokens_total") - before) / (completions * length)
 
 
 def test_a_stream_of_another_route_passes_through(vllm_server: VllmServer) -> None:
