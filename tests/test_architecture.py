@@ -30,7 +30,7 @@ FLOORS = (
     ("export",),
     ("checkpoints", "publish"),
     ("run",),
-    ("check",),
+    ("check", "view"),
     ("cli",),
 )
 

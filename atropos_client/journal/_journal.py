@@ -70,7 +70,9 @@ class Journal(JournalReader, AbstractContextManager["Journal"]):
         self._accept_loss = accept_loss
         self.possibly_lost = 0
         """Batches that nobody could count: whose reply was on its way when all processes of a run ended."""
-        self._largest = self._number("SELECT coalesce(max(length(zlib)), 0) FROM bodies")
+        self._largest = 0
+        if lock is not None:  # who only looks needs no room, and this visits every body
+            self._largest = self._number("SELECT coalesce(max(length(zlib)), 0) FROM bodies")
 
     @classmethod
     def open(

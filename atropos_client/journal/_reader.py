@@ -14,7 +14,13 @@ from atropos_client.errors import JournalDamaged, JournalError, NoSuchBatch
 from atropos_client.journal._database import FILE_NAME, damaged, translated_errors
 from atropos_client.journal._ledger import IS_WHOLE, find_problems
 from atropos_client.journal._marks import Marks
-from atropos_client.journal._records import JournaledBatch, JournalUsage, LedgerEntry, VerifyReport
+from atropos_client.journal._records import (
+    JournaledBatch,
+    JournalUsage,
+    LedgerEntry,
+    Outcome,
+    VerifyReport,
+)
 
 _FIELDS: Final = tuple(LedgerEntry.__dataclass_fields__)
 _ENTRY: Final = (
@@ -83,6 +89,30 @@ class JournalReader:
         """Iterate over all batches without their bodies, in order of arrival."""
         for number in self.numbers_after(0):
             yield self.entry(number)
+
+    def newest(
+        self, limit: int, *, before: int | None = None, outcome: Outcome | None = None
+    ) -> list[LedgerEntry]:
+        """Return the newest batches without their bodies, newest first.
+
+        Args:
+            limit: As many at most.
+            before: Only batches with a smaller number.
+            outcome: Only batches of this outcome.
+        """
+        with self._guard, translated_errors(self._path):
+            rows = self._connection.execute(
+                "SELECT number FROM batches WHERE number < coalesce(?, number + 1) "
+                "AND outcome = coalesce(?, outcome) ORDER BY number DESC LIMIT ?",
+                (before, outcome, limit),
+            )
+            return [self.entry(row[0]) for row in rows.fetchall()]
+
+    def outcomes(self) -> dict[Outcome, int]:
+        """Count the batches of each outcome."""
+        with self._guard, translated_errors(self._path):
+            rows = self._connection.execute("SELECT outcome, count(*) FROM batches GROUP BY outcome")
+            return dict(rows.fetchall())
 
     @property
     def last_number(self) -> int:
