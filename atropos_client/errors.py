@@ -1,4 +1,4 @@
-"""What can go wrong between us and the Atropos API, as one tree.
+"""Errors between us and the Atropos API, as one tree.
 
 ::
 
@@ -150,11 +150,11 @@ class JournalDamaged(JournalError, ValueError):
     def __init__(self, message: str, *, found: str | None = None, **request: str | None) -> None:
         super().__init__(message, **request)
         self.found = found or message
-        """What is wrong, without what to do about it."""
+        """The fault, without what to do about it."""
 
 
 class JournalMismatch(JournalError, ValueError):
-    """What is asked of the journal does not fit what it holds, for example after it was deleted."""
+    """A request to the journal does not fit what it holds, for example after it was deleted."""
 
 
 class NoSuchBatch(JournalMismatch, LookupError):

@@ -24,7 +24,7 @@ class EnvironmentFacts:
     """Holds what the API knows of the environments. It does not know whether they still live."""
 
     registered: int
-    """How many have registered since the trainer has."""
+    """Number of environments registered since the trainer has."""
     without_groups: tuple[int, ...]
     """Numbers of those that have no group in the queue."""
     largest_group: int
@@ -78,11 +78,11 @@ class WaitFacts:
     in_flight: float | None
     """Seconds that the current ``GET /batch`` has been waiting for its reply. None: none is under way."""
     trouble: str | None
-    """What the last request failed of. None: it did not fail."""
+    """Failure of the last request. None: it did not fail."""
     status: StatusReply | None
     """The API's own numbers. None: not asked, or no answer."""
     environments: EnvironmentFacts | None = None
-    """What it knows of the environments. None: not asked, or no answer."""
+    """The API's knowledge of the environments. None: not asked, or no answer."""
 
 
 def ask_status(api: AtroposClient, facts: WaitFacts) -> WaitFacts:

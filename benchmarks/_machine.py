@@ -1,4 +1,4 @@
-"""What a benchmark's numbers were measured on, for its JSON and its last line."""
+"""Describes the machine of a benchmark's numbers, for its JSON and its last line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How evenly a step is shared out among 8, 64 and 256 processes: the slowest one's cost over the ideal.
+"""Simulates how evenly a step is shared among 8, 64 and 256 processes: the slowest's cost over the ideal.
 
     python -m benchmarks.balance --json balance.json
 

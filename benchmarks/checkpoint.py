@@ -1,4 +1,4 @@
-"""How long a checkpoint of a 135M model takes, and what its checksums cost.
+"""Measures the time of a checkpoint of a 135M model, and the cost of its checksums.
 
     python -m benchmarks.checkpoint
 

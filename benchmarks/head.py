@@ -1,4 +1,4 @@
-"""What the language-model head costs: log-probs of many tokens, forward and backward.
+"""Measures the language-model head: log-probs of many tokens, forward and backward.
 
     python -m benchmarks.head --rows 1728 --vocabulary 49152 --hidden 576 --dtype bf16
 

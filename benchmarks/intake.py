@@ -1,4 +1,4 @@
-"""How long the way from a batch's bytes to packed tensors takes, and whether training waits for it.
+"""Measures the way from a batch's bytes to packed tensors, and whether training waits for it.
 
     python -m benchmarks.intake --repeats 7 --json intake.json
 
@@ -118,7 +118,7 @@ def make_body(groups: int, size: int, *, equal: bool = False) -> bytes:
 
 
 def prepare(reply: BatchReply) -> PreparedBatch:
-    """What the trainer makes of a reply."""
+    """The trainer's tensors of a reply."""
     data = DataSettings()
     return prepare_batch(
         reply,
@@ -264,7 +264,7 @@ def _feed(url: str, steps: int) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),

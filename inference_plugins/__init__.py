@@ -1,1 +1,1 @@
-"""What is loaded into other people's servers: single files that need nothing but Python and that server."""
+"""Code for other people's servers: single files that need nothing but Python and that server."""

@@ -39,7 +39,7 @@ class Addition:
 
     @property
     def question(self) -> str:
-        """What the model is asked."""
+        """The question to the model."""
         return f"What is {self.first}+{self.second}? Answer with one number."
 
     @property

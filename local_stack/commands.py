@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SERVED_MODEL_NAME = "policy"
-"""What the inference server calls the model in training; environments ask for it by this name."""
+"""Name of the model in training at the inference server; environments ask for it by this name."""
 MAX_MODEL_LENGTH = 512
 """Longest sequence, in tokens, that the demonstration's inference server holds."""
 MAX_SEQUENCES_AT_ONCE = 128
@@ -21,7 +21,7 @@ MAX_SEQUENCES_AT_ONCE = 128
 _EVALUATIONS = "--env.data_dir_to_save_evals"
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VLLM_PLUGINS = Path(__file__).resolve().parent.parent / "inference_plugins"
-"""What vLLM loads from us: single files, found through `PYTHONPATH`."""
+"""Files of ours that vLLM loads, found through `PYTHONPATH`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ class Display:
     def __init__(self, console: Console, *, steps: int) -> None:
         self.started_at = time.monotonic()
         self.phase = ""
-        """What is being done, in a few words."""
+        """The present activity, in a few words."""
         self._console = console
         self._steps = steps
         self._steps_shown = 0

@@ -1,4 +1,4 @@
-"""What can go wrong in the local stack, as one tree.
+"""Errors of the local stack, as one tree.
 
 ::
 

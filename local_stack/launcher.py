@@ -73,12 +73,12 @@ start adds a minute."""
 _EVALUATION_TIMEOUT = 900.0
 _WAITING = "waiting for the first step"
 _EXIT_STOPPED = 130
-"""What a shell reports for a program that Ctrl-C ended."""
+"""Exit status that a shell reports for a program that Ctrl-C ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalOptions:
-    """What the user chose."""
+    """The user's choices."""
 
     model: str
     """demo, tiny, a directory, or a hub id."""

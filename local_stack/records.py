@@ -1,4 +1,4 @@
-"""What a run wrote down: steps, evaluations and checkpoints, read from its directory while it goes on.
+"""Reads the steps, evaluations and checkpoints of a run from its directory while it goes on.
 
 The trainer writes, this module only reads: whatever it shows can also be read by anyone else.
 """

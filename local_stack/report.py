@@ -21,7 +21,7 @@ _CURVE_WIDTH = 60
 
 
 class Report(BaseModel):
-    """What a run achieved; `report.json` holds exactly these keys."""
+    """Results of a run; `report.json` holds exactly these keys."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 UNPUBLISHED = "default"
-"""What inference servers call the weights that they were started with, until a trainer labels them."""
+"""Label of the weights that inference servers were started with, until a trainer labels them."""
 
 logger = logging.getLogger(__name__)
 

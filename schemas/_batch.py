@@ -17,7 +17,7 @@ from schemas._group import ScoredGroup
 from schemas._wire import WireModel, first_problem, quote
 
 BatchState = Literal["ready", "waiting", "unregistered"]
-"""What the API says to a poll: here is a batch; not enough data yet; register first."""
+"""Answer of the API to a poll: here is a batch; not enough data yet; register first."""
 
 
 MAX_GROUPS: Final = 1 << 16
@@ -81,7 +81,7 @@ class Unusable:
 
 
 class BatchReply(WireModel):
-    """What ``GET /batch`` answers. Read it with ``BatchReply.model_validate_json(body)``.
+    """Reply of ``GET /batch``. Read it with ``BatchReply.model_validate_json(body)``.
 
     Raises:
         pydantic.ValidationError: If the body is not JSON or is no batch reply at all. Bad groups inside a
@@ -99,7 +99,7 @@ class BatchReply(WireModel):
     status: str | None = None
     """``"error"`` when no trainer is registered, else absent."""
     message: str | None = None
-    """What the server says about `status`."""
+    """The server's words about `status`."""
 
     @property
     def state(self) -> BatchState:

@@ -28,7 +28,7 @@ from schemas._flat import (
 from schemas._wire import EmptyMeansNone, WireModel
 
 LOGPROB_SLACK: Final = 1e-6
-"""How far above 0 a log-prob may lie: float32 rounding of ``log_softmax`` can overshoot by about 1e-7."""
+"""Largest log-prob accepted: float32 rounding of ``log_softmax`` can overshoot by about 1e-7."""
 
 _LARGEST_FLOAT32: Final = 3.4028234663852886e38
 
@@ -77,7 +77,7 @@ class ScoredGroup(WireModel):
     messages: Annotated[list[Any] | None, EmptyMeansNone()] = None
     """[n] the conversations as text, for people. Never trained on, so its shape is not checked."""
     generation_params: _OptionalDict = None
-    """How the group was sampled, for example ``{"temperature": 0.7}``. None: not recorded."""
+    """Sampling settings of the group, for example ``{"temperature": 0.7}``. None: not recorded."""
     overrides: Annotated[
         Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None,
         EmptyMeansNone(),

@@ -1,4 +1,4 @@
-"""What every wire model shares: the strict base class, "empty means absent", and one-line error texts.
+"""Shared by every wire model: the strict base class, "empty means absent", and one-line error texts.
 
 The wire is JSON written by programs that we do not control. Models are strict (a float is not a token id, a
 string is not a score), frozen, and ignore keys that they do not know, so that a newer server does not break

@@ -1,4 +1,4 @@
-"""What inference servers say over HTTP: vLLM's routes as of 0.32.
+"""Requests and replies of inference servers over HTTP: vLLM's routes as of 0.32.
 
 Both ends use these models: the trainer as a client, the embedded server as a server. A request for
 completions keeps unknown fields (`model_extra`), because vLLM accepts them; the server decides which of them
@@ -25,7 +25,7 @@ LOWEST_LOGPROB = -9999.0
 TokenId = Annotated[int, Field(ge=0, strict=True)]
 TokenIds = list[TokenId]
 PauseMode = Literal["abort", "wait", "keep"]
-"""What becomes of the requests in flight: ended, finished first, or frozen until `/resume`."""
+"""Fate of the requests in flight: ended, finished first, or frozen until `/resume`."""
 
 
 def _now() -> int:
@@ -307,7 +307,7 @@ class LoadAdapterRequest(_Message):
     """Body of `POST /v1/load_lora_adapter`; the reply is a line of text."""
 
     lora_name: str
-    """What requests will put into `model`; a name that was never used before."""
+    """Name that requests will put into `model`; one that was never used before."""
     lora_path: str
     """Absolute path of a PEFT directory, as the server sees it. It has to stay as long as any request uses
     the adapter: vLLM may read it again."""
@@ -329,7 +329,7 @@ class CurrentAdapter(_Message):
 
 
 class LoraLimits(_Message):
-    """What a vLLM server was started with."""
+    """Settings that a vLLM server was started with."""
 
     max_loras: int
     """Adapters that one step of the engine can serve side by side."""

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 from schemas.inference import TokenIds
 
 PauseMode = Literal["abort", "retract", "in_place"]
-"""What becomes of the requests in flight: ended; back into the queue, their keys and values to be computed
+"""Fate of the requests in flight: ended; back into the queue, their keys and values to be computed
 again; or frozen as they are, with keys and values that old weights computed."""
 
 
@@ -127,7 +127,7 @@ class GenerateRequest(_Request):
     """First prompt token to score; what comes from there on is not taken from the prefix cache. None and
     -1: none, only generated tokens."""
     top_logprobs_num: int | None = None
-    """How many of the likeliest tokens to tell at each position."""
+    """Number of the likeliest tokens to tell at each position."""
 
 
 class TokenLogProb(NamedTuple):
@@ -140,7 +140,7 @@ class TokenLogProb(NamedTuple):
 
 
 class MetaInfo(_Reply):
-    """What SGLang tells of one reply, besides its text."""
+    """Facts of one reply of SGLang, besides its text."""
 
     cached_tokens: int | None = None
     """Prompt tokens whose keys and values were taken from the prefix cache."""

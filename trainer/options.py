@@ -247,7 +247,7 @@ class SapoOptions(RatioOptions):
     """Options of `sapo`."""
 
     temperature_positive: float = Field(default=1.0, gt=0)
-    """How fast the gradient falls as the ratio leaves 1, under a positive advantage."""
+    """Rate at which the gradient falls as the ratio leaves 1, under a positive advantage."""
     temperature_negative: float = Field(default=1.05, gt=0)
     """The same under a negative advantage, where leaving is less stable."""
 
@@ -365,14 +365,14 @@ class StdOptions(Options):
     """Options of estimators that divide by a standard deviation."""
 
     std: Literal["n", "n-1"] = "n"
-    """What the standard deviation's sum of squares is divided by. n-1: as TRL and verl do."""
+    """Divisor of the standard deviation's sum of squares. n-1: as TRL and verl do."""
 
 
 class LengthShapingOptions(Options):
     """Options of `length_shaping`."""
 
     weight: float = Field(default=0.1, ge=0)
-    """What the longest sequence of a group loses, as a share of the group's mean score."""
+    """Loss of the longest sequence of a group, as a share of the group's mean score."""
 
 
 # Ours by name, in the order in which help texts have them; each is a function of `trainer.losses` or

@@ -40,7 +40,7 @@ class Lateness:
         self.group_size: float | None = None
         """Sequences per group in the last batch."""
         self.failure: BaseException | None = None
-        """What ended the fetching."""
+        """The error that ended the fetching."""
         self._settings = settings
         self._marks = marks
         self._process = process

@@ -28,9 +28,9 @@ class FetchedBatch(Generic[P]):
     served_version: int
     """Policy version that was served when it arrived; -1: unknown."""
     prepared: P | None = None
-    """What was made of the reply ahead; None: nothing yet."""
+    """The prepared reply ahead; None: nothing yet."""
     failure: Exception | None = None
-    """What `prepare` raised instead; for whoever takes the batch to raise when its turn has come."""
+    """The error that `prepare` raised instead; raised again when this batch's turn has come."""
     unreadable: str | None = None
     """Why the body is no batch at all, to be set aside whole. None: it is one."""
 

@@ -17,7 +17,7 @@ class FetcherSettings(ConnectionSettings):
     """Says how to reach the API and how to poll it."""
 
     registration: Registration
-    """How to register; its `starting_step` is kept current."""
+    """The registration to send; its `starting_step` is kept current."""
     first_pause: float = Field(default=0.1, gt=0)
     """Seconds between polls when the API has no data; doubles."""
     longest_pause: float = 1.0

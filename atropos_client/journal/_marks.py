@@ -31,7 +31,7 @@ COUNTED: Final = (
     "registrations",
     "re_registrations",
 )
-"""What the fetching process counts; see `FetchCounters`."""
+"""Counters of the fetching process; see `FetchCounters`."""
 
 _FIELDS: Final = (
     "writes",  # transactions that were committed, at least
@@ -91,7 +91,7 @@ class Marks:
 
     @property
     def trouble(self) -> str | None:
-        """What the last request to the API failed of. None: it did not fail."""
+        """Failure of the last request to the API. None: it did not fail."""
         text = self._read(_TROUBLE_AT, _TROUBLE_BYTES).split(b"\n")[0].rstrip()
         return text.decode(errors="replace") or None
 

@@ -30,14 +30,14 @@ _ENTRY: Final = (
 
 
 class JournalReader:
-    """What can be read of a journal. Threads may share it."""
+    """Reads a journal. Threads may share it."""
 
     def __init__(self, directory: Path, connection: sqlite3.Connection, marks: Marks) -> None:
         """Take over an open database."""
         self.directory = directory
         """Where it lies."""
         self.marks = marks
-        """What its processes tell each other, and the next start."""
+        """Notes of its processes to each other, and to the next start."""
         self._path = directory / FILE_NAME
         self._connection = connection
         self._guard = threading.RLock()

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from atropos_client.errors import JournalFull
 
 Outcome = Literal["received", "trained", "set_aside", "skipped"]
-"""What became of a batch: nothing yet; trained on; kept with a reason; passed over with a reason."""
+"""Outcome of a batch: none yet; trained on; kept with a reason; passed over with a reason."""
 
 UNKNOWN_VERSION: Final = -1
 
@@ -74,7 +74,7 @@ class LedgerEntry:
     sha256: str
     """Of the body, not compressed; hexadecimal."""
     outcome: Outcome
-    """What became of it."""
+    """Outcome."""
     step: int | None
     """Optimizer step that trained on it. None: none did."""
     reason: str | None
@@ -91,7 +91,7 @@ class JournaledBatch:
 
     entry: LedgerEntry
     body: bytes
-    """What the API sent, decompressed, byte for byte."""
+    """The API's reply, decompressed, byte for byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class RewindReport:
     waiting: int
     """Batches after the checkpoint, to be trained next."""
     undone: int
-    """How many of them had an outcome that the checkpoint does not count."""
+    """Number of them with an outcome that the checkpoint does not count."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""What only a GPU can confirm: `run.sh` runs all of it."""
+"""Measurements that only a GPU can give: `run.sh` runs all of them."""

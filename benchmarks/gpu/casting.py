@@ -1,4 +1,4 @@
-"""What a publish costs before anything is sent: casting the weights and cutting them into buckets.
+"""Measures a publish before anything is sent: casting the weights and cutting them into buckets.
 
     python -m benchmarks.gpu.casting --device cuda --model qwen3-0.6b-random
 

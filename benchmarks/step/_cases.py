@@ -49,7 +49,7 @@ class Case:
 
     @cached_property
     def body(self) -> bytes:
-        """What `GET /batch` would answer."""
+        """The reply that `GET /batch` would give."""
         return json.dumps({"batch": self.groups}).encode()
 
     @cached_property
@@ -121,7 +121,7 @@ def _rows(group: Group) -> list[Row]:
 
 @dataclass(frozen=True)
 class Shape:
-    """How the batch of a case is drawn: what one group looks like, and how many there are."""
+    """Shape of a case's batch: what one group looks like, and how many there are."""
 
     title: str
     draw: Callable[[random.Random, Callable[[int], list[int]]], list[tuple[list[int], list[bool]]]]

@@ -1,4 +1,4 @@
-"""What all contenders have in common: load, prepare a batch, make one step, show the gradients."""
+"""The common part of all contenders: load, prepare a batch, make one step, show the gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is equal for all contenders of a run."""
+    """Settings equal for all contenders of a run."""
 
     model: Path
     """Directory of a Hugging Face checkpoint with a tokenizer."""
@@ -61,7 +61,7 @@ class Contender(ABC):
     @property
     @abstractmethod
     def model(self) -> nn.Module:
-        """What holds the gradients."""
+        """The module that holds the gradients."""
 
     @property
     @abstractmethod
@@ -70,7 +70,7 @@ class Contender(ABC):
 
     @property
     def gradient_scale(self) -> float:
-        """What its gradients are multiplied by to be those of mean over sequences of mean over tokens."""
+        """Factor that makes its gradients those of the mean over sequences of the mean over tokens."""
         return 1.0
 
     def gradients(self) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class Contender(ABC):
 
 
 def autocast(setting: Setting) -> contextlib.AbstractContextManager[Any]:
-    """What Accelerate wraps a forward pass in under the same mixed precision."""
+    """The context that Accelerate wraps a forward pass in under the same mixed precision."""
     if setting.dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(setting.device.type, dtype=setting.dtype)

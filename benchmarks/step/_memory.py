@@ -13,7 +13,7 @@ __all__ = ["Peak", "PeakMemory"]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""What the kernel takes as: set the peak of the resident set (VmHWM) to the present value."""
+"""Written to the kernel to set the peak of the resident set (VmHWM) to the present value."""
 
 
 @dataclass(frozen=True)

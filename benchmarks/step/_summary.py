@@ -30,7 +30,7 @@ BARS: dict[tuple[str, str], float] = {
     ("c", "float32"): 9.0,
     ("c", "bfloat16"): 9.0,
 }
-"""How many times as long as ours the example trainer must take at least, by case and dtype."""
+"""Bar: times as long as ours that the example trainer must take at least, by case and dtype."""
 MOST_MEMORY = 0.5
 """Our peak memory, as a share of the example trainer's, at most."""
 MOST_FLOOR = 1.15

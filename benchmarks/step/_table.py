@@ -42,7 +42,7 @@ def cells(summary: Summary) -> list[str]:
 
 
 def describe_counts(counts: dict[str, int]) -> str:
-    """What the batch holds."""
+    """Contents of the batch."""
     return (
         f"{counts['sequences']} sequences in {counts['groups']} groups; tokens: "
         f"{counts['sequence_tokens']:,} in all, {counts['unique_tokens']:,} unique, "

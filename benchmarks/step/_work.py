@@ -1,4 +1,4 @@
-"""How much arithmetic a step is: for MFU, the share of a device's peak that does useful work."""
+"""Counts the arithmetic of a step: for MFU, the share of a device's peak that does useful work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRIME_RL = {"tokens_per_second": 11_900.0, "mfu": 0.111, "peak_gib": 12.5}
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """What one token, one prediction and one attended pair cost in the forward pass, in FLOP."""
+    """Cost of one token, one prediction and one attended pair in the forward pass, in FLOP."""
 
     per_token: float
     """2 x the weights of the decoder layers' matrices (and nothing else: no embedding, no norms)."""

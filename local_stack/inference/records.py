@@ -16,7 +16,7 @@ from schemas.inference import CompletionRequest
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """How to load the model and how much to run at once."""
+    """Settings of loading the model, and of how much to run at once."""
 
     model: str
     """A Hugging Face directory (or hub id) with safetensors weights and a tokenizer."""
@@ -61,7 +61,7 @@ class Request:
 
     prompt_ids: list[int]
     parameters: CompletionRequest
-    """How to continue it; of its prompts, this is one."""
+    """The request that this prompt belongs to: how to continue it."""
     max_tokens: int
     """As asked for, or what the context has room for."""
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())

@@ -11,7 +11,7 @@ from local_stack.inference.errors import RequestRefused
 from local_stack.inference.records import Sequence
 
 _CONTEXT_TOKENS = 6
-"""How many prompt tokens are decoded along, so that the first generated piece keeps its leading space."""
+"""Number of prompt tokens decoded along, so that the first generated piece keeps its leading space."""
 
 
 class TextCodec:

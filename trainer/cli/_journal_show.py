@@ -123,7 +123,7 @@ def _decoder(tokenizer: str, output: Path) -> Decode:
 
 
 def _models_of(output: Path) -> list[str]:
-    """What the run's newest checkpoint says of where its model and its tokenizer are."""
+    """Reads from the run's newest checkpoint where its model and its tokenizer are."""
     from trainer.checkpoints.manifest import read_manifest
     from trainer.checkpoints.retention import list_checkpoints
 

@@ -143,7 +143,7 @@ class DataSettings(Section):
     """From scored groups to micro-batches."""
 
     advantage_estimator: str = "group_norm"
-    """How scores become advantages where a group carries no token-level advantages. group_norm: (score -
+    """Makes advantages of scores where a group carries no token-level advantages. group_norm: (score -
     mean) / standard deviation (GRPO). group_center: score - mean (Dr. GRPO). leave_one_out: score - mean of
     the others (RLOO). raw: the score. opo: score - mean weighted by length. maxrl: (score - mean) / mean.
     pass_at_k: the best sequence's lead. length_shaping: score - mean, less for long ones.
@@ -169,7 +169,7 @@ class DataSettings(Section):
     sampling_temperature_of: dict[int, Annotated[float, Field(ge=0.01, le=100)]] = Field(default_factory=dict)
     """The same for single environments, by the number that the API gave them: 0 for the first to register."""
     packing: Literal["auto", "prefix_tree", "plain", "padded"] = "auto"
-    """How sequences share a micro-batch. prefix_tree: no padding, tokens that sequences of a group share
+    """Layout of sequences in a micro-batch. prefix_tree: no padding, tokens that sequences of a group share
     at their start are computed once. plain: no padding, sequences one after another. padded: one row a
     sequence. auto: the first of them that the model can take, by a test at the start."""
     tokens_per_micro_batch: int = Field(default=4096, gt=0)
@@ -306,7 +306,7 @@ class LossSettings(Section):
 
     @property
     def user_of_inference_logprobs(self) -> str | None:
-        """What uses the sampler's log-probs, for messages; None if nothing does."""
+        """Names the part that uses the sampler's log-probs, for messages; None if nothing does."""
         if not self.needs_inference_logprobs:
             return None
         if self.name != "weighted_sft":

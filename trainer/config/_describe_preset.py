@@ -85,7 +85,7 @@ def _with_defaults(config: TrainerConfig) -> TrainerConfig:
 
 
 def _objective_settings(config: TrainerConfig) -> dict[str, Any]:
-    """What makes up the objective, by dotted name; loss.preset is only a name for it."""
+    """Settings that make up the objective, by dotted name; loss.preset is only a name for it."""
     sections = {"loss": config.loss, "data": config.data, "distillation": config.distillation}
     tree = {name: section.model_dump() for name, section in sections.items()}
     return {

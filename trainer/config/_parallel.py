@@ -10,7 +10,7 @@ from trainer.config._base import Section
 
 
 class ParallelSettings(Section):
-    """How the weights are spread over the processes that train together."""
+    """Spread of the weights over the processes that train together."""
 
     mode: Literal["replicated", "sharded", "gathered"] = "replicated"
     """replicated: every process holds whole weights (DistributedDataParallel). sharded: each holds a part of

@@ -273,7 +273,7 @@ def with_preset(values: Any) -> Any:
 
 
 def _set_by_hand(section: Any) -> dict[str, Any] | None:
-    """What is set in a section, to be changed; None if it is no section."""
+    """The settings of a section, to be changed; None if it is no section."""
     if isinstance(section, BaseModel):
         return {name: getattr(section, name) for name in section.model_fields_set}
     return dict(section) if isinstance(section, Mapping) else None

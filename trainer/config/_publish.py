@@ -65,8 +65,8 @@ class PublishSettings(Section):
     verify: bool = True
     """After each publish compare the servers' log-probs of fixed texts with the trainer's own."""
     logprobs: Literal["any", "raw", "scaled"] = "any"
-    """What the servers' log-probs must be at sampling temperatures other than 1: of the model's distribution
-    (raw), or of the one that was sampled from (scaled). Anything else then ends the run at its start. any:
+    """Distribution that the servers' log-probs must be of at sampling temperatures other than 1: the model's
+    (raw), or the one that was sampled from (scaled). Anything else then ends the run at its start. any:
     where the loss needs the other kind there is only a warning."""
     tolerance: float | None = Field(default=None, gt=0)
     """Largest mean absolute log-prob difference, in nats, that verification accepts. None: by dtype."""

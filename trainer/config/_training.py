@@ -93,7 +93,7 @@ class TrainSettings(Section):
     """Mean absolute difference between the sampler's and the trainer's log-probs, in nats, from which on a
     batch of the current version is alarming. None: never."""
     mismatch_action: Literal["warn", "stop"] = "warn"
-    """What an alarm does. warn: a line in the log, and mismatch_alarms_total. stop: the batch is set aside
+    """Effect of an alarm. warn: a line in the log, and mismatch_alarms_total. stop: the batch is set aside
     before the weights change, and the run ends."""
     masked_alarm: float | None = Field(default=0.5, gt=0, le=1)
     """Share of a step's trained tokens without gradient, because the loss or its correction masks them, past

@@ -46,7 +46,7 @@ class TrainerConfig(Section):
     train: TrainSettings = Field(default_factory=TrainSettings)
     """The run."""
     parallel: ParallelSettings = Field(default_factory=ParallelSettings)
-    """How the weights are spread over the processes that train together."""
+    """Spread of the weights over the processes that train together."""
     publish: PublishSettings = Field(default_factory=PublishSettings)
     """Publishing weights and proving that they are served."""
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
@@ -61,7 +61,7 @@ class TrainerConfig(Section):
 
     @property
     def replaced_by_preset(self) -> Mapping[str, tuple[str, Any]]:
-        """What a preset took the place of in a lower layer: by dotted name, where it stood, and its value."""
+        """Settings of a lower layer that a preset replaced: by dotted name, where it stood, and its value."""
         return self._replaced
 
     def note_replaced(self, replaced: Mapping[str, tuple[str, Any]]) -> None:

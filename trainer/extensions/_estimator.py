@@ -28,7 +28,7 @@ NAMES_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "max_rl": "maxrl",
     }
 )
-"""What papers and other trainers call our estimators, for the message on a name that is none of ours."""
+"""Names of our estimators in papers and other trainers, for the message on a name that is none of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)

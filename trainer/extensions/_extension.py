@@ -1,4 +1,4 @@
-"""What losses and estimators have in common, and losses: a function that a setting names, with options."""
+"""A function that a setting names, with options: the common part of losses and estimators, and losses."""
 
 from __future__ import annotations
 

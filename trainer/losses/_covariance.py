@@ -29,7 +29,7 @@ from trainer.options import ClipCovOptions, KlCovOptions
 
 @dataclass(frozen=True, kw_only=True)
 class StepCovariance:
-    """What the covariance of a token is computed from, and which ones are large."""
+    """Inputs of the covariance of a token, and which covariances are large."""
 
     mean_advantage: Tensor
     """0-dim, over the step's trained tokens."""

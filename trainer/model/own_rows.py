@@ -133,7 +133,7 @@ class LoadedModel:
 
     @property
     def tested(self) -> nn.Module:
-        """What is decided by weights is decided on this: the model, or its first layers."""
+        """Stands for the model where its weights decide: the model itself, or its first layers."""
         tested: nn.Module = self.model if self.first_layers is None else self.first_layers
         return tested
 

@@ -40,7 +40,7 @@ _CONTROL_TIMEOUT: Final = timedelta(hours=2)
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How many copies of the weights there are, over how many processes each is spread, and our place."""
+    """Number of copies of the weights, of processes that each is spread over, and our place."""
 
     copies: int = 1
     """Copies of the weights, all the same after every step."""
@@ -69,7 +69,7 @@ class Spread:
 
     @property
     def teams(self) -> int:
-        """How many micro-batches are computed at a time."""
+        """Number of micro-batches computed at a time."""
         return self.processes // self._team_size
 
     def team_of(self, rank: int) -> int:

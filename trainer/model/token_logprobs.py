@@ -93,7 +93,7 @@ class _Predictions:
 
 @dataclass(frozen=True, kw_only=True)
 class _Targets:
-    """What is scored: the N trained tokens, and after them the candidates that there are."""
+    """Tokens to score: the N trained ones, and after them the candidates that there are."""
 
     rows: Tensor  # [N + M] into U
     token_ids: Tensor  # [N + M]

@@ -93,7 +93,7 @@ class Progress:
         self.stopping = False
         """Whether the run is to end, or ends."""
         self.processes = 1
-        """How many train together."""
+        """Number of processes that train together."""
         self.silent_processes: Callable[[], Mapping[int, float]] = dict
         """Gives the ranks from which nothing is heard, with the seconds of it, at once."""
         self.served_version: Callable[[], int | None] = lambda: None

@@ -85,7 +85,7 @@ def process_costs(costs: Sequence[float], processes: int) -> list[float]:
 
 
 def step_cost(costs: Sequence[float], processes: int, *, lock_step: bool = False) -> float:
-    """What a step of micro-batches so ordered costs the slowest process, its waiting for others included."""
+    """Cost of a step of micro-batches so ordered for the slowest process, its waiting for others included."""
     if lock_step:
         return sum(max(costs[first : first + processes]) for first in range(0, len(costs), processes))
     return max(process_costs(costs, processes))

@@ -61,7 +61,7 @@ REMEDIES: dict[Phase, str] = {
     ),
     Phase.ACTIVATE: "see that the server runs our middleware (docs/engines), which takes the adapter's name",
 }
-"""What to do about a failure of a phase, unless more is known."""
+"""Advice on a failure of a phase, unless more is known."""
 
 
 class PublishError(TrainerError):

@@ -53,7 +53,7 @@ class InferenceServer(ABC):
     """
 
     remedies: ClassVar[Mapping[Phase | int, str]] = {}
-    """What to do about a failure of a phase, or about a status, where it is another than with vLLM."""
+    """Advice on a failure of a phase, or on a status, where it is another than with vLLM."""
 
     def __init__(self, url: str, settings: PublishSettings) -> None:
         seconds = dict.fromkeys(Phase, settings.pause_timeout)

@@ -31,7 +31,7 @@ class Job:
 
     staged: StagedWeights
     expectation: Expectation | None
-    """What a server that has it should say. None: not to be verified."""
+    """Log-probs that a server which has it should give. None: not to be verified."""
 
     @property
     def version(self) -> int:

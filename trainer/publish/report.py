@@ -46,7 +46,7 @@ class ServerOutcome:
     comparison: Comparison | None = None
     """Verification's numbers. None: not verified."""
     errors: tuple[ServerFailure, ...] = ()
-    """What went wrong, in order. Empty: the version is served."""
+    """Failures, in order. Empty: the version is served."""
 
     @property
     def is_disproved(self) -> bool:
@@ -82,7 +82,7 @@ class PublishReport:
 
     @property
     def pause_seconds(self) -> float:
-        """How long generation stood still at the server where it stood longest."""
+        """Seconds for which generation stood still at the server where it stood longest."""
         return max(outcome.pause_seconds for outcome in self.servers)
 
     def metrics(self) -> dict[str, float]:

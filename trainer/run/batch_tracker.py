@@ -41,7 +41,7 @@ _MOST_TOKENS = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class SettledCounts:
-    """What `CheckpointState` has of the batches of a run, under the same names."""
+    """Fields of `CheckpointState` about the batches of a run, under the same names."""
 
     batches: int
     position: str

@@ -34,7 +34,7 @@ class EntropyBonus:
 
     @property
     def state(self) -> dict[str, float]:
-        """What a checkpoint has to hold; empty where nothing is adapted."""
+        """State for a checkpoint; empty where nothing is adapted."""
         if self._settings.entropy_target is None or math.isinf(self._entropy):
             return {}
         first = self._settings.entropy_coefficient

@@ -277,7 +277,7 @@ class StepRunner:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(self._model)
 
     def _step_statistics(self, share: StepShare) -> Any:
-        """What the loss computes from the whole step's tokens beforehand; None for most losses."""
+        """The loss's results from the whole step's tokens beforehand; None for most losses."""
         if self._loss.step_statistics is None:
             return None
         columns = share.columns

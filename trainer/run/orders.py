@@ -29,7 +29,7 @@ _HEARTBEAT_SECONDS: Final = 5.0
 
 
 class Order(IntEnum):
-    """What process 0 announces."""
+    """Announcements of process 0."""
 
     WAIT = auto()
     """It waits for a batch. All say whether they were asked to stop."""
@@ -50,7 +50,7 @@ class Order(IntEnum):
 
 
 class Outcome(IntEnum):
-    """How a run ended, as the others hear it with `Order.STOP`."""
+    """End of a run, as the others hear it with `Order.STOP`."""
 
     DONE = auto()
     STOPPED = auto()

@@ -1,4 +1,4 @@
-"""What the processes of a run say of themselves: that they live, and what ended them.
+"""Messages between the processes of a run: that they live, and what ended them.
 
 They say it in the store in which they found each other, from a thread of its own, so that it does not depend
 on what the training threads do. When a connection breaks, it is from here that the message knows whose.

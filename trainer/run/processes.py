@@ -105,7 +105,7 @@ class JoinedRun:
 
     @property
     def count(self) -> int:
-        """How many processes train together."""
+        """Number of processes that train together."""
         return int(self.accelerator.num_processes)
 
     def any(self, ours: bool) -> bool:

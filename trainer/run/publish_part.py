@@ -1,4 +1,4 @@
-"""What every process does for a publish: copies of weights, and log-probs of the probes.
+"""The part of every process in a publish: copies of weights, and log-probs of the probes.
 
 With whole weights process 0 does it alone. Where weights are spread over processes, the others do it too, as
 process 0 announces it: they send their rows, and take part in the passes.
@@ -56,7 +56,7 @@ class PublishPart:
 
     @cached_property
     def probes(self) -> Probes:
-        """What verification asks, the same on every process."""
+        """The questions of verification, the same on every process."""
         limit = self._policy.limits.max_sequence_length
         context = min(limit, self._config.atropos.max_token_length)
         return make_probes(self._policy.tokenizer, self._settings.probes, context=context)

@@ -32,7 +32,7 @@ Accept = Callable[[TrainerConfig, Checkpoint | None], None]
 """Asked whether the batches go on from a checkpoint (None: from the beginning); raises if they do not."""
 
 _NONE = -1
-"""What process 0 tells the others instead of a checkpoint's step."""
+"""Told by process 0 to the others instead of a checkpoint's step."""
 
 
 def accept_any(config: TrainerConfig, checkpoint: Checkpoint | None) -> None:

@@ -1,4 +1,4 @@
-"""What has to be known of a step's tokens before the first of them is trained on."""
+"""Scores a step's tokens before the first of them is trained on."""
 
 from __future__ import annotations
 

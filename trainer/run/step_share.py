@@ -1,4 +1,4 @@
-"""What each process computes of a step, and how process 0 sends it: as tensors, never as a pickle.
+"""Shares a step out: process 0 sends each process its part, as tensors, never as a pickle.
 
 Process 0 prepares and packs a step. All processes get equally many micro-batches, so that none waits for
 ever, and what a loss wants to know of the whole step.

@@ -47,7 +47,7 @@ class PreparedRun:
     model: nn.Module
     """As Accelerate wrapped it."""
     spread: Spread
-    """How its weights are spread over the processes."""
+    """Spread of its weights over the processes."""
     optimizer: torch.optim.Optimizer
     normalizer: AdvantageNormalizer
     entropy_bonus: EntropyBonus

@@ -1,4 +1,4 @@
-"""What a teacher says of the tokens of a group: its candidates at each position and their log-probs.
+"""A teacher's words on the tokens of a group: its candidates at each position and their log-probs.
 
 Environments send `distill_token_ids` and `distill_logprobs` [n][T][k], token-aligned, as vLLM's
 `prompt_logprobs` are: candidates at position t are for token t, given those before it. k differs from

@@ -20,7 +20,7 @@ class PreparedStep:
     micro_batches: list[MicroBatch]
     """Empty if no sample of the batch has a gradient."""
     seconds: float
-    """How long preparing and packing took, parsing not counted."""
+    """Seconds that preparing and packing took, parsing not counted."""
 
 
 IncomingBatch = FetchedBatch[PreparedStep]

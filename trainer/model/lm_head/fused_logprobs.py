@@ -179,7 +179,7 @@ class _Forward(NamedTuple):
 
 
 class _Bend(NamedTuple):
-    """What a logit's gradient is, as a multiple of its softmax: `constant - slope * log softmax`."""
+    """A logit's gradient as a multiple of its softmax: `constant - slope * log softmax`."""
 
     constant: Tensor  # [U, 1]
     slope: Tensor  # [U, 1]

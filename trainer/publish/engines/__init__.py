@@ -1,1 +1,1 @@
-"""What each inference engine speaks: its routes, and how the trainer joins its weight transfer."""
+"""Adapters for each inference engine: its routes, and how the trainer joins its weight transfer."""

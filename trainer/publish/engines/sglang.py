@@ -25,13 +25,13 @@ from trainer.publish.interfaces import InferenceServer, NextToken
 GENERATE = "POST /generate"
 
 IDLE_SECONDS = 10.0
-"""How long emptying the cache may wait until the scheduler is done with requests that a pause has ended."""
+"""Seconds that emptying the cache may wait for the scheduler to be done with requests that a pause ended."""
 
 PAUSE_MODES: dict[str, wire.PauseMode] = {"keep": "retract", "abort": "abort"}
 """`publish.pause_mode` in SGLang's words; `wait` is no pause."""
 
 LIKELIEST_TOKENS = 5
-"""How many tokens' log-probs a generated token comes with."""
+"""Number of tokens whose log-probs come with a generated token."""
 
 REMEDIES: dict[Phase | int, str] = {
     HTTPStatus.UNAUTHORIZED: (

@@ -48,7 +48,7 @@ class _ServerState:
     version: int | None = None
     """The version loaded last."""
     tries: int = 0
-    """How often it was loaded."""
+    """Number of times that it was loaded."""
     name: str | None = None
     """The name it was loaded under, the last time."""
     activated: list[str] = field(default_factory=list)

@@ -41,7 +41,7 @@ float32 1.4e-5 (the embedded server), float16 0.005 to 0.008, bfloat16 0.04 to 0
 closer. The margins are for other kernels and hardware; a wrong model is off by whole nats."""
 
 DEFAULT_DTYPE = "bfloat16"
-"""What a server computes in when the checkpoint does not say."""
+"""Type that a server computes in when the checkpoint does not say."""
 
 LEAST_NOISE = 1e-6
 """Nats. Even a server that agreed with the trainer on every digit once may round differently next time."""
@@ -59,7 +59,7 @@ MIN_FRACTION = 0.5
 to the new ones. With `MAX_BLUR` both 0 and 1 are five times the blur away."""
 
 USUAL_GROWTH = 1.75
-"""How much further off than usual a server may be, as a factor. Over versions of one model the mean
+"""Factor by which a server may be further off than usual. Over versions of one model the mean
 difference varies by a tenth in bfloat16; one broken tensor of a 135M model raises it by half at the very
 least, and as a rule to several times as much."""
 
@@ -139,9 +139,9 @@ class Comparison:
     """Tokens of the passage that came from the prefix cache at the first request after the update, which
     must be 0. None: the server does not tell."""
     logprob_kind: str | None = None
-    """What the server's log-probs are at a temperature other than 1 (`LogprobKind`). None: not asked."""
+    """Meaning of the server's log-probs at a temperature other than 1 (`LogprobKind`). None: not asked."""
     detail: str = ""
-    """What is wrong with the numbers, in words."""
+    """The fault of the numbers, in words."""
 
     @property
     def matches(self) -> bool:

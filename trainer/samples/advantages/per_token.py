@@ -35,7 +35,7 @@ def sequence_advantages(group: ScoredGroup, *, estimator: BoundEstimator) -> lis
 
 
 def _scores_of(group: ScoredGroup) -> GroupScores:
-    """What an estimator sees of a group."""
+    """The facts of a group that an estimator sees."""
     return GroupScores(scores=group.scores, trained_tokens=_trained_tokens(group))
 
 

@@ -30,7 +30,7 @@ CONNECT_ROUTES = ("/init_weight_transfer_engine", "/shutdown_weight_transfer_eng
 """The steps of a weight transfer that only join or leave the group of those who transfer."""
 
 LIKELIEST_TOKENS = 5
-"""How many tokens' log-probs a generated token comes with; servers allow 20."""
+"""Number of tokens whose log-probs come with a generated token; servers allow 20."""
 
 NEUTRAL_SAMPLING: dict[str, Any] = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Sent along, because a server may otherwise take its defaults from the model's generation_config.json."""
