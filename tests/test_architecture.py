@@ -66,6 +66,13 @@ def test_imports_between_rooms_point_one_way(room: str) -> None:
     assert {top: files for top, files in tops_of(room).items() if top in forbidden} == {}
 
 
+def test_only_the_integration_imports_verl_and_it_does_not_import_the_demo() -> None:
+    assert files_of("verl_integration")
+    assert "local_stack" not in tops_of("verl_integration")
+    for room in ROOMS:
+        assert {"verl", "ray", "verl_integration"} & tops_of(room).keys() == set(), room
+
+
 def room_of(module: str) -> str:
     """The room of a module of the trainer."""
     return module.split(".")[1]

@@ -105,10 +105,12 @@ def prepare_batch(
     loss: LossSettings,
     normalizer: AdvantageNormalizer,
     distillation: DistillationSettings | None = None,
+    keep_all: bool = False,
 ) -> PreparedBatch:
     """Prepare one optimizer step.
 
     Every process calls it with the same batch and gets the same answer; they divide the work afterwards.
+    With `keep_all` also samples without a gradient stay, for a trainer that counts its denominators itself.
     """
     distillation = distillation or DistillationSettings()
     penalized: list[ScoredGroup] = []
@@ -170,7 +172,8 @@ def prepare_batch(
     computed = [
         index
         for index, tokens in enumerate(trained)
-        if tokens and (loss.trains_without_advantage or distillation.is_loss or has_gradient[index])
+        if tokens
+        and (keep_all or loss.trains_without_advantage or distillation.is_loss or has_gradient[index])
     ]
     return PreparedBatch(
         samples=[samples[index] for index in computed],
