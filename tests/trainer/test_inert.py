@@ -51,6 +51,14 @@ def test_an_option_of_another_weight_is_refused() -> None:
         load("--loss.correction.weight", "token_tis", "--loss.correction.icepop_high", "4")
 
 
+@pytest.mark.parametrize("words", [[], ["--loss.reduction", "token"], ["--loss.preset", "dapo"]])
+def test_a_constant_that_no_reduction_divides_by_is_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigurationError, match=r"constant_length: it has no effect without loss\.reduction"):
+        load("--loss.constant_length", "64", *words)
+    load("--loss.constant_length", "64", "--loss.reduction", "constant")
+    load("--loss.constant_length", "64", "--loss.preset", "rloo")
+
+
 def test_a_default_that_is_written_is_no_fault() -> None:
     load(
         "--loss.kl_estimator",

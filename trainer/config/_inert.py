@@ -22,6 +22,7 @@ _CHOSEN_BY: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "loss.correction.reject_estimator": ("loss.correction.reject", ()),
     "loss.correction.reject_above": ("loss.correction.reject", ()),
     "loss.correction.reject_below": ("loss.correction.reject", ()),
+    "loss.constant_length": ("loss.reduction", ("constant",)),
     "loss.entropy_step": ("loss.entropy_target", ()),
     "distillation.coefficient": ("distillation.mode", ()),
     "distillation.reward_coefficient": ("distillation.mode", ()),
