@@ -16,13 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import trainer.monitoring.server as server_module
 from tests.forked import PROCESSES
 from tests.trainer.batches import make_body
 from trainer.config import TrainerConfig, load_config
 from trainer.monitoring import Progress, RunPhase
-from trainer.monitoring.health import health_report
+from trainer.monitoring.health import health_report, metrics_page
 from trainer.monitoring.phases import phase_deadlines
 from trainer.monitoring.server import HealthServer, PageReply
 from trainer.monitoring.watchdog import Watchdog
@@ -85,6 +86,20 @@ def test_the_report_says_starting_ok_overdue_and_stopping() -> None:
     assert health_report(progress, deadlines)["status"] == "ok"
     progress.stopping = True
     assert health_report(progress, deadlines)["status"] == "stopping"
+
+
+def test_every_number_of_the_report_is_in_the_metrics() -> None:
+    words = ("status", "phase", "waiting_for", "silent_processes", "pid", "time")
+    report = health_report(Progress(), phase_deadlines(settings()))
+    numbers = {name: float(place) for place, name in enumerate(report) if name not in words}
+    page = metrics_page(lambda: report | numbers | {"silent_processes": {"1": 31.0, "3": 40.0}})()
+    samples = {
+        sample.name.removeprefix("atropos_trainer_").removesuffix("_total"): sample.value
+        for family in text_string_to_metric_families(page.body.decode())
+        for sample in family.samples
+        if not sample.labels
+    }
+    assert samples == numbers | {"silent_processes": 2.0, "healthy": 1.0}
 
 
 def test_a_phase_that_ends_in_its_grace_lets_the_run_go_on(
