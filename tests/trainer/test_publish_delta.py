@@ -1,0 +1,333 @@
+"""What changed between two versions: found, packed, written, read in the server, applied, summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from inference_plugins import atropos_delta
+from inference_plugins.atropos_delta import SOURCE, OwnCheckpoint, Receiver
+from trainer.model.base_checkpoint import DTYPES
+from trainer.publish.delta.bits import bits, element_sum, pack_indices, tensor_sum, wrapped
+from trainer.publish.delta.files import (
+    Label,
+    PublishedFile,
+    delta_name,
+    whole_name,
+    write_delta,
+    write_whole,
+)
+from trainer.publish.delta.snapshot import Snapshot
+
+MODE = 0o700
+SMALL = settings(max_examples=40, deadline=None)
+
+
+def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Any bits at all: NaN of every kind, infinities, both zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).to(torch.bool)
+    return torch.randint(0, 256, (size,), generator=generator).to(torch.uint8).view(dtype).reshape(shape)
+
+
+def changed(tensor: Tensor, share: float, seed: int) -> Tensor:
+    """Other bits at a share of the places."""
+    other = random_bits(tuple(tensor.shape), tensor.dtype, seed)
+    places = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)) < share
+    return torch.where(places, other, tensor)
+
+
+class Served(nn.Module):
+    """Holds weights as vLLM does: q, k and v as one, and of two workers each has half of their rows.
+
+    The norm is on both, the head's rows are filled up, and of the experts, which are one tensor here, each
+    is loaded by itself; the last matrix is cut by columns.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], rank: int, ranks: int) -> None:
+        super().__init__()
+        self.rank, self.ranks = rank, ranks
+        self.part = {name: self._part(name, tensor) for name, tensor in tensors.items()}
+        fused = [self.part[name] for name in ("q", "k", "v")]
+        self.qkv = torch.zeros_like(torch.cat(fused))
+        self.experts = torch.zeros(2, *self.part["expert.0"].shape, dtype=self.part["expert.0"].dtype)
+        self.head = torch.zeros(
+            len(self.part["head"]) + 3, *self.part["head"].shape[1:], dtype=torch.bfloat16
+        )
+        self.own = {name: torch.zeros_like(self.part[name]) for name in ("norm", "down", "scalar", "empty")}
+        self.fails_at = ""
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        if name in ("norm", "scalar", "empty"):
+            return whole
+        dim = 1 if name == "down" else 0
+        size = whole.shape[dim] // self.ranks
+        return whole.narrow(dim, size * self.rank, size)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        rows = len(self.part["q"])
+        for name, whole in weights:
+            part = self._part(name, whole)
+            if name in ("q", "k", "v"):
+                self.qkv.narrow(0, "qkv".index(name) * rows, rows).copy_(part)
+            elif name.startswith("expert"):
+                self.experts[int(name[-1])].copy_(part)
+            elif name == "head":
+                self.head[: len(part)].data.copy_(part)
+            elif name in self.own:
+                self.own[name].copy_(part)
+
+
+def a_model(seed: int = 0) -> dict[str, Tensor]:
+    shapes = {
+        **dict.fromkeys(("q", "k", "v"), (8, 16)),
+        "expert.0": (4, 6),
+        "expert.1": (4, 6),
+        "head": (10, 16),
+        "norm": (16,),
+        "down": (16, 8),
+        "empty": (0, 4),
+        "scalar": (),
+    }
+    return {
+        name: random_bits(shape, torch.bfloat16, seed + place)
+        for place, (name, shape) in enumerate(shapes.items())
+    }
+
+
+class Trainer:
+    """Publishes versions of tensors into a directory."""
+
+    def __init__(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        self.directory = directory
+        self.snapshot = Snapshot(torch.device("cpu"))
+        self.snapshot.advance(0, tensors.items())
+        self.snapshot.sum_up(None)
+        self.live = dict(tensors)
+
+    def whole(self) -> PublishedFile:
+        version = int(self.snapshot.version or 0)
+        label = Label(version=version, checksum=self.snapshot.checksum)
+        return write_whole(self.directory / whole_name(version), label, self.snapshot.tensors, mode=MODE)
+
+    def step(self, share: float = 0.1) -> PublishedFile:
+        base, version = self.snapshot.checksum, int(self.snapshot.version or 0) + 1
+        self.live = {name: changed(each, share, 100 * version) for name, each in self.live.items()}
+        changes = self.snapshot.advance(version, self.live.items())
+        assert changes is not None
+        self.snapshot.sum_up(changes)
+        label = Label(
+            version=version, checksum=self.snapshot.checksum, base_version=version - 1, base_checksum=base
+        )
+        path = self.directory / delta_name(version)
+        return write_delta(path, label, changes, self.snapshot.tensors, mode=MODE)
+
+
+class Worker:
+    """One worker of a server that was started with some tensors."""
+
+    def __init__(self, started_with: dict[str, Tensor], rank: int = 0, ranks: int = 1) -> None:
+        self.model = Served(started_with, rank, ranks)
+        self.model.load_weights(started_with.items())
+        self.path = "started/with"
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            yield from started_with.items()
+
+        self.receiver = Receiver(self.model, OwnCheckpoint(lambda: self.path, tensors))
+
+    def prepare(self, file: PublishedFile) -> dict[str, Any]:
+        self.receiver.prepare(file.name, file.sha256, file.size)
+        assert self.receiver._thread is not None
+        self.receiver._thread.join()
+        return self.receiver.state()
+
+    def take(self, file: PublishedFile) -> str | None:
+        state = self.prepare(file)
+        if state["error"] is not None:
+            return str(state["error"])
+        error: str | None = self.receiver.apply(file.name)["error"]
+        return error
+
+    def holds(self, tensors: dict[str, Tensor]) -> bool:
+        expected = Served(tensors, self.model.rank, self.model.ranks)
+        expected.load_weights(tensors.items())
+        pairs = [(self.model.qkv, expected.qkv), (self.model.experts, expected.experts)]
+        pairs += [
+            (self.model.head, expected.head),
+            *((self.model.own[n], expected.own[n]) for n in expected.own),
+        ]
+        return all(torch.equal(bits(ours), bits(theirs)) for ours, theirs in pairs)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    monkeypatch.setenv(SOURCE, str(tmp_path))
+    return Trainer(tmp_path, a_model(1000))
+
+
+@SMALL
+@given(st.sets(st.integers(0, 300_000), max_size=40))
+def test_places_come_out_of_their_packing_as_they_went_in(places: set[int]) -> None:
+    indices = torch.tensor(sorted(places), dtype=torch.int64)
+    assert atropos_delta.indices_from_gaps(pack_indices(indices)).tolist() == indices.tolist()
+
+
+@SMALL
+@given(
+    st.sampled_from(sorted(DTYPES.values(), key=str)),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    st.integers(0, 1 << 30),
+)
+def test_a_change_leads_from_the_old_bits_to_the_new_ones_and_from_the_old_sum_to_the_new_one(
+    dtype: torch.dtype, shape: list[int], share: float, seed: int
+) -> None:
+    old = random_bits(tuple(shape), dtype, seed)
+    new = changed(old, share, seed + 1)
+    snapshot = Snapshot(torch.device("cpu"))
+    assert snapshot.advance(0, [("x", old)]) is None
+    snapshot.sum_up(None)
+    changes = snapshot.advance(1, [("x", new)])
+    assert changes is not None
+    snapshot.sum_up(changes)
+    assert torch.equal(bits(snapshot.tensors["x"]), bits(new))
+    assert snapshot.sums["x"] == tensor_sum(new)
+    assert ("x" in changes) == (not torch.equal(bits(old), bits(new)))
+    if "x" in changes and (indices := changes["x"].indices) is not None:
+        values = changes["x"].values
+        assert values is not None
+        applied = bits(old).reshape(-1).clone()
+        assert bool((applied[indices] != bits(values)).all())  # nothing travels that is there already
+        applied[indices] = bits(values)
+        assert torch.equal(applied, bits(new).reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_file_is_larger_than_a_full_version_and_few_changes_take_few_bytes(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    old = torch.randn(400, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    whole = Trainer(tmp_path, {"x": old}).whole().size
+    for share in (0.0, 0.01, 0.3, 0.6, 0.65, 0.7, 1.0):
+        size = Trainer(tmp_path, {"x": old}).step(share).size
+        assert size <= 1.02 * whole
+        assert size <= 1024 + share * 1.02 * 200_000 * (dtype.itemsize + 1)
+
+
+@SMALL
+@given(st.integers(0, 1 << 30), st.integers(1, 40))
+def test_sums_of_parts_add_up_to_the_sum_of_the_whole(seed: int, cut: int) -> None:
+    whole = random_bits((41, 3), torch.bfloat16, seed)
+    numbers, indices = bits(whole).reshape(-1), torch.arange(whole.numel())
+    parts = [element_sum(indices[rows], numbers[rows]) for rows in (slice(0, cut), slice(cut, None))]
+    assert wrapped(sum(parts)) == tensor_sum(whole) == atropos_delta.element_sum(indices, numbers)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_workers_follow_versions_bit_by_bit_and_say_what_they_hold(ranks: int, trainer: Trainer) -> None:
+    workers = [Worker(a_model(), rank, ranks) for rank in range(ranks)]
+    files = [trainer.whole(), *(trainer.step(share) for share in (0.1, 0.0, 1.0, 0.3))]
+    told: list[dict[str, list[int]]] = []
+    for file in files:
+        told = [worker.prepare(file)["sums"] for worker in workers]
+        assert [worker.receiver.apply(file.name)["error"] for worker in workers] == [None] * ranks
+    assert all(worker.holds(trainer.live) for worker in workers)
+    for name, tensor in trainer.live.items():
+        counts = sum(each[name][1] for each in told)
+        copies = counts // max(1, tensor.numel())
+        assert counts == copies * tensor.numel()
+        assert wrapped(sum(each[name][0] for each in told)) == wrapped(copies * trainer.snapshot.sums[name])
+    state = workers[0].receiver.state()
+    assert (state["version"], state["checksum"]) == (4, trainer.snapshot.checksum)
+
+
+def test_a_lost_repeated_reordered_or_damaged_delta_changes_nothing(trainer: Trainer) -> None:
+    worker = Worker(a_model())
+    assert "changes version 0" in str(worker.take(trainer.step()))  # there is no full version before it
+    assert worker.take(trainer.whole()) is None
+    before, second, third = dict(trainer.live), trainer.step(), trainer.step()
+    assert "changes version 2" in str(worker.take(third))  # the second is lost, or comes after it
+    path = trainer.directory / second.name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "damaged" in str(worker.take(second))
+    path.write_bytes(content[:-5])
+    assert "damaged" in str(worker.take(second))
+    assert worker.holds(before)
+    path.write_bytes(content)
+    assert worker.take(second) is None
+    assert "changes version 1" in str(worker.take(second))  # repeated
+    assert worker.take(third) is None
+    assert worker.holds(trainer.live)
+
+
+def test_another_model_under_the_same_number_is_refused(trainer: Trainer, tmp_path: Path) -> None:
+    worker = Worker(a_model())
+    assert worker.take(trainer.whole()) is None
+    other = Trainer(tmp_path, a_model(5000))
+    assert "changes version 0" in str(worker.take(other.step()))
+
+
+def test_a_worker_that_fails_half_way_takes_nothing_but_a_full_version(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(a_model())
+    assert worker.take(trainer.whole()) is None
+    second = trainer.step()
+    state = worker.prepare(second)
+    assert state["error"] is None
+    real, calls = atropos_delta._Change.write_into, []
+
+    def fails_at_the_third(change: Any, storage: Tensor) -> bool:
+        calls.append(change)
+        return len(calls) != 3 and real(change, storage)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(atropos_delta._Change, "write_into", fails_at_the_third)
+        assert "half-way" in worker.receiver.apply(second.name)["error"]
+    assert worker.receiver.state()["version"] is None
+    assert "holds None" in str(worker.take(second))
+    assert worker.take(trainer.whole()) is None
+    assert worker.holds(trainer.live)
+
+
+def test_weights_that_somebody_else_has_loaded_are_no_base_for_a_delta(trainer: Trainer) -> None:
+    worker = Worker(a_model())
+    assert worker.take(trainer.whole()) is None
+    worker.model.load_weights(a_model().items())
+    worker.path = "another/directory"
+    assert "holds None" in str(worker.take(trainer.step()))
+
+
+def test_a_layout_that_is_not_the_checkpoints_is_refused(trainer: Trainer) -> None:
+    worker = Worker(a_model())
+    worker.model.experts.copy_(worker.model.experts.flip(1))  # as kernels want them
+    assert "is not held as" in str(worker.take(trainer.whole()))
+
+
+def test_a_type_that_is_not_the_servers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SOURCE, str(tmp_path))
+    wide = Trainer(tmp_path, {name: tensor.float() for name, tensor in a_model().items()})
+    assert "in the type that the server computes in" in str(Worker(a_model()).take(wide.whole()))
+
+
+@pytest.mark.parametrize("name", ["../v000000.whole.safetensors", "/etc/passwd", "v000000", "link"])
+def test_nothing_outside_the_published_directory_is_read(name: str, trainer: Trainer, tmp_path: Path) -> None:
+    file = trainer.whole()
+    worker = Worker(a_model())
+    if name == "link":
+        (tmp_path / file.name).rename(tmp_path / "elsewhere")
+        (tmp_path / file.name).symlink_to(tmp_path / "elsewhere")
+        name = file.name
+    error = worker.take(PublishedFile(name=name, size=file.size, sha256=file.sha256, changed=0))
+    assert "no name of a published file" in str(error) or "symbolic links" in str(error)

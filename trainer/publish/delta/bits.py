@@ -1,0 +1,108 @@
+"""Pure functions on the bits of tensors: what differs, packed places, and sums that prove what is held.
+
+`inference_plugins/atropos_delta.py` has the other half, which unpacks and sums in the server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 15
+"""Numbers that are hashed at once on the CPU: they stay in its cache."""
+_GAP_TYPES = (torch.uint8, torch.uint16)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """View numbers as integers of their size, so that NaN equals itself and 0 does not equal -0."""
+    return tensor.view(_BITS[tensor.dtype.itemsize])
+
+
+def pack_indices(indices: Tensor) -> Tensor:
+    """Pack ascending indices [N], int64, as the numbers of unchanged places before each.
+
+    The largest number that the type holds stands for as many unchanged places and no changed one. The type is
+    the one that takes fewer bytes: uint8, or uint16 as int16 with the same bits.
+    """
+    gaps = torch.diff(indices, prepend=indices.new_tensor([-1])) - 1
+    sizes = {
+        dtype: (len(gaps) + int((gaps // torch.iinfo(dtype).max).sum())) * dtype.itemsize
+        for dtype in _GAP_TYPES
+    }
+    dtype = min(sizes, key=lambda each: sizes[each])
+    more = torch.iinfo(dtype).max
+    packed = torch.full((sizes[dtype] // dtype.itemsize,), more, dtype=torch.int64)
+    packed[torch.cumsum(gaps // more + 1, 0) - 1] = gaps % more
+    return packed.to(dtype) if dtype is torch.uint8 else packed.to(dtype).view(torch.int16)
+
+
+def differing(old: Tensor, new: Tensor, *, at_most: int) -> Tensor | None:
+    """Return where two flat tensors of bits differ, ascending, int64; None: at more than `at_most` places.
+
+    On the CPU by numpy, in one thread: it reads words of 8 bytes, and waits for no core that others use.
+    """
+    if old.device.type != "cpu":
+        different = old != new
+        many = int(torch.count_nonzero(different)) > at_most
+        return None if many else different.nonzero().squeeze(1)
+    first, second = old.numpy(), new.numpy()
+    size = 8 // old.itemsize
+    end = len(first) // size * size
+    words, others = first[:end].view(np.int64), second[:end].view(np.int64)
+    at = np.flatnonzero(words != others)
+    if len(at) > at_most:
+        return None
+    inside = words[at].view(first.dtype) != others[at].view(first.dtype)
+    places = (at[:, None] * size + np.arange(size)).reshape(-1)[inside]
+    places = np.concatenate([places, end + np.flatnonzero(first[end:] != second[end:])])
+    return None if len(places) > at_most else torch.from_numpy(places)
+
+
+def element_sum(indices: Tensor, numbers: Tensor) -> int:
+    """Sum a hash of each number's place and bits, modulo 2^64: order and division do not matter.
+
+    So a sum follows from the one before and what changed, and workers that hold parts can add theirs. It
+    finds accidents; it is not cryptographic.
+
+    Args:
+        indices: Places in the flat tensor [N], int64.
+        numbers: Bits as integers [N].
+    """
+    places: Any = indices.numpy() if indices.device.type == "cpu" else indices
+    values: Any = numbers.numpy() if indices.device.type == "cpu" else numbers
+    mixed = places * -7046029254386353131
+    mixed += values
+    mixed ^= mixed >> 32
+    mixed *= -4658895280553007687
+    mixed ^= mixed >> 29
+    return wrapped(int(mixed.sum()))
+
+
+def tensor_sum(tensor: Tensor) -> int:
+    """Return `element_sum` of all of a contiguous tensor's numbers."""
+    flat = bits(tensor.reshape(-1))
+    piece = _PIECE if flat.device.type == "cpu" else max(1, len(flat))
+    total = 0
+    for first in range(0, len(flat), piece):
+        part = flat[first : first + piece]
+        total += element_sum(torch.arange(first, first + len(part), device=flat.device), part)
+    return wrapped(total)
+
+
+def wrapped(number: int) -> int:
+    """Return a number modulo 2^64, as a signed integer of 64 bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def model_checksum(sums: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of a whole model's bits: SHA-256 of its tensors' names, types, shapes and sums."""
+    lines = (
+        f"{name} {tensors[name].dtype} {list(tensors[name].shape)} {sums[name]}" for name in sorted(sums)
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
