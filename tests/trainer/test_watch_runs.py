@@ -54,6 +54,9 @@ def test_a_run_tells_how_it_is_and_idle_clients_do_not_keep_it_from_that(
                 idle.sendall(b"GET /health HTTP/1.1\r\n")  # and never ends it
         reply = httpx.get(f"{url}/health", timeout=60, trust_env=False)
         metrics = httpx.get(f"{url}/metrics", timeout=60, trust_env=False)
+        page = httpx.get(f"{url}/", timeout=60, trust_env=False)
+        state = httpx.get(f"{url}/api/state", timeout=60, trust_env=False).json()
+        by_another_name = httpx.get(f"{url}/", headers={"Host": "evil.example"}, timeout=60, trust_env=False)
     assert reply.status_code == 200
     report = reply.json()
     expected = {
@@ -81,6 +84,10 @@ def test_a_run_tells_how_it_is_and_idle_clients_do_not_keep_it_from_that(
     assert samples["atropos_trainer_phase", "waiting"] == 1
     assert sum(value for (name, _), value in samples.items() if name == "atropos_trainer_phase") == 1
     assert ("atropos_trainer_served_version", None) not in samples
+    assert f"Page of the run: {url}/" in run.log.read_text()
+    assert "/assets/app.js" in page.text
+    assert (state["newest"]["step"], state["live"], state["health"]["pid"]) == (2, True, run.process.pid)
+    assert by_another_name.status_code == 421
     run.process.send_signal(signal.SIGTERM)
     assert run.ends_with() == 143
     assert health_file(output)["status"] == "ended"

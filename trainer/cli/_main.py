@@ -23,6 +23,7 @@ from trainer.cli._failures import NOBODY_READS, discard_output, explain, nobody_
 from trainer.cli._journal import JournalCommand
 from trainer.cli._replay import ReplayCommand
 from trainer.cli._run import RunCommand
+from trainer.cli._view import ViewCommand
 
 COMMAND_GROUP = "atropos_trainer.commands"
 """Entry points of this group are further commands."""
@@ -105,6 +106,7 @@ def _commands() -> dict[str, Command]:
         CheckpointCommand(),
         JournalCommand(),
         ReplayCommand(),
+        ViewCommand(),
     ]
     for entry_point in sorted(entry_points(group=COMMAND_GROUP)):
         try:

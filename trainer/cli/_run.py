@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from schemas import count_of
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trainer.run.loop import RunSummary
     from trainer.run.start import Accept
     from trainer.sources.incoming import BatchSource
+    from trainer.view.worker import GuardedSite, ViewWorker
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def train(
     from trainer.monitoring import RunMonitor
     from trainer.run.build import build_trainer
     from trainer.run.processes import join_run
+    from trainer.view.worker import ViewWorker
 
     if config.loss.preset is not None and launched_rank() == 0:
         logger.info("loss.preset %s: %s", config.loss.preset, describe_preset(config.loss.preset, config))
@@ -66,7 +68,8 @@ def train(
     with (
         join_run(config) as joined,
         joined.explained_failures(),
-        RunMonitor(config) as monitor,
+        closing(ViewWorker(config.train.output_dir)) as worker,
+        RunMonitor(config, site=_site(config, worker)) as monitor,
     ):
         monitor.progress.processes = joined.count
         if joined.peers is not None:
@@ -82,6 +85,15 @@ def train(
         )
         with signals:
             return trainer.run()
+
+
+def _site(config: TrainerConfig, worker: ViewWorker) -> GuardedSite | None:
+    """The page of the run on its health port; None where nobody could see it there."""
+    from trainer.view.access import Access
+    from trainer.view.worker import GuardedSite
+
+    access = Access.of_environment(config.health.host)
+    return GuardedSite(access, worker.answer) if access.is_open else None
 
 
 def report(summary: RunSummary, config: TrainerConfig) -> int:

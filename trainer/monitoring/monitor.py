@@ -14,7 +14,7 @@ from trainer.config import TrainerConfig
 from trainer.launch import launched_rank
 from trainer.monitoring.health import HealthReport, health_report, is_healthy, metrics_page
 from trainer.monitoring.phases import Progress, phase_deadlines
-from trainer.monitoring.server import HealthServer, PageReply
+from trainer.monitoring.server import HealthServer, PageReply, Site
 from trainer.monitoring.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -32,13 +32,15 @@ class RunMonitor:
 
     Args:
         config: The run's configuration.
+        site: Answers what else is asked on the health port: the page of the run. None: nothing is there.
 
     Raises:
         ConfigurationError: The server cannot listen, or prometheus_client is missing.
     """
 
-    def __init__(self, config: TrainerConfig) -> None:
+    def __init__(self, config: TrainerConfig, *, site: Site | None = None) -> None:
         self._config = config
+        self._site = site
         self._is_main_process = launched_rank() == 0
         self._deadlines = phase_deadlines(config, is_main_process=self._is_main_process)
         self._server: HealthServer | None = None
@@ -68,8 +70,10 @@ class RunMonitor:
             pages = {"/health": self._health_page}
             if health.prometheus:
                 pages["/metrics"] = metrics_page(self.report)
-            self._server = stack.enter_context(HealthServer(health.host, health.port, pages))
+            self._server = stack.enter_context(HealthServer(health.host, health.port, pages, site=self._site))
             logger.info("Health of the run: %s/health", self._server.url)
+            if self._site is not None:
+                logger.info("Page of the run: %s/", self._server.url)
         if health.file_every is not None:
             writer = threading.Thread(
                 target=self._write_file, args=(health.file_every,), name="health-file", daemon=True

@@ -1,7 +1,8 @@
 """A small HTTP server for reports: GET only, one thread, nobody can hold it up.
 
 One event loop serves all connections. A connection has a few seconds for its whole life, a request a few KiB,
-and when there are too many connections the oldest is closed for the newest.
+and when there are too many connections the oldest is closed for the newest. What takes longer to make, a page
+of the run, is made in a thread of its own: reports never wait for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Final, NamedTuple, Self
 
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 CONNECTION_SECONDS: Final = 5.0
 """For a connection, from its first byte to its last."""
+SITE_SECONDS: Final = 60.0
+"""The same where the site answers."""
 MAX_CONNECTIONS: Final = 32
 """At once; one more closes the oldest."""
 MAX_REQUEST_BYTES: Final = 8192
@@ -35,6 +39,21 @@ class PageReply(NamedTuple):
     status: HTTPStatus
     content_type: str
     body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    """Further ones; what they hold is ours."""
+
+
+class PageRequest(NamedTuple):
+    """A GET request."""
+
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    """By name in lower case; of several of a name the last."""
+
+
+Site = Callable[[PageRequest], PageReply]
+"""Answers what is no page; in one thread of its own, so that it may take its time."""
 
 
 class HealthServer:
@@ -44,24 +63,36 @@ class HealthServer:
         host: Address to listen on.
         port: Port to listen on; 0: any free one.
         pages: By path, what makes the reply; called in the server's thread, so it must not wait for anybody.
+        site: Answers every other path. None: there is nothing there.
+        setting: Names the port in messages.
 
     Raises:
         ConfigurationError: It cannot listen there.
     """
 
-    def __init__(self, host: str, port: int, pages: Mapping[str, Callable[[], PageReply]]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        pages: Mapping[str, Callable[[], PageReply]],
+        *,
+        site: Site | None = None,
+        setting: str = "health.port",
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._listener = socket.create_server((host, port), family=family)
         except OSError as error:
             raise ConfigurationError(
-                f"health.port: cannot listen on {host}:{port} ({error.strerror or error}); choose another "
-                "health.port, or 0 for any free one"
+                f"{setting}: cannot listen on {host}:{port} ({error.strerror or error}); choose another "
+                f"{setting}, or 0 for any free one"
             ) from error
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._listener.getsockname()[1]}"
         """Its base URL."""
         self._pages = dict(pages)
+        self._site = site
+        self._site_thread = ThreadPoolExecutor(1, thread_name_prefix="view")
         self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
         self._closing = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -77,6 +108,7 @@ class HealthServer:
             with contextlib.suppress(RuntimeError):  # it has ended by itself
                 self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(_JOIN_SECONDS)
+        self._site_thread.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         assert self._loop is not None  # noqa: S101 - for the type checker
@@ -121,9 +153,9 @@ class HealthServer:
             connection.close()
             raise
         try:
-            async with asyncio.timeout(CONNECTION_SECONDS):
+            async with asyncio.timeout(CONNECTION_SECONDS) as deadline:
                 try:
-                    reply = self._answer(await reader.readuntil(b"\r\n\r\n"))
+                    reply = await self._answer(await reader.readuntil(b"\r\n\r\n"), deadline)
                 except asyncio.LimitOverrunError:
                     reply = _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
                 writer.write(_encode(reply))
@@ -135,20 +167,33 @@ class HealthServer:
         finally:
             writer.transport.abort()
 
-    def _answer(self, head: bytes) -> PageReply:
+    async def _answer(self, head: bytes, deadline: asyncio.Timeout) -> PageReply:
         words = head.partition(b"\r\n")[0].split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             return _refusal(HTTPStatus.BAD_REQUEST)
-        page = self._pages.get(words[1].partition(b"?")[0].decode("latin-1"))
-        if page is None:
+        path, _, query = words[1].decode("latin-1").partition("?")
+        page = self._pages.get(path)
+        if page is None and self._site is None:
             return _refusal(HTTPStatus.NOT_FOUND)
         if words[0] != b"GET":
             return _refusal(HTTPStatus.METHOD_NOT_ALLOWED)
         try:
-            return page()
+            if page is not None:
+                return page()
+            assert self._site is not None  # noqa: S101 - for the type checker
+            loop = asyncio.get_running_loop()
+            deadline.reschedule(loop.time() + SITE_SECONDS)
+            request = PageRequest(path, query, _headers_of(head))
+            return await loop.run_in_executor(self._site_thread, self._site, request)
         except Exception:
             logger.exception("A report could not be made")
             return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _headers_of(head: bytes) -> dict[str, str]:
+    lines = head.decode("latin-1").split("\r\n")[1:]
+    pairs = (line.partition(":") for line in lines if line)
+    return {name.lower(): value.strip() for name, _, value in pairs}
 
 
 def _refusal(status: HTTPStatus) -> PageReply:
@@ -157,9 +202,11 @@ def _refusal(status: HTTPStatus) -> PageReply:
 
 def _encode(reply: PageReply) -> bytes:
     allow = "Allow: GET\r\n" if reply.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
+    further = "".join(f"{name}: {value}\r\n" for name, value in reply.headers)
     head = (
         f"HTTP/1.1 {reply.status.value} {reply.status.phrase}\r\n"
         f"Content-Type: {reply.content_type}\r\nContent-Length: {len(reply.body)}\r\n"
-        f"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n{allow}Connection: close\r\n\r\n"
+        "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+        f"{allow}{further}Connection: close\r\n\r\n"
     )
     return head.encode() + reply.body
