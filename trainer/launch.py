@@ -48,6 +48,11 @@ def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
     return next((int(environment[name]) for name in _RANKS if environment.get(name)), 0)
 
 
+def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many processes a launcher has started for the run; 1 without one."""
+    return next((int(environment[name]) for name in _SIZES if environment.get(name)), 1)
+
+
 def launched_on_cpu(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether the launcher was told to use no accelerator."""
     return _is_on(environment.get("ACCELERATE_USE_CPU", ""))

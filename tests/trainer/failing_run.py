@@ -2,10 +2,15 @@
 
 After two steps the process RANK fails where it enters the phase WHERE, or in the middle of a step ("step").
 HOW is "raise" or "kill"; with "kill while" it dies while process 0 is there.
+
+Where weights are spread, WHERE may be in the midst of collectives in which the others wait: "gather" weights,
+"forward" or "backward", with the phase: "gather checkpointing". In a publish it fails in the first one. With
+"write" and "refuse" the disk refuses a weight.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -16,28 +21,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
 import trainer.monitoring.monitor
 import trainer.run.build
 from tests.trainer import stoppable_run
+from trainer.export.tensor_file import TensorFile
 from trainer.launch import launched_rank
+from trainer.model.sharding import Spread
 from trainer.monitoring import Progress, RunPhase
 from trainer.run.optimizer_step import StepRunner
 
 _BEFORE = 2
 """Steps that all processes have done."""
 
+_GATHERED = 3
+"""Weights that are gathered before the process fails."""
+
 trained = 0
 failed = False
+phase_now = ""
+gathered = 0
 
 
 def fail_if_due(where: str) -> None:
     """Fail here, if it is time and the place; once."""
     global failed
     _, output, rank, failing_where, how = sys.argv[1:6]
-    if failed or trained < _BEFORE or where != failing_where:
+    if failed or where != failing_where or (trained < _BEFORE and phase_now != RunPhase.PUBLISHING):
         return
     failed = True
     ours = launched_rank() == int(rank)
+    if ours:
+        Path(output, "failing").touch()
+    if ours and how == "refuse":
+        raise OSError(errno.ENOSPC, "No space left on device")
     if ours and how == "raise":
         raise RuntimeError("nothing works")
     if ours and how == "kill":
@@ -53,10 +72,12 @@ class FailingProgress(Progress):
     @contextmanager
     def phase(self, phase: RunPhase, party: str, details: Callable[[], str] | None = None) -> Iterator[None]:
         """Enter a phase."""
-        global trained
+        global trained, phase_now, gathered
         with super().phase(phase, party, details):
+            before, phase_now, gathered = phase_now, phase, 0
             fail_if_due(phase)
             yield
+            phase_now = before
         trained += phase is RunPhase.TRAINING
 
 
@@ -68,6 +89,41 @@ class FailingSteps(StepRunner):
         return super()._backward(*words)
 
 
+def fail_while_gathering() -> None:
+    """Let the collective of a weight fail, after some that did not."""
+    whole_on = Spread.whole_on
+
+    def failing(spread: Spread, tensor: Tensor, owner: int) -> Tensor | None:
+        global gathered
+        gathered += 1
+        if gathered > _GATHERED:
+            fail_if_due(f"gather {phase_now}")
+        return whole_on(spread, tensor, owner)
+
+    Spread.whole_on = failing  # type: ignore[method-assign]
+
+
+def fail_while_writing() -> None:
+    """Let the disk refuse."""
+    write = TensorFile.write
+
+    def failing(file: TensorFile, name: str, tensor: Tensor) -> None:
+        fail_if_due(f"write {phase_now}")
+        write(file, name, tensor)
+
+    TensorFile.write = failing  # type: ignore[method-assign]
+
+
+def fail_in_layer(module: nn.Module, _: Any, output: Any) -> None:
+    """Let the first layer fail, forward or backward; the others wait for weights or gradients of its like."""
+    if getattr(module, "layer_idx", None) != 0:
+        return
+    fail_if_due(f"forward {phase_now}")
+    hidden = output if isinstance(output, Tensor) else output[0]
+    if hidden.requires_grad:
+        hidden.register_hook(lambda _: fail_if_due(f"backward {phase_now}"))
+
+
 def die_at_a_sign(sign: Path) -> None:
     """End this process when the file is there."""
     while not sign.exists():
@@ -76,9 +132,13 @@ def die_at_a_sign(sign: Path) -> None:
 
 
 if __name__ == "__main__":
-    model, output, rank, _, how, *others = sys.argv[1:]
+    model, output, rank, where, how, *others = sys.argv[1:]
     trainer.monitoring.monitor.Progress = FailingProgress  # type: ignore[misc]
     trainer.run.build.StepRunner = FailingSteps  # type: ignore[misc]
+    if " " in where:
+        fail_while_gathering()
+        fail_while_writing()
+        register_module_forward_hook(fail_in_layer)
     if launched_rank() == int(rank) and how == "kill while":
         threading.Thread(target=die_at_a_sign, args=(Path(output, "now"),), daemon=True).start()
     sys.exit(stoppable_run.main(model, output, "steps", *others))

@@ -23,7 +23,15 @@ from tests.trainer.test_watch_runs import health_file, wait_for_step
 pytestmark = pytest.mark.slow
 
 MODULE = "tests.trainer.failing_run"
-OF_A_RANK = rf"rank (\d) on {re.escape(socket.gethostname())} \(process \d+\) "
+HOST = socket.gethostname()
+OF_A_RANK = rf"rank (\d) on {re.escape(HOST)} \(process \d+\) "
+
+
+def free_port_now() -> int:
+    """A loopback port that was free a moment ago, another one each time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def lines_of(log: str, start: str) -> list[str]:
@@ -68,6 +76,51 @@ def test_the_failure_of_one_process_ends_all(
     if (rank, how) != (0, "kill"):
         step = newest(output).state.step
         assert step == (3 if where == "checkpointing" else 2) or how == "kill while"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("forward training", "backward training", "forward publishing"),
+        *("gather publishing", "gather checkpointing", "write checkpointing"),
+    ],
+)
+def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
+    where: str, shared_inference_server: RunningInferenceServer, tmp_path: Path
+) -> None:
+    """Each in each way, four runs at a time; the bound of 30 seconds is what is promised."""
+    cells = [(rank, how) for rank in (0, 1) for how in ("raise", "kill")]
+    if where.startswith("write"):
+        cells = [(0, "refuse"), (1, "refuse")]
+    settings = ["--parallel.mode", "sharded", "--checkpoint.every", "3"]
+    if where.endswith("publishing"):
+        settings += ["--publish.transport", "disk", "--publish.servers", shared_inference_server.url]
+    runs = {}
+    for rank, how in cells:
+        output = tmp_path / f"{rank}-{how}"
+        output.mkdir()
+        words = [shared_inference_server.model_directory, output, rank, where, how, *settings]
+        out, log = tmp_path / f"{output.name}.out", tmp_path / f"{output.name}.log"
+        runs[output] = forked_ranks(2, free_port_now(), MODULE, words, stdout=out, stderr=log)
+    try:
+        for output, ranks in runs.items():
+            until((output / "failing").exists)
+            ends_at = (output / "failing").stat().st_mtime + 30
+            codes = [process.wait(max(0.1, ends_at - time.time())) for process in ranks]
+            assert set(codes) <= {1, -signal.SIGKILL}
+    finally:
+        for process in (each for ranks in runs.values() for each in ranks):
+            process.kill()
+    for rank, how in cells:
+        said = (tmp_path / f"{rank}-{how}.log").read_text()
+        assert "Traceback" not in said
+        if how == "refuse":
+            assert re.search(r"(\[rank 1\]|run \[rank 0 on .*) .*No space left on device", said), said
+            continue
+        told = lines_of(said, "atropos-train run")
+        of_the_cause = [line for line in told if re.search(f"rank {rank} on {re.escape(HOST)}", line)]
+        assert len(of_the_cause) == 1, said
+        assert ("has ended without a word" if how == "kill" else "RuntimeError: nothing works") in said
 
 
 def test_a_process_that_dies_during_a_publish_leaves_a_server_that_serves(

@@ -165,9 +165,13 @@ def write_checkpoint(
         with shared_directory(path, spread, replace=True, verify=_read_back) as directory:
             with failing_together(spread, path):
                 (directory / "model").mkdir(mode=PRIVATE_DIRECTORY, exist_ok=True)
+            # Each part by itself: who cannot write one does not take part in the collectives of the next.
+            with failing_together(spread, path):
                 stream = WeightStream(model, base, dtype=torch.float32, spread=spread)
                 fill_model_directory(directory / "model", stream)
+            with failing_together(spread, path):
                 _write_adapter(directory / "adapter", model, spread)
+            with failing_together(spread, path):
                 write_optimizer(directory, optimizer, state.parameter_names, spread)
                 if spread.rank == 0:
                     (directory / STATE_NAME).write_text(state.model_dump_json(indent=1), encoding="utf-8")

@@ -12,6 +12,7 @@ import errno
 import importlib.util
 import os
 import select
+import socket
 import sys
 import tempfile
 import traceback
@@ -23,7 +24,7 @@ from atropos_client.errors import AtroposClientError
 from atropos_client.private_files import open_private
 from schemas import printable
 from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
-from trainer.launch import launched_rank
+from trainer.launch import launched_processes, launched_rank
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
@@ -69,6 +70,9 @@ def explain(error: BaseException, args: argparse.Namespace) -> int:
     with contextlib.suppress(OSError):
         rank = launched_rank()
         who = f"atropos-train {args.command}{f' [rank {rank}]' if rank else ''}"
+        # Of the others process 0 says where they are, of itself nobody else does.
+        if not (rank or isinstance(error, AnotherProcessFailed)) and launched_processes() > 1:
+            who += f" [rank 0 on {socket.gethostname()}]"
         sys.stderr.write(f"{who}: {printable(said, lines=True)}\n")
     return code
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from schemas import count_of
 from trainer.cli._failures import FAILED, how_to_go_on
@@ -17,12 +19,18 @@ from trainer.launch import launched_rank
 
 if TYPE_CHECKING:
     from trainer.config import TrainerConfig
-    from trainer.run.loop import RunSummary
+    from trainer.errors import AnotherProcessFailed
+    from trainer.monitoring import Progress
+    from trainer.run.follower import Follower
+    from trainer.run.loop import RunSummary, Trainer
     from trainer.run.start import Accept
     from trainer.sources.incoming import BatchSource
     from trainer.view.worker import GuardedSite, ViewWorker
 
 logger = logging.getLogger(__name__)
+
+_UNNOTICED_SECONDS: Final = 15.0
+"""A training thread that has not noticed the end of another process for so long waits for it for ever."""
 
 
 class RunCommand:
@@ -78,6 +86,8 @@ def train(
         trainer = build_trainer(
             config, source=source, accept=accept, joined=joined, on_row=on_row, progress=monitor.progress
         )
+        if joined.peers is not None:
+            joined.peers.on_end = partial(leave_after_another, trainer, monitor.progress)
         signals = StopSignals(
             trainer.request_stop,
             nothing_to_save=lambda: trainer.starting,
@@ -94,6 +104,32 @@ def _site(config: TrainerConfig, worker: ViewWorker) -> GuardedSite | None:
 
     access = Access.of_environment(config.health.host)
     return GuardedSite(access, worker.answer) if access.is_open else None
+
+
+def leave_after_another(
+    trainer: Trainer | Follower, progress: Progress, end: AnotherProcessFailed, seconds: float
+) -> None:
+    """See that this process ends after another, though its training thread may not notice; in any thread.
+
+    Waits between steps are ended as by a signal. A step, where a collective may wait for the one that is gone
+    (NCCL does not notice), and whatever the processes other than 0 do, is cut off.
+
+    Args:
+        trainer: This process's part of the run.
+        progress: What it is doing.
+        end: What the other process said.
+        seconds: Since it was heard.
+    """
+    from trainer.monitoring import RunPhase
+
+    trainer.request_stop("another process has ended")
+    training = progress.status.phase is RunPhase.TRAINING
+    if seconds < _UNNOTICED_SECONDS or not (launched_rank() or training or trainer.starting):
+        return
+    if not end.told:
+        logger.critical("failed: %s", end)
+    logging.shutdown()
+    os._exit(FAILED)
 
 
 def report(summary: RunSummary, config: TrainerConfig) -> int:

@@ -55,6 +55,9 @@ def shared_directory(path: Path, spread: Spread, **options: Any) -> Iterator[Pat
 def failing_together(spread: Spread, path: Path) -> Iterator[None]:
     """On leaving, wait for the other processes where weights are spread over them; if one failed, all do.
 
+    That goes for what a disk refuses, after the last collective inside. Any other failure is raised at once:
+    the others may wait inside for this process, and meet an error when it leaves.
+
     Args:
         spread: How weights are spread.
         path: What is being written, for the message.
@@ -62,10 +65,10 @@ def failing_together(spread: Spread, path: Path) -> Iterator[None]:
     Raises:
         CheckpointError: Another process failed.
     """
-    failure: BaseException | None = None
+    failure: OSError | None = None
     try:
         yield
-    except BaseException as error:  # noqa: BLE001 - raised again when the others know
+    except OSError as error:  # raised again when the others know
         failure = error
     failed = spread.any(failure is not None)
     if failure is not None:

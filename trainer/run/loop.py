@@ -184,8 +184,11 @@ class Trainer:
                 self._checkpoints.write()
             self._publishes.finish(self.step)
         except BaseException as error:
+            listen = self._others_listen_after(error)
+            if self._prepared.spread.sharded and not listen:  # they need not wait for what ends below
+                self._prepared.joined.say_end(error)
             self._checkpoints.save_last_whole_step(
-                weights_whole=self._steps.weights_whole, others_listen=self._others_listen_after(error)
+                weights_whole=self._steps.weights_whole, others_listen=listen
             )
             raise
         finally:
@@ -203,7 +206,8 @@ class Trainer:
 
     def _others_listen_after(self, error: BaseException) -> bool:
         """Whether all other processes wait for an order: between two of them, if none is gone."""
-        return not (self._steps.under_way or isinstance(error, AnotherProcessFailed))
+        parted = self._steps.under_way or self._prepared.joined.parted
+        return not (parted or isinstance(error, AnotherProcessFailed))
 
     def _train(self) -> str | None:
         """Run steps until the last; returns why it ended early, if it did."""

@@ -122,7 +122,8 @@ def hear(joined: JoinedRun) -> Announcement:
 def together(joined: JoinedRun, order: Order, value: int = 0) -> Iterator[None]:
     """Announce an order, and do the own part of it inside; on process 0.
 
-    In the end all say whether they could. Collectives inside are as many on all processes, whatever fails.
+    In the end all say whether they could. Collectives inside are as many on all processes, whatever the disk
+    of one refuses. What else fails ends the run: a process that cannot take part in them leaves.
 
     Raises:
         AnotherProcessFailed: One of the others could not do its part.
@@ -163,8 +164,11 @@ def leave_together(joined: JoinedRun) -> None:
 def _voting(joined: JoinedRun, *, raises: bool = True) -> Iterator[None]:
     try:
         yield
-    except Exception:
+    except OSError:  # what a disk refuses keeps nobody from the collectives inside
         joined.any(True)
+        raise
+    except BaseException:  # the others may wait in one of them: they meet an error when this process leaves
+        joined.part()
         raise
     if joined.any(False) and raises:
         raise AnotherProcessFailed("another process could not do its part; its message says why")

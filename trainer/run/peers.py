@@ -7,10 +7,12 @@ on what the training threads do. When a connection breaks, it is from here that 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Final
 
@@ -19,11 +21,16 @@ from torch import distributed
 from atropos_client.clock import running_time
 from trainer.errors import AnotherProcessFailed
 
+logger = logging.getLogger(__name__)
+
 _BEAT_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 4.0
 """A process from which nothing was heard for so long is gone: its thread needs the interpreter only."""
 
 _STORE_TIMEOUT: Final = timedelta(seconds=10)
+
+_FIRST_END: Final = "first end"
+"""In the store: the rank that was the first to say what ends it."""
 
 _NO_WORD: Final = (
     "has ended without a word: it was killed, or its machine has no memory left; the launcher's list of exit "
@@ -43,7 +50,12 @@ class Peers:
         self._rank = rank
         self._others = [other for other in range(count) if other != rank]
         self._closed = threading.Event()
-        self._process_0_has_said = False
+        self._process_0_has_said = self._has_said = False
+        self.parted = False
+        """Whether this process has left a collective in which others may still wait."""
+        self.on_end: Callable[[AnotherProcessFailed, float], None] = lambda end, seconds: None
+        """Called about once a second, in a thread of its own, when another process has said that it ends:
+        with that, and the seconds since it was heard."""
         self._heard: dict[int, tuple[bytes, float]] = {}  # the newest sign of life, and when it was new
         if not self._others:
             return
@@ -65,10 +77,12 @@ class Peers:
         return {other: age for other, age in ages.items() if age > _SILENT_SECONDS}
 
     def say_end(self, cause: str) -> None:
-        """Let the others know what ends this process."""
-        if self._others:
+        """Let the others know what ends this process; once."""
+        if self._others and not self._has_said:
+            self._has_said = True
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"end/{self._rank}", cause)
+                self._store.compare_set(_FIRST_END, "", str(self._rank))
             if self._rank == 0:  # the store may be in this process: they hear of it while it lives
                 time.sleep(2 * _BEAT_SECONDS)
 
@@ -85,10 +99,12 @@ class Peers:
             gone, what = 0, _NO_WORD
         if gone is None:
             return error
+        return self._end_of(gone, what)
+
+    def _end_of(self, gone: int, what: str) -> AnotherProcessFailed:
         speaker = min({self._rank, *self._others} - {gone})
-        return AnotherProcessFailed(
-            f"rank {gone} {self._places[gone]} {what}", told=self._process_0_has_said or self._rank != speaker
-        )
+        told = self._process_0_has_said or self._rank != speaker
+        return AnotherProcessFailed(f"rank {gone} {self._places[gone]} {what}", told=told)
 
     def close(self) -> None:
         """Be heard no more. May be called twice."""
@@ -102,13 +118,16 @@ class Peers:
         while running_time() < ends_at:
             for other in self._others:
                 if self._store.check([f"end/{other}"]):
-                    self._process_0_has_said |= other == 0
-                    return other, f"failed: {self._store.get(f'end/{other}').decode()}"
-            if silent := self.silent():
-                return min(silent), _NO_WORD
+                    return other, self._said_by(other)
+            if silent := self.silent():  # the first one: others may have left because of it
+                return max(silent, key=lambda other: silent[other]), _NO_WORD
             time.sleep(_BEAT_SECONDS / 4)
             self._listen()
         return None, ""
+
+    def _said_by(self, other: int) -> str:
+        self._process_0_has_said |= other == 0
+        return f"failed: {self._store.get(f'end/{other}').decode()}"
 
     def _listen(self) -> None:
         signs = self._store.multi_get([f"alive/{other}" for other in self._others])
@@ -117,14 +136,16 @@ class Peers:
                 self._heard[other] = sign, running_time()
 
     def _beat(self) -> None:
-        count = 0
+        count, ends_heard = 0, 0
         while not self._closed.wait(_BEAT_SECONDS):
             count += 1
             try:
                 self._store.set(f"alive/{self._rank}", str(count))
                 if self._rank == 0:
                     self._listen()
-                else:
-                    self._process_0_has_said = self._store.check(["end/0"])
+                if not self._has_said and self._store.check([_FIRST_END]):
+                    first = int(self._store.get(_FIRST_END))
+                    self.on_end(self._end_of(first, self._said_by(first)), ends_heard * _BEAT_SECONDS)
+                    ends_heard += 1
             except RuntimeError:  # the store has left; what comes of that, the training thread notices
                 return

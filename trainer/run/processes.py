@@ -99,9 +99,23 @@ class JoinedRun:
                 raise
             raise self.peers.explain(error) from error
         except BaseException as error:
-            if self.peers is not None:
-                self.peers.say_end(_in_a_line(error))
+            self.say_end(error)
             raise
+
+    def say_end(self, error: BaseException) -> None:
+        """Let the other processes know what ends this one, once."""
+        if self.peers is not None and not isinstance(error, AnotherProcessFailed):
+            self.peers.say_end(_in_a_line(error))
+
+    def part(self) -> None:
+        """Note that this process has left a collective in which others may still wait."""
+        if self.peers is not None:
+            self.peers.parted = True
+
+    @property
+    def parted(self) -> bool:
+        """Whether no more can be announced, because others wait elsewhere."""
+        return self.peers is not None and self.peers.parted
 
     @property
     def count(self) -> int:
