@@ -224,7 +224,9 @@ def restore_optimizer(
             f"{checkpoint.path} trained {len(checkpoint.state.parameter_names)} parameters, this run trains "
             f"{len(names)} or others; resume with the same model and model.lora settings"
         )
-    read = read_optimizer(checkpoint.path, checkpoint.manifest, dict(model.named_parameters()), spread)
+    in_8_bit = getattr(optimizer, "in_8_bit", lambda parameter: False)
+    parameters = dict(model.named_parameters())
+    read = read_optimizer(checkpoint.path, checkpoint.manifest, parameters, spread, in_8_bit)
     state = {index: read[name] for index, name in enumerate(names) if name in read}
     fresh = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})

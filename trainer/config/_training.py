@@ -37,6 +37,10 @@ class ModelSettings(Section):
     head: Literal["auto", "tiled", "logits"] = "auto"
     """Where log-probs come from. tiled: hidden states, in tiles, so that a micro-batch's logits never exist.
     logits: the model's own, in much more memory. auto: tiled where that gives the same log-probs at start."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in training. bfloat16: half the memory for weights and their gradients, and all is
+    computed in bfloat16; trained weights are rounded at random, up or down, so that small steps count (needs
+    the package torchao). With model.lora only the frozen base is bfloat16, adapters stay float32."""
     dropout: Literal["none", "keep"] = "none"
     """Dropout that the model's configuration asks for. none: off, so that the trainer's log-probs are those
     of the model that was sampled. keep: as configured. Adapters drop by model.lora.dropout either way."""
@@ -51,6 +55,9 @@ class ModelSettings(Section):
 class OptimizerSettings(Section):
     """AdamW, its schedule, and clipping."""
 
+    states: Literal["float32", "8bit"] = "float32"
+    """Type of the two moments of each weight. 8bit: two bytes a weight instead of eight (torchao's, which is
+    compiled in the first step; needs the package torchao)."""
     learning_rate: float = Field(default=1e-6, ge=0)
     """Learning rate after warm-up. 0 changes nothing: a self-test of the whole loop."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -86,7 +93,8 @@ class TrainSettings(Section):
     """Settings that may differ from the checkpoint's, by name, e.g. optimizer.learning_rate, or optimizer.*
     for all of a section. Without it a run that would go on with another mathematics is refused."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """Autocast type; master weights stay float32. auto: bf16 where the hardware computes it natively."""
+    """Autocast type; weights have their own (model.dtype). auto: bf16 where the hardware computes it
+    natively."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: what Accelerate finds. cpu: the CPU even where there is an accelerator."""
     mismatch_alarm: float | None = Field(default=0.2, gt=0)

@@ -120,6 +120,10 @@ class TrainerConfig(Section):
     @model_validator(mode="after")
     def _packages_are_installed(self) -> Self:
         wanted = {"peft": "model.lora"} if self.model.lora is not None else {}
+        if self.model.dtype == "bfloat16" and self.model.lora is None:
+            wanted["torchao"] = "model.dtype bfloat16 without model.lora"
+        if self.optimizer.states == "8bit":
+            wanted["torchao"] = "optimizer.states 8bit"
         wanted |= {"prometheus_client": "health.prometheus"} if self.health.prometheus else {}
         wanted |= dict.fromkeys(self.logging.trackers, "logging.trackers")
         for package, setting in wanted.items():

@@ -1,6 +1,6 @@
 """Loads the policy: model and tokenizer.
 
-Weights are read from safetensors only and kept in float32; autocast does the rest.
+Weights are read from safetensors only, in float32: what is decided by them is decided before they are cast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,7 @@ from trainer.model.attention import loaded_implementation
 from trainer.model.base_checkpoint import BaseCheckpoint, read_base
 from trainer.model.own_rows import LoadedModel, load
 from trainer.model.pretrained import LOADING_ERRORS, load_structure, weights_identity
+from trainer.model.sharding import Spread
 from trainer.model.tokenizer import load_tokenizer, require_directory_or_hub_id
 from trainer.model.weight_stream import WeightStream
 from trainer.samples.validation import ModelLimits
@@ -41,12 +42,16 @@ _NOISE_NAMES = re.compile(r"^(?!classifier|summary).*(drop|jitter)")
 heads that no causal language model has."""
 
 
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types of weights in training, by `model.dtype`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """The model being trained and what belongs to it."""
 
     model: nn.Module
-    """A causal language model of transformers, float32, perhaps with adapters."""
+    """A causal language model of transformers, perhaps with adapters."""
     tokenizer: PreTrainedTokenizerBase
     limits: ModelLimits
     base: BaseCheckpoint
@@ -73,7 +78,7 @@ def load_policy(
         trained: What a checkpoint holds of the policy: the whole model, or, with `model.lora`, the adapters
             alone. None: begin with the base weights.
         base_weights: The identity of the weights that those adapters were trained on. None: not known.
-        rows_only: Leave the weights unread where that is possible: processes will each read their own rows.
+        rows_only: Leave the weights unread where that is possible: see `LoadedModel.spread_over`.
 
     Raises:
         ConfigurationError: The path holds no usable checkpoint, those adapters belong to other base
@@ -122,6 +127,11 @@ def load_policy(
         base_weights=identity,
         loaded=loaded,
     )
+
+
+def reads_rows_only(settings: ModelSettings, spread: Spread) -> bool:
+    """Whether weights are read only when their type and place are settled: whole they take 4 bytes each."""
+    return spread.sharded or settings.dtype != "float32"
 
 
 def load_beside(setting: str, path: str, settings: ModelSettings, *, rows_only: bool = False) -> LoadedModel:

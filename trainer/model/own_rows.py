@@ -28,8 +28,8 @@ from trainer.errors import CheckpointError, ConfigurationError
 from trainer.model.base_checkpoint import BaseCheckpoint, WeightFile, read_base
 from trainer.model.pretrained import LOADING_ERRORS, load_model, load_structure
 from trainer.model.sharding import Spread
-from trainer.model.weight_stream import stored_names
-from trainer.model.wrappers import plain_name, unwrap, weights_by_name
+from trainer.model.weight_stream import float32_names, stored_names
+from trainer.model.wrappers import is_adapter, plain_name, unwrap, weights_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +65,15 @@ class StoredRows:
         for name, tensor in _tensors(unwrap(model)):
             if tensor.is_meta and plain_name(name) not in self.names:
                 raise ConfigurationError(f"{kind}: {name} has no values, and no file has them")
-        values = {name: tensor.detach().clone() for name, tensor in _tensors(model) if not tensor.is_meta}
-        model.to_empty(device=device)
+        if spread.sharded:
+            _make_room(model, device)
+        else:  # tied weights stay one
+            _replace_parameters(
+                model, lambda each: each.is_meta, lambda each: torch.empty_like(each, device=device)
+            )
+            model.to(device)
         reason = None
         with torch.no_grad():
-            for name, tensor in _tensors(model):
-                if name in values:
-                    tensor.copy_(values[name])
             try:
                 finite = self._fill(unwrap(model), spread)
             except OSError as error:
@@ -120,6 +122,16 @@ class StoredRows:
         return finite
 
 
+def _make_room(model: nn.Module, device: torch.device) -> None:
+    """Give tensors without values memory; the others keep theirs, on the device."""
+    values = {name: tensor.detach().clone() for name, tensor in _tensors(model) if not tensor.is_meta}
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in _tensors(model):
+            if name in values:
+                tensor.copy_(values[name])
+
+
 @dataclass(kw_only=True)
 class LoadedModel:
     """A model with its weights, or one whose weights are read when it has been spread over processes."""
@@ -160,12 +172,14 @@ class LoadedModel:
             lambda each: torch.empty(each.shape, dtype=each.dtype, device="meta"),
         )
 
-    def spread_over(self, spread: Spread, device: torch.device) -> None:
+    def spread_over(self, spread: Spread, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Spread the model, and read its rows if it is unread. Every process has to call it.
 
         Args:
             spread: How.
             device: Where it is to be.
+            dtype: Of its weights from here on. Adapters stay float32, and so does what the architecture keeps
+                so.
 
         Raises:
             ConfigurationError: See `Spread.shard`; or a process cannot read its rows, or has some that are no
@@ -174,6 +188,8 @@ class LoadedModel:
         if self.first_layers is not None:
             _take_over(self.model, self.first_layers)
             self.first_layers = None  # its memory is for the rows
+        if dtype != torch.float32:
+            _cast(self.model, dtype)
         spread.shard(self.model)
         wrong = None if self.rows is None else self.rows.read_into(self.model, spread, device)
         self.rows = None
@@ -254,6 +270,16 @@ def _take_over(model: nn.Module, first_layers: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name in frozen:
             parameter.requires_grad_(False)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights of the model, not those of adapters or buffers, another type."""
+    inner = unwrap(model)
+    own = {name: each for name, each in inner.named_parameters() if not is_adapter(name)}
+    kept = float32_names(inner, own, dtype)
+    for name, parameter in own.items():
+        if name not in kept and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _without_weights(config: Any, trust_remote_code: bool, attention: str | None) -> Any:

@@ -17,7 +17,7 @@ from trainer.errors import ConfigurationError
 from trainer.model.attention import require_splittable
 from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
-from trainer.model.load import context_length, inspect_beside, load_beside
+from trainer.model.load import DTYPES, context_length, inspect_beside, load_beside, reads_rows_only
 from trainer.model.select_packing import choose_packing
 from trainer.model.sequence_parallel import SequenceGroup
 from trainer.model.sharding import WHOLE, Spread
@@ -78,7 +78,8 @@ def load_reference(
         return ReferenceModel(model=policy, head=head, is_policy=True, group=spread.sequence)
     path = settings.path if setting == "base" else setting
     device = next(policy.parameters()).device
-    loaded = load_beside("loss.reference", path, settings, rows_only=spread.sharded)
+    rows_only = reads_rows_only(settings, spread)
+    loaded = load_beside("loss.reference", path, settings, rows_only=rows_only)
     loaded.tested.to(device)
     _refuse_smaller(path, loaded.model, limits)
     try:
@@ -93,7 +94,7 @@ def load_reference(
         require_splittable(loaded.tested, packing, spread.sequence)
     head = choose_head(loaded.tested, settings.head)
     loaded.model.requires_grad_(False)  # only now: to choose the packing took gradients
-    loaded.spread_over(replace(spread, gathered=False), device)
+    loaded.spread_over(replace(spread, gathered=False), device, DTYPES[settings.dtype])
     return ReferenceModel(model=loaded.model, head=head, is_policy=False, group=spread.sequence)
 
 

@@ -63,6 +63,11 @@ class Spread:
         return self.mesh is not None
 
     @property
+    def part(self) -> int:
+        """Which part of its copy this process holds; 0 where it holds all."""
+        return self.rank % self.parts
+
+    @property
     def processes(self) -> int:
         """Processes that train together."""
         return self.copies * self.parts
@@ -161,20 +166,28 @@ class Spread:
         if not isinstance(parameter, DTensor):
             return 0, rows
         size = -(-rows // self.parts)
-        first = min(size * (self.rank % self.parts), rows)
+        first = min(size * self.part, rows)
         return first, min(first + size, rows)
 
-    def as_part(self, rows: Tensor, parameter: Tensor) -> Tensor:
-        """Return own rows as a part of a tensor that is spread as the parameter is."""
+    def as_part(self, own: Tensor, parameter: Tensor, *, rows: int | None = None) -> Tensor:
+        """Return own rows as a part of a tensor that is spread as the parameter is.
+
+        Args:
+            own: The rows.
+            parameter: Whose rows are divided over the processes.
+            rows: All rows, where they are fewer than the parameter's: as many of its rows go with each. None:
+                the parameter's.
+        """
         if not isinstance(parameter, DTensor):
-            return rows
+            return own
+        shape = torch.Size([parameter.shape[0] if rows is None else rows, *own.shape[1:]])
         part: Tensor = DTensor.from_local(
-            rows.to(parameter.device),
+            own.to(parameter.device),
             parameter.device_mesh,
             parameter.placements,
             run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
         )
         return part
 

@@ -106,7 +106,7 @@ class WeightStream:
         tensors = base.tensors
         self._units = _fit(self._inner, _plan(self._inner), tensors)
         names = [name for unit in self._units for name in unit.shapes]
-        kept = _float32_names(self._inner, names, dtype)
+        kept = float32_names(self._inner, names, dtype)
         self._entries = {
             name: WeightEntry(
                 name, _target(tensors[name], None if name in kept else dtype), tensors[name].shape
@@ -239,7 +239,7 @@ def _target(stored: StoredTensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
 
 
-def _float32_names(inner: Any, names: Iterable[str], dtype: torch.dtype | None) -> set[str]:
+def float32_names(inner: Any, names: Iterable[str], dtype: torch.dtype | None) -> set[str]:
     """Weights that the architecture keeps in float32 because half precision ruins them."""
     if dtype not in (torch.bfloat16, torch.float16):
         return set()

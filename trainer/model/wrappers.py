@@ -33,13 +33,14 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+def is_adapter(name: str) -> bool:
+    """Whether the tensor of this name belongs to an adapter."""
+    return any(part in name for part in _LORA_PARAMETERS)
+
+
 def weights_by_name(inner: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors, without adapters, by the names that they have without adapters."""
-    return {
-        plain_name(name): tensor
-        for name, tensor in inner.state_dict().items()
-        if not any(part in name for part in _LORA_PARAMETERS)
-    }
+    return {plain_name(name): tensor for name, tensor in inner.state_dict().items() if not is_adapter(name)}
 
 
 def adapted_layers(inner: nn.Module) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def adapted_layers(inner: nn.Module) -> dict[str, Any]:
 def merged_weight(name: str, module: Any) -> Tensor:
     """Return one adapted layer's weight with its active adapters merged in; a new tensor if there are any.
 
-    That is `W + scale * B A`, computed by PEFT, in the dtype of `W`.
+    That is `W + scale * B A`, computed by PEFT, in float32 also where `W` has fewer bytes.
 
     Args:
         name: The weight's name, for messages.
@@ -76,5 +77,5 @@ def merged_weight(name: str, module: Any) -> Tensor:
                 "or an adapter with a bias), which cannot be merged; train with plain LoRA"
             )
         with torch.no_grad():
-            weight = weight + module.get_delta_weight(adapter).to(weight)
+            weight = weight + module.get_delta_weight(adapter).to(weight.device)
     return weight

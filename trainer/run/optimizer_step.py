@@ -197,6 +197,8 @@ class StepRunner:
         applied = math.isfinite(loss) and math.isfinite(grad_norm) and not refused
         if applied:
             self.weights_whole = False
+            # bfloat16 weights are rounded at random: all copies of a weight alike.
+            seed_step(self._config.train.seed, share.step, f"part {self._spread.part}")
             self._optimizer.step()
             self.weights_whole = True
             self._entropy_bonus.observe(totals["entropy"] / tokens)
@@ -324,13 +326,13 @@ class StepRunner:
         return dict(zip(names, reduced.tolist(), strict=True))
 
 
-def seed_step(seed: int, step: int, process: int) -> None:
-    """Seed all random number generators for one step of one process.
+def seed_step(seed: int, step: int, drawn_for: int | str) -> None:
+    """Seed all random number generators for one step of one process, or of one part of the weights.
 
-    What a step draws (dropout) depends on nothing before it, so a resumed run draws what it would have drawn,
-    with any number of processes, and no checkpoint has to hold the states of other processes.
+    What a step draws (dropout, rounding) depends on nothing before it, so a resumed run draws what it would
+    have drawn, with any number of processes, and no checkpoint has to hold the states of other processes.
     """
-    digest = hashlib.sha256(f"{seed}/{step}/{process}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{step}/{drawn_for}".encode()).digest()
     set_seed(int.from_bytes(digest[:4]))  # NumPy takes 32 bits
 
 

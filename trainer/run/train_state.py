@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +21,10 @@ from trainer.config import OptimizerSettings, TrainerConfig
 from trainer.model.attention import require_splittable
 from trainer.model.lm_head import LogitTransform
 from trainer.model.lm_head.select import choose_head
-from trainer.model.load import Policy, load_policy
+from trainer.model.load import DTYPES, Policy, load_policy, reads_rows_only
 from trainer.model.reference import ReferenceModel, load_reference
 from trainer.model.select_packing import choose_packing
-from trainer.model.sharding import Spread, make_spread
+from trainer.model.sharding import WHOLE, Spread, make_spread
 from trainer.packing import Packing
 from trainer.run.data_parallel import freeze_unused_parameters, settle_gradient_buckets
 from trainer.run.entropy_bonus import EntropyBonus
@@ -105,7 +106,7 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
     checkpoint = find_checkpoint(config, accelerator, accept)
     # Equal weights everywhere: adapters are drawn at random.
     set_seed(config.train.seed)
-    policy = load_trained_policy(config, checkpoint, rows_only=spread.sharded)
+    policy = load_trained_policy(config, checkpoint, rows_only=reads_rows_only(config.model, spread))
     policy.loaded.tested.to(accelerator.device)
     if freeze_unused_parameters(policy.loaded.tested):
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -118,7 +119,7 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
     if spread.sequence is not None:
         require_splittable(policy.loaded.tested, packing, spread.sequence)
     head = choose_head(policy.loaded.tested, config.model.head)
-    policy.loaded.spread_over(spread, accelerator.device)
+    policy.loaded.spread_over(spread, accelerator.device, DTYPES[config.model.dtype])
     reference = load_reference(
         config.loss.reference,
         config.model,
@@ -128,7 +129,7 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         limits=policy.limits,
         spread=spread,
     )
-    optimizer = make_optimizer(policy.model, config.optimizer)
+    optimizer = make_optimizer(policy.model, config.optimizer, spread)
     normalizer = AdvantageNormalizer(config.data.advantage_normalization)
     if checkpoint is not None:
         restore_optimizer(checkpoint, optimizer, policy.model, spread)
@@ -136,7 +137,7 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
     bonus = EntropyBonus(config.loss, checkpoint.state.entropy_bonus if checkpoint is not None else {})
     # Sharded, it synchronizes gradients itself: without what Accelerate puts around copies.
     model = accelerator.prepare_model(policy.model, evaluation_mode=spread.sharded)
-    wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
+    wrapped_optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
     if spread.copies > 1 and not spread.sharded:
         settle_gradient_buckets(model)
     return PreparedRun(
@@ -179,19 +180,28 @@ def load_trained_policy(
     )
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, in the model's order."""
-    return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+def make_optimizer(
+    model: nn.Module, settings: OptimizerSettings, spread: Spread = WHOLE
+) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters, in the model's order: torch's, or torchao's for what is smaller."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.beta1, settings.beta2),
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    eight_bit = settings.states == "8bit"
+    if not eight_bit and all(each.dtype == torch.float32 for each in parameters):
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    from trainer.model.small_adamw import SmallAdamW
+
+    return SmallAdamW(parameters, eight_bit=eight_bit, spread=spread, **options)
 
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide a run's numbers."""
-    names = ("atropos-trainer", "torch", "transformers", "accelerate", "safetensors")
+    names = ["atropos-trainer", "torch", "transformers", "accelerate", "safetensors"]
+    if "torchao" in sys.modules:
+        names.append("torchao")
     return {name: importlib.metadata.version(name) for name in names}

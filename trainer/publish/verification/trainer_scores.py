@@ -26,7 +26,7 @@ def score_probes(model: nn.Module, probes: Probes, device: torch.device | str) -
     texts = score_with_model(model, probes.texts, device)
     if not probes.cuts:
         return ProbeScores(texts=texts, next_tokens=())
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), computing_in_float32(model), torch.no_grad():
         # One pass: what comes after a beginning of the passage does not depend on how it goes on.
         logits = _logits(model, [probes.passage], device)[0, [cut - 1 for cut in probes.cuts]]  # [C, V]
         rows = torch.log_softmax(logits.float(), dim=-1).cpu()
@@ -38,11 +38,11 @@ def score_with_model(
 ) -> list[list[float]]:
     """Score token sequences with the weights as they are.
 
-    Without autocast, unless the caller has opened one: the master weights in float32 are the truth that
-    servers round. Computing in the served type as well comes no closer: two bfloat16 implementations differ
-    from each other as much as each does from float32. It would also cost a second copy of the model, and hide
-    an error of the cast itself; the rounding is in the tolerance instead. Dropout is off while scoring, no
-    random number is drawn, and no gradient is kept.
+    Without autocast, unless the caller has opened one, and in float32, whatever type the weights have: that
+    is the truth that servers round. Computing in the served type as well comes no closer: two bfloat16
+    implementations differ from each other as much as each does from float32. It would also cost a second copy
+    of the model, and hide an error of the cast itself; the rounding is in the tolerance instead. Dropout is
+    off while scoring, no random number is drawn, and no gradient is kept.
 
     Args:
         model: A causal language model, wrapped or not.
@@ -52,7 +52,7 @@ def score_with_model(
     Returns:
         For each sequence the log-probs of its tokens 1..T-1, in nats, from a float32 log-softmax.
     """
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), computing_in_float32(model), torch.no_grad():
         # All at once: probes are short, and a pass costs more than padding does.
         logits = _logits(model, token_id_lists, device)
         return [_pick(row, token_ids) for row, token_ids in zip(logits, token_id_lists, strict=True)]
@@ -105,3 +105,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def computing_in_float32(model: nn.Module) -> Iterator[None]:
+    """Within it each module computes with its weights in float32, and has them so for no longer."""
+    given: dict[nn.Module, dict[str, nn.Parameter]] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        given[module] = {
+            name: each
+            for name, each in module.named_parameters(recurse=False)
+            if each.dtype in (torch.bfloat16, torch.float16)
+        }
+        for name, each in given[module].items():
+            module._parameters[name] = nn.Parameter(each.detach().float(), requires_grad=False)
+
+    def put_back(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(given.pop(module, {}))
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(widen).remove)
+                # Before a module that is spread over processes lets go of what it has gathered.
+                hook = module.register_forward_hook(put_back, prepend=True, always_call=True)
+                stack.callback(hook.remove)
+        yield
