@@ -53,7 +53,9 @@ def test_an_option_of_another_weight_is_refused() -> None:
 
 @pytest.mark.parametrize("words", [[], ["--loss.reduction", "token"], ["--loss.preset", "dapo"]])
 def test_a_constant_that_no_reduction_divides_by_is_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigurationError, match=r"constant_length: it has no effect without loss\.reduction"):
+    with pytest.raises(
+        ConfigurationError, match=r"constant_length: it has no effect without loss\.reduction"
+    ):
         load("--loss.constant_length", "64", *words)
     load("--loss.constant_length", "64", "--loss.reduction", "constant")
     load("--loss.constant_length", "64", "--loss.preset", "rloo")

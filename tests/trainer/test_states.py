@@ -95,6 +95,29 @@ def test_steps_below_half_of_what_bfloat16_tells_apart_add_up() -> None:
     assert float(weight.detach().float().mean()) == pytest.approx(1 - 20 * 1e-4, abs=2e-4)
 
 
+def reward_after_training(optimizer: torch.optim.Optimizer, logits: nn.Parameter) -> float:
+    """Follow the exact gradient of the expected reward: at each position one of 256 choices is right."""
+    right = torch.arange(len(logits))
+    for _ in range(100):
+        probabilities = logits.float().softmax(-1)[right, right]
+        optimizer.zero_grad()
+        (-probabilities.log().mean()).backward()
+        optimizer.step()
+    return float(logits.detach().float().softmax(-1)[right, right].mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_bandit_is_learned_as_well_as_in_float32(dtype: torch.dtype, eight_bit: bool) -> None:
+    torch.manual_seed(0)
+    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    plain, small = (nn.Parameter(torch.zeros(16, 256, dtype=each)) for each in (torch.float32, dtype))
+    expected = reward_after_training(torch.optim.AdamW([plain], **options), plain)
+    found = reward_after_training(SmallAdamW([small], eight_bit=eight_bit, **options), small)
+    assert expected > 0.9
+    assert found > expected - 0.05
+
+
 def test_copies_of_a_weight_are_rounded_alike_and_parts_each_in_their_own_way() -> None:
     assert [Spread(copies=2, rank=rank).part for rank in range(2)] == [0, 0]
     assert [Spread(copies=2, parts=2, rank=rank).part for rank in range(4)] == [0, 1, 0, 1]
