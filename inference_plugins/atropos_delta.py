@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-from urllib.error import URLError
+from urllib.error import HTTPError
 
 import torch
 from torch import Tensor
@@ -275,7 +275,7 @@ class Receiver:
             try:
                 with torch.no_grad():
                     self._ready = self._check(name, sha256, size)
-            except (RefusedError, OSError, URLError) as error:
+            except (RefusedError, OSError) as error:
                 self._error = str(error)
             except Exception as error:  # noqa: BLE001 - told to whoever asked; the server goes on serving
                 self._error = repr(error)
@@ -519,8 +519,13 @@ def _fetch(url: str, size: int) -> IO[bytes]:
     if token:
         request.add_header("Authorization", f"Bearer {token}")
     opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
-    file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - its user closes it
-    with opener.open(request, timeout=_FETCH_SECONDS) as reply:
+    try:
+        reply = opener.open(request, timeout=_FETCH_SECONDS)
+    except HTTPError as error:
+        error.close()
+        raise RefusedError(f"{url}: HTTP {error.code}") from error
+    with reply:
+        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - its user closes it
         left = size + 1  # one more shows that it is too long
         while left and (piece := reply.read(min(left, _PIECE))):
             file.write(piece)

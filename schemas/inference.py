@@ -268,6 +268,27 @@ class CollectiveRpcReply(_Message):
     results: list[Any]
 
 
+class DeltaState(_Message):
+    """What one worker with our extension says of the versions that it holds and was asked to read."""
+
+    version: int | None
+    """The version that it holds. None: it is not known, or a write failed half-way."""
+    checksum: str | None
+    """Of the whole model's bits in that version, as the trainer computes it."""
+    error: str | None
+    """Why the file that it was asked for last is not to be applied."""
+    ready: str | None
+    """The file that it has checked and could apply."""
+    sums: dict[str, tuple[int, int]] | None
+    """What it would then hold: by the checkpoint's names the sum and the count of its own numbers."""
+
+
+class DeltaDone(_Message):
+    """What one worker with our extension says after it was told to do something."""
+
+    error: str | None
+
+
 class CacheResetReply(_Message):
     """Reply of `POST /reset_prefix_cache`; with vLLM a 200 may say `success: false` (cache in use)."""
 

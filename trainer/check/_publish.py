@@ -58,7 +58,12 @@ def check_publish(config: TrainerConfig) -> Iterator[CheckResult]:
 
 
 def _with_own_directory(config: TrainerConfig) -> TrainerConfig:
-    """Below the configured directory, where the servers see it, and apart from a run's versions."""
+    """Below the configured directory, where the servers see it, and apart from a run's versions.
+
+    Deltas stay where the servers' workers may read, and nowhere else.
+    """
+    if config.publish.transport == "delta":
+        return config
     parent = config.publish.directory or config.train.output_dir / "published"
     publish = config.publish.model_copy(update={"directory": Path(parent) / "self-test"})
     return config.model_copy(update={"publish": publish})

@@ -11,13 +11,36 @@ from trainer.config._atropos import HeaderSecret, PositiveSeconds, require_http_
 from trainer.config._base import CommaList, Section
 
 
+class DeltaSettings(Section):
+    """With `publish.transport` delta: what is sent, and how servers elsewhere get it."""
+
+    anchor_every: int = Field(default=20, gt=0)
+    """Publishes from one full version to the next; what changed travels in between. 1: always full."""
+    snapshot: Literal["cpu", "device"] = "cpu"
+    """Where the copy of the published weights is kept. device: beside the model; comparing is then fastest,
+    and takes the size of the published weights of the accelerator's memory."""
+    port: int | None = Field(default=None, ge=0, le=65535)
+    """TCP port on which servers fetch published files. 0: any free one. None: they read publish.directory."""
+    host: str = "127.0.0.1"
+    """Address that it listens on."""
+    token: HeaderSecret | None = None
+    """Bearer token that servers have to present. Give it by environment variable, not in a file."""
+
+    @model_validator(mode="after")
+    def _port_has_a_token(self) -> Self:
+        if self.port is not None and self.token is None:
+            raise ValueError("port is set, and token is not: whoever reaches the port could read the weights")
+        return self
+
+
 class PublishSettings(Section):
     """Publishing weights and proving that they are served."""
 
-    transport: Literal["none", "disk", "lora", "nccl", "ipc"] = "none"
+    transport: Literal["none", "disk", "delta", "lora", "nccl", "ipc"] = "none"
     """none: train only. disk: write a checkpoint directory that the servers reload; they must see the
-    same path. lora: write only the adapter (model.lora), which the servers load under a fresh name. nccl:
-    send the weights over the GPUs' network (vLLM only). ipc: hand them over inside one GPU (vLLM only)."""
+    same path. delta: write only what changed (vLLM with our worker extension; others as with disk). lora:
+    write only the adapter (model.lora), which the servers load under a fresh name. nccl: send the weights
+    over the GPUs' network (vLLM only). ipc: hand them over inside one GPU (vLLM only)."""
     engine: Literal["vllm", "sglang"] = "vllm"
     """The inference servers' engine. sglang: over `disk`, also for merged adapters; not yet run against a
     real SGLang."""
@@ -52,6 +75,8 @@ class PublishSettings(Section):
     lora_fallback: Literal["merged", "refuse"] = "merged"
     """With `lora`, for a server that takes no adapters: publish merged weights over `disk`, or refuse to
     start."""
+    delta: DeltaSettings = Field(default_factory=DeltaSettings)
+    """Full versions in between, and files for servers elsewhere."""
     bucket_mebibytes: int = Field(default=512, gt=0)
     """With `nccl` and `ipc`: largest piece that is cast and sent at once, in MiB."""
     group_address: str = "127.0.0.1"
@@ -93,7 +118,7 @@ class PublishSettings(Section):
                 f"publish.transport is {self.transport!r} but publish.servers is empty; "
                 "name the inference servers, or set publish.transport to 'none'"
             )
-        if self.engine == "sglang" and self.transport in ("nccl", "ipc"):
+        if self.engine == "sglang" and self.transport in ("delta", "nccl", "ipc"):
             raise ValueError(
                 f"publish.transport {self.transport!r} is for vLLM; with publish.engine 'sglang' use 'disk'"
             )

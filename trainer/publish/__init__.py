@@ -1,6 +1,7 @@
 """Publishing weights to the inference servers, and proving that they are served."""
 
 from trainer.publish.engines.sglang import SglangRoutes
+from trainer.publish.engines.vllm.delta_transport import DeltaTransport
 from trainer.publish.engines.vllm.nccl_transport import VllmTransferTransport
 from trainer.publish.engines.vllm.routes import VllmRoutes
 from trainer.publish.errors import Phase, PhaseDeadlineExceeded, PublishError, ServerFailure, StagingFailed
@@ -17,6 +18,7 @@ from trainer.publish.verification.verifier import LogprobPolicy, VerificationFai
 
 __all__ = [
     "Comparison",
+    "DeltaTransport",
     "DiskTransport",
     "InferenceServer",
     "LogprobKind",

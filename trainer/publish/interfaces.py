@@ -154,6 +154,11 @@ class WeightTransport(ABC):
             StagingFailed: Now or in the returned function: the weights cannot be read or written.
         """
 
+    def prepare(  # noqa: B027 - most have nothing to do before the pause
+        self, server: InferenceServer, staged: StagedWeights
+    ) -> None:
+        """Do what can be done while the server still serves the old weights. Otherwise as `load`."""
+
     @abstractmethod
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Bring the staged weights into one server. Called from one thread per server."""

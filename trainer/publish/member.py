@@ -1,6 +1,6 @@
 """Publishes versions to one server, in one order whatever the engine and the transport.
 
-    pause -> load -> reset caches -> tag -> resume (always) -> verify -> activate
+    prepare -> pause -> load -> reset caches -> tag -> resume (always) -> verify -> activate
 
 A transport that loads beside what is served (an adapter) needs no pause: it loads, proves, and only then
 activates. A server is never left paused: `resume` runs after any failure, an interrupt included, and its own
@@ -100,11 +100,13 @@ class Member:
             if outcome.errors:
                 return outcome
         transport = self._way
-        self.version = None
         comparison: Comparison | None = None
         errors: list[ServerFailure] = []
         seconds: dict[str, float] = {}
         with _collected(errors):
+            with _timed(seconds, "prepare_seconds"):
+                transport.prepare(server, job.staged)
+            self.version = None
             if transport.pauses:
                 if expectation is not None:
                     self._verifier.warm()

@@ -37,6 +37,8 @@ class ServerOutcome:
 
     server: str
     """Base URL, without credentials."""
+    prepare_seconds: float = 0.0
+    """In the server's reading and checking of a delta, while it served the version before."""
     pause_seconds: float = 0.0
     """From the pause request to the resume reply: how long generation stood still."""
     load_seconds: float = 0.0
@@ -92,6 +94,7 @@ class PublishReport:
             "publish/verified": float(self.verified),
             "publish/capture_seconds": self.capture_seconds,
             "publish/stage_seconds": self.stage_seconds,
+            "publish/prepare_seconds": max(outcome.prepare_seconds for outcome in self.servers),
             "publish/pause_seconds": self.pause_seconds,
             "publish/load_seconds": max(outcome.load_seconds for outcome in self.servers),
             "publish/verify_seconds": max(outcome.verify_seconds for outcome in self.servers),

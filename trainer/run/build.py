@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from atropos_client.journal import Journal
 from atropos_client.private_files import PRIVATE_DIRECTORY
 from trainer.config import PublishSettings, TrainerConfig
 from trainer.errors import ConfigurationError
-from trainer.export.hf_model import write_without_copy
+from trainer.export.hf_model import write_model_directory, write_without_copy
 from trainer.export.peft_adapter import CapturedAdapter
 from trainer.monitoring import Progress
 from trainer.publish import (
+    DeltaTransport,
     DiskTransport,
     InferenceServer,
     LogprobKind,
@@ -231,6 +234,21 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
                 "of several layers, so it cannot be sent piece by piece; use publish.transport disk"
             )
         return VllmTransferTransport(settings.transport, stream, settings)
+    if settings.transport == "delta":
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            each = stream.weights()
+            with together(prepared.joined, Order.CAPTURE):
+                try:
+                    yield from each
+                finally:
+                    for _ in each:  # other processes send their rows to the end
+                        pass
+
+        def write_directory(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
+            write_model_directory(path, stream, tensors, durable=False, mode=mode)
+
+        return DeltaTransport(directory, weights, write_directory, settings, mode=mode)
     disk = DiskTransport(directory, capture, keep=settings.keep, mode=mode)
     if settings.transport == "disk":
         return disk

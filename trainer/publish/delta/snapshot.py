@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from trainer.model.weight_stream import dtype_name
 from trainer.publish.delta.bits import bits, differing, element_sum, model_checksum, tensor_sum, wrapped
 
 
@@ -38,7 +40,22 @@ class Snapshot:
         self.checksum = ""
         """Of the version whose changes were summed up last."""
         self.sums: dict[str, int] = {}
+        self._summed: int | None = None
+        """The version that the sums are of."""
         self._device = device
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def dtype_name(self) -> str:
+        """The type that most of the numbers have."""
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += tensor.numel()
+        return dtype_name(max(sizes, key=lambda dtype: sizes[dtype]))
 
     def advance(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Change] | None:
         """Go on to a version.
@@ -50,6 +67,8 @@ class Snapshot:
         Returns:
             What changed, by name. None: this is the first version.
         """
+        if self._summed != self.version:
+            self.sums = {}
         first, self.version = self.version is None, None  # until all of them are taken
         changes: dict[str, Change] = {}
         for name, tensor in weights:
@@ -58,10 +77,7 @@ class Snapshot:
             elif (change := self._take(name, tensor.detach())) is not None:
                 changes[name] = change
         self.version = version
-        if first:
-            self.sums = {}
-            return None
-        return changes
+        return None if first else changes
 
     def sum_up(self, changes: dict[str, Change] | None) -> None:
         """Bring the sums and the checksum up to this version, by what `advance` has returned."""
@@ -74,6 +90,7 @@ class Snapshot:
                 else:
                     self.sums[name] = wrapped(self.sums[name] + change.moved)
         self.checksum = model_checksum(self.sums, self.tensors)
+        self._summed = self.version
 
     def _take(self, name: str, tensor: Tensor) -> Change | None:
         before = self.tensors[name]

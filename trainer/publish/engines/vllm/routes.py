@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from schemas.inference import (
     CacheResetReply,
+    CollectiveRpcReply,
     CollectiveRpcRequest,
     CompletionReply,
     CompletionRequest,
+    DeltaDone,
+    DeltaState,
     ModelList,
     PauseState,
     PromptLogProbs,
@@ -19,15 +24,18 @@ from schemas.inference import (
     WorldSize,
 )
 from trainer.config import PublishSettings
-from trainer.publish.engines.connection import Deadline
+from trainer.publish.engines.connection import Answer, Deadline
 from trainer.publish.engines.vllm.adapters import AdapterRoutes
-from trainer.publish.errors import Phase
+from trainer.publish.errors import Phase, ServerFailure
 from trainer.publish.interfaces import NextToken
 
 COMPLETIONS = "POST /v1/completions"
 
 CONNECT_ROUTES = ("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine")
 """The steps of a weight transfer that only join or leave the group of those who transfer."""
+
+DELTA_POLL_SECONDS = 0.05
+"""Between two questions whether the workers have checked a file."""
 
 LIKELIEST_TOKENS = 5
 """Number of tokens whose log-probs come with a generated token; servers allow 20."""
@@ -156,6 +164,54 @@ class VllmRoutes(AdapterRoutes):
         phase = Phase.CONNECT if route in CONNECT_ROUTES else Phase.LOAD
         deadline = Deadline(seconds or self._settings.load_timeout)
         self._connection.call(f"POST {route}", phase, deadline=deadline, once=True, body=body or None)
+
+    def delta_states(self) -> list[DeltaState] | None:
+        """Ask each worker which version it holds; None where the workers have not our extension."""
+        try:
+            return self._ask_workers(DeltaState, "atropos_delta_state", Phase.CONNECT)
+        except ServerFailure as error:
+            if error.status not in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.NOT_FOUND):
+                raise
+            return None
+
+    def delta_prepare(self, name: str, sha256: str, size: int) -> list[DeltaState]:
+        """Let the workers read and check a published file; return what they say when all of them have.
+
+        Raises:
+            PhaseDeadlineExceeded: They have not after `publish.load_timeout`.
+        """
+        deadline = Deadline(self._settings.load_timeout)
+        wanted: dict[str, Any] = {"name": name, "sha256": sha256, "size": size}
+        self._ask_workers(DeltaDone, "atropos_delta_prepare", Phase.LOAD, wanted, deadline=deadline)
+        while True:
+            states = self._ask_workers(DeltaState, "atropos_delta_state", Phase.LOAD, deadline=deadline)
+            if all(state.error is not None or state.ready == name for state in states):
+                return states
+            time.sleep(DELTA_POLL_SECONDS)
+
+    def delta_apply(self, name: str) -> str | None:
+        """Let the workers write the file that they have checked; return what failed, None if nothing did."""
+        done = self._ask_workers(DeltaDone, "atropos_delta_apply", Phase.LOAD, {"name": name}, once=True)
+        return next((each.error for each in done if each.error is not None), None)
+
+    def _ask_workers(
+        self,
+        kind: type[Answer],
+        method: str,
+        phase: Phase,
+        arguments: dict[str, Any] | None = None,
+        *,
+        deadline: Deadline | None = None,
+        once: bool = False,
+    ) -> list[Answer]:
+        """Run a method of our extension on every worker."""
+        route = "POST /collective_rpc"
+        body = CollectiveRpcRequest(method=method, kwargs=arguments or {})
+        reply = self._connection.ask(
+            CollectiveRpcReply, route, phase, body=body, deadline=deadline, once=once
+        )
+        with self._connection.reading(f"{route} {method}", phase):
+            return [kind.model_validate(each) for each in reply.results]
 
     def _complete(self, request: CompletionRequest) -> CompletionReply:
         return self._connection.ask(CompletionReply, COMPLETIONS, Phase.VERIFY, body=request)

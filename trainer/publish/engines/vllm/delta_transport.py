@@ -1,0 +1,295 @@
+"""Publishes only what changed, to vLLM servers whose workers have our extension (`atropos_delta`).
+
+    <directory>/v000004.delta.safetensors   what version 4 changes in the version published before it
+    <directory>/v000004.whole.safetensors   all of version 4, written when a server needs it
+    <directory>/v000004                     the same for servers without the extension, as `disk` writes it
+
+The trainer keeps a copy of the bits that it published last. A new version is compared with it, and the copy
+goes on to it, so that a full version can be written at any time.
+
+At a server: it reads and checks the file while it still serves the old weights, and answers with sums of what
+it will then hold, which have to be the trainer's. Only then is it paused, for the writing. A server that does
+not hold the version before, or that refuses or fails, gets all of the version instead; one whose weights are
+laid out in another way than a checkpoint's gets directories.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
+from trainer.config import PublishSettings
+from trainer.errors import CheckpointError
+from trainer.publish.delta.bits import wrapped
+from trainer.publish.delta.file_server import FileServer
+from trainer.publish.delta.files import (
+    Label,
+    PublishedFile,
+    delta_name,
+    whole_name,
+    write_delta,
+    write_whole,
+)
+from trainer.publish.delta.snapshot import Change, Snapshot
+from trainer.publish.engines.vllm.routes import VllmRoutes
+from trainer.publish.errors import Phase, StagingFailed
+from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.transports.disk import DiskTransport
+
+logger = logging.getLogger(__name__)
+
+_FILE = re.compile(r"v(\d{6,})\.(delta|whole)\.safetensors")
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What servers may be given of one version."""
+
+    label: Label
+    sums: Mapping[str, int]
+    """Of each tensor's bits."""
+    sizes: Mapping[str, int]
+    """Numbers in each tensor."""
+    delta: PublishedFile | None
+
+
+class DeltaTransport(WeightTransport):
+    """Publishes deltas; full versions where there is nothing to build on, and now and then.
+
+    Args:
+        directory: Where the files go; one trainer at a time owns it.
+        weights: Goes through the live model's weights, by their names in the checkpoint.
+        write_directory: Writes tensors as an ordinary model directory, for servers without the extension.
+        settings: Section `publish` of the configuration.
+        mode: Permissions of what is written.
+    """
+
+    overlaps = True
+
+    def __init__(
+        self,
+        directory: Path,
+        weights: Callable[[], Iterator[tuple[str, Tensor]]],
+        write_directory: Callable[[Path, Sequence[tuple[str, Tensor]]], object],
+        settings: PublishSettings,
+        *,
+        mode: int = PRIVATE_DIRECTORY,
+    ) -> None:
+        delta = settings.delta
+        self._directory = directory.absolute()
+        self._weights = weights
+        self._settings = settings
+        self._mode = mode
+        self._snapshot = Snapshot(torch.device("cpu") if delta.snapshot == "cpu" else None)
+        self._lock = threading.RLock()  # over the snapshot, and what is known of its version
+        self._version: _Version | None = None
+        self._staged: StagedWeights | None = None
+        self._whole: PublishedFile | None = None
+        self._since_whole = 0
+        self._held: dict[str, tuple[int | None, str | None]] = {}
+        """Servers whose workers take deltas, with the version and the checksum that they hold."""
+        self._chosen: dict[str, PublishedFile] = {}
+        """The file that each server is ready to apply."""
+        self._disk = DiskTransport(
+            directory,
+            lambda: partial(_write_to, write_directory, list(self._snapshot.tensors.items())),
+            keep=settings.keep,
+            mode=mode,
+        )
+        self._files = None
+        if delta.port is not None and delta.token is not None:
+            token = delta.token.get_secret_value()
+            self._files = FileServer(delta.host, delta.port, self._directory, token)
+            logger.info("published files are served on %s:%d", delta.host, self._files.port)
+
+    def capture(self, version: int) -> Callable[[], StagedWeights]:
+        """Compare the weights with those published last; the returned function writes what changed.
+
+        Raises:
+            StagingFailed: The weights cannot be read; or, later, the file system refused.
+        """
+        with self._lock:
+            staged = self._staged
+            if staged is not None and staged.version == version == self._snapshot.version:
+                return lambda: staged
+            base = self._version
+            try:
+                changes = self._snapshot.advance(version, self._weights())
+            except CheckpointError as error:
+                raise StagingFailed(f"version {version} cannot be published: {error}") from error
+            self._staged = self._version = self._whole = None
+        return lambda: self._stage(version, base, changes)
+
+    def connect(self, server: InferenceServer) -> WeightTransport:
+        """Find out whether its workers take deltas; otherwise it gets directories."""
+        super().connect(server)
+        lacks = "it is no vLLM"
+        if isinstance(server, VllmRoutes):
+            states = server.delta_states()
+            if states is not None:
+                held = {(state.version, state.checksum) for state in states}
+                self._held[server.url] = held.pop() if len(held) == 1 else (None, None)
+                return self
+            lacks = "its workers lack --worker-extension-cls atropos_delta.AtroposDelta"
+        self._give_directories(server, lacks)
+        return self
+
+    def prepare(self, server: InferenceServer, staged: StagedWeights) -> None:
+        """Let it read and check what changed; all of the version where that does not do."""
+        self._chosen.pop(server.url, None)
+        version = self._version_of(server, staged)
+        if isinstance(server, VllmRoutes) and server.url in self._held:
+            refused = None
+            if version.delta is not None and _hold(server, version.label):
+                refused = self._offer(server, version, version.delta)
+                if refused is None:
+                    return
+                logger.warning("%s gets all of version %d: %s", server.url, staged.version, refused)
+            refused = self._offer(server, version, self._write_whole(server, staged))
+            if refused is None:
+                return
+            self._give_directories(server, refused)
+        self._write_directory(server, staged)
+
+    def load(self, server: InferenceServer, staged: StagedWeights) -> None:
+        """Let it write what it has checked; all of the version if that fails."""
+        chosen = self._chosen.pop(server.url, None)
+        if chosen is None or not isinstance(server, VllmRoutes):
+            self._disk.load(server, self._write_directory(server, staged))
+            return
+        version = self._version_of(server, staged)
+        self._held[server.url] = None, None
+        failed = server.delta_apply(chosen.name)
+        if failed is not None and chosen == version.delta:
+            logger.warning("%s gets all of version %d: %s", server.url, staged.version, failed)
+            whole = self._write_whole(server, staged)
+            failed = self._offer(server, version, whole) or server.delta_apply(whole.name)
+        if failed is not None:
+            raise server.failure(Phase.LOAD, failed)
+        self._held[server.url] = staged.version, version.label.checksum
+
+    def prune(self, served: int) -> None:
+        """Delete the files of all but the newest versions up to `served`, and of versions of earlier runs."""
+        self._disk.prune(served)
+        if not self._directory.is_dir():
+            return
+        files = [(_FILE.fullmatch(file.name), file) for file in self._directory.iterdir()]
+        found = [(int(name[1]), file) for name, file in files if name is not None]
+        newest = sorted({version for version, _ in found if version <= served})[-self._settings.keep :]
+        with self._lock:
+            kept = {*newest, self._snapshot.version}
+        for version, file in found:
+            if version not in kept:
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as error:
+                    logger.warning("an old version stays on disk: %s: %s", file, error)
+
+    def close(self, servers: Sequence[InferenceServer]) -> None:
+        """Stop serving files."""
+        if self._files is not None:
+            self._files.close()
+
+    def _stage(self, number: int, base: _Version | None, changes: dict[str, Change] | None) -> StagedWeights:
+        snapshot = self._snapshot
+        with self._lock:
+            snapshot.sum_up(changes)
+            label = Label(version=number, checksum=snapshot.checksum)
+            delta = None
+            try:
+                make_run_directory(self._directory, mode=self._mode)
+                anchor = self._since_whole + 1 >= self._settings.delta.anchor_every
+                held = base is not None and (base.label.version, base.label.checksum) in self._held.values()
+                if changes is not None and base is not None and held and not anchor:
+                    label = Label(
+                        version=number,
+                        checksum=snapshot.checksum,
+                        base_version=base.label.version,
+                        base_checksum=base.label.checksum,
+                    )
+                    path = self._directory / delta_name(number)
+                    delta = write_delta(path, label, changes, snapshot.tensors, mode=self._mode)
+                sizes = {name: tensor.numel() for name, tensor in snapshot.tensors.items()}
+                self._version = _Version(label, dict(snapshot.sums), sizes, delta)
+                self._since_whole = 0 if delta is None else self._since_whole + 1
+                size = snapshot.nbytes if delta is None else delta.size
+                self._staged = StagedWeights(version=number, dtype=snapshot.dtype_name, weight_bytes=size)
+            except OSError as error:
+                raise StagingFailed(f"version {number} could not be written: {error}") from error
+            return self._staged
+
+    def _version_of(self, server: InferenceServer, staged: StagedWeights) -> _Version:
+        """What is known of a version, as long as it is the newest.
+
+        Raises:
+            ServerFailure: The training thread is about to publish the next.
+        """
+        with self._lock:
+            version = self._version
+            if version is None or version.label.version != staged.version:
+                raise server.failure(Phase.LOAD, "the next version is on its way; it gets that one")
+            return version
+
+    def _write_whole(self, server: InferenceServer, staged: StagedWeights) -> PublishedFile:
+        with self._lock:
+            version = self._version_of(server, staged)
+            if self._whole is None:
+                label = Label(version=staged.version, checksum=version.label.checksum)
+                path = self._directory / whole_name(staged.version)
+                try:
+                    self._whole = write_whole(path, label, self._snapshot.tensors, mode=self._mode)
+                except OSError as error:
+                    raise server.failure(Phase.LOAD, f"{path} could not be written: {error}") from error
+            return self._whole
+
+    def _write_directory(self, server: InferenceServer, staged: StagedWeights) -> StagedWeights:
+        with self._lock:
+            self._version_of(server, staged)
+            try:
+                return self._disk.capture(staged.version)()
+            except StagingFailed as error:
+                raise server.failure(Phase.LOAD, str(error)) from error
+
+    def _give_directories(self, server: InferenceServer, why: str) -> None:
+        logger.warning("%s gets full versions as directories: %s", server.url, why)
+        self._held.pop(server.url, None)
+
+    def _offer(self, server: VllmRoutes, version: _Version, file: PublishedFile) -> str | None:
+        """Let a server check a file; return why it is not to be applied, None if it is."""
+        states = server.delta_prepare(file.name, file.sha256, file.size)
+        for state in states:
+            if state.error is not None:
+                return state.error
+        for name, size in version.sizes.items():
+            held = [state.sums.get(name, (0, 0)) for state in states if state.sums is not None]
+            count = sum(each[1] for each in held)
+            copies = count // size if size else 0
+            if count != copies * size or wrapped(sum(each[0] for each in held)) != wrapped(
+                copies * version.sums[name]
+            ):
+                return f"with {file.name} it would hold another {name} than the trainer has"
+        self._chosen[server.url] = file
+        return None
+
+
+def _hold(server: VllmRoutes, label: Label) -> bool:
+    """Tell whether all workers hold the version that a delta applies to."""
+    states = server.delta_states() or []
+    return all((each.version, each.checksum) == (label.base_version, label.base_checksum) for each in states)
+
+
+def _write_to(
+    write: Callable[[Path, Sequence[tuple[str, Tensor]]], object],
+    tensors: Sequence[tuple[str, Tensor]],
+    path: Path,
+) -> None:
+    write(path, tensors)
