@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._machine import describe, machine
+from benchmarks.publish_delta import compare, draw, measure_large
+from benchmarks.publish_delta import show as show_deltas
 from local_stack.commands import Address, free_addresses, vllm_command, vllm_environment
 from local_stack.models import prepare_demo_model
 from local_stack.processes import ChildProcess
@@ -49,13 +51,17 @@ PHASES = {
     "total_seconds": "whole publish, capture to proven",
 }
 LORA_RANK = 16
+TRANSPORTS = ("disk", "lora", "delta,disk", "delta,disk,restart")
 
 
 def main() -> None:
-    """Measure both ways and print the ratio."""
+    """Measure the ways and print the ratios."""
     arguments = _parser().parse_args()
     model = arguments.model or prepare_demo_model()
     console = Console()
+    if "delta" in arguments.transport.split(","):
+        compare_deltas(console, model, arguments)
+        return
     with tempfile.TemporaryDirectory(prefix="publish-benchmark-") as scratch:
         server = Server(model, Path(scratch), python=arguments.vllm_python, dtype=arguments.dtype)
         try:
@@ -80,10 +86,13 @@ def main() -> None:
 class Server:
     """A stock vLLM with the middleware, on one port, started as often as needed."""
 
-    def __init__(self, model: Path, directory: Path, *, python: Path, dtype: str) -> None:
+    def __init__(
+        self, model: Path, directory: Path, *, python: Path, dtype: str, deltas: Path | None = None
+    ) -> None:
         (self.address,) = free_addresses(1)
         self._command = {"model": str(model), "python": str(python.absolute()), "dtype": dtype}
         self._log = directory / "vllm.log"
+        self._deltas = deltas  # where the workers' extension reads; None: without it
         self._child: ChildProcess | None = None
 
     @property
@@ -95,12 +104,14 @@ class Server:
         """Start it on a model directory and wait for its first token."""
         self._command["model"] = str(model)
         listen: Address = self.address
-        self._child = ChildProcess(
-            "vLLM",
-            vllm_command(listen, seed=0, lora_rank=LORA_RANK, **self._command),
-            log_path=self._log,
-            environment=vllm_environment() | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"},
-        )
+        environment = vllm_environment() | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+        if self._deltas is None:
+            command = vllm_command(listen, seed=0, lora_rank=LORA_RANK, **self._command)
+        else:
+            command = vllm_command(listen, seed=0, **self._command)
+            command += ["--worker-extension-cls", "atropos_delta.AtroposDelta"]
+            environment["ATROPOS_DELTA_SOURCE"] = str(self._deltas)
+        self._child = ChildProcess("vLLM", command, log_path=self._log, environment=environment)
         deadline = time.monotonic() + START_TIMEOUT
         while not self._answers():
             self._child.require_healthy()
@@ -130,6 +141,35 @@ class Server:
             return self.generate(tokens=1, samples=1, seed=0) == httpx.codes.OK
         except httpx.TransportError:
             return False
+
+
+def compare_deltas(console: Console, model: Path, arguments: argparse.Namespace) -> None:
+    """Measure deltas beside full versions and, where it is asked for, restarts."""
+    large = measure_large(arguments.large)
+    python = arguments.vllm_python
+    with tempfile.TemporaryDirectory(prefix="publish-benchmark-") as scratch, contextlib.ExitStack() as stack:
+        places = {name: Path(scratch) / name / "published" for name in ("delta", "disk")}
+        servers = {}
+        for name, place in places.items():
+            place.mkdir(parents=True)
+            deltas = place if name == "delta" else None
+            servers[name] = Server(model, place.parent, python=python, dtype="bfloat16", deltas=deltas)
+            stack.callback(servers[name].stop)
+            servers[name].start(model)
+        urls = {name: server.url for name, server in servers.items()}
+        rows = compare(urls, model, places, arguments)
+        servers["delta"].stop()
+        restarts = arguments.restarts if "restart" in arguments.transport.split(",") else 0
+        peer = [restart_on_checkpoint(servers["disk"], model, Path(scratch)) for _ in range(restarts)]
+    show_deltas(console, rows, large)
+    if peer:
+        console.print(f"vLLM restarted on the checkpoint: no service for {statistics.median(peer):.1f} s")
+    console.print(f"{describe(machine())}; {arguments.repeats} publishes of each kind at each rate")
+    if arguments.picture:
+        draw(rows, large, arguments.picture)
+    if arguments.json:
+        result = {"machine": machine(), "rows": rows, "large": large, "restart": peer}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def measure_publishes(
@@ -247,7 +287,7 @@ def _add(table: Table, label: str, seconds: list[float]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.publish", description=__doc__)
     parser.add_argument("--model", type=Path, help="model directory; the demonstration's by default")
-    parser.add_argument("--transport", choices=("disk", "lora"), default="disk")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="disk")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="of the trainer")
     parser.add_argument("--repeats", type=int, default=10)
@@ -255,6 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--idle", action="store_true", help="without an environment's load")
     parser.add_argument("--vllm-python", type=Path, default=Path(".venv-vllm/bin/python"))
     parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--picture", type=Path, help="with delta: also draw cost by learning rate")
+    parser.add_argument("--large", type=int, default=3, help="with delta: repeats with 1.2 billion weights")
     return parser
 
 

@@ -287,22 +287,23 @@ def test_weights_that_are_spread_are_published_and_proven(
 ) -> None:
     """Full ones, copied and written as they come, and those of a base with adapters merged."""
     server = start_inference_server(tiny_model_directory)
-    publish = ["--publish.transport", "disk", "--publish.servers", server.url]
+    publish = ["--publish.servers", server.url, "--publish.transport"]
     runs = [
         {
             "model": str(tiny_model_directory),
             "output": str(tmp_path / name),
-            "options": [*_COMMON, *publish, "--parallel.mode", mode, *options],
+            "options": [*_COMMON, *publish, transport, "--parallel.mode", mode, *options],
             "steps": 2,
         }
-        for name, mode, options in (
-            ("full", "sharded", []),
-            ("uncopied", "sharded", ["--publish.overlap", "false"]),
-            ("lora", "gathered", _LORA),
+        for name, transport, mode, options in (
+            ("full", "disk", "sharded", []),
+            ("uncopied", "disk", "sharded", ["--publish.overlap", "false"]),
+            ("lora", "disk", "gathered", _LORA),
+            ("delta", "delta", "sharded", []),  # from the copy that process 0 keeps
         )
     ]
     run_in_processes(2, runs, tmp_path / "log")
-    for name in ("full", "uncopied", "lora"):
+    for name in ("full", "uncopied", "lora", "delta"):
         published = rows(tmp_path / name, "publish")
         assert [row["version"] for row in published] == [0, 1, 2]
         assert all(row["publish_verified"] for row in published)

@@ -31,6 +31,9 @@ from trainer.publish.interfaces import NextToken
 
 COMPLETIONS = "POST /v1/completions"
 
+UNKNOWN_METHOD = (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.NOT_FOUND, HTTPStatus.BAD_REQUEST)
+"""Answers to an unknown method of the workers: of vLLM, without the route, of the embedded server."""
+
 CONNECT_ROUTES = ("/init_weight_transfer_engine", "/shutdown_weight_transfer_engine")
 """The steps of a weight transfer that only join or leave the group of those who transfer."""
 
@@ -170,7 +173,7 @@ class VllmRoutes(AdapterRoutes):
         try:
             return self._ask_workers(DeltaState, "atropos_delta_state", Phase.CONNECT)
         except ServerFailure as error:
-            if error.status not in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.NOT_FOUND):
+            if error.status not in UNKNOWN_METHOD:
                 raise
             return None
 
