@@ -88,6 +88,8 @@ def own_checkpoint(worker: Any, config: Any) -> OwnCheckpoint:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         from vllm.model_executor.model_loader import get_model_loader  # type: ignore[import-not-found]
 
+        if getattr(config.model_config, "use_mla", False):
+            raise RefusedError("its attention keeps numbers that are computed from weights")
         loader: Any = get_model_loader(config.load_config)
         yield from loader.get_all_weights(config.model_config, worker.get_model())
 
@@ -267,8 +269,10 @@ class Receiver:
 
     def prepare(self, name: str, sha256: str, size: int) -> dict[str, Any]:
         """See `AtroposDelta.atropos_delta_prepare`."""
-        if self._thread is not None:
-            self._thread.join()
+        if (
+            self._thread is not None and self._thread.is_alive()
+        ):  # not waited for: the engine would stand still
+            return {"error": f"{self._asked} is still being read"}
         self._ready, self._error, self._asked = None, None, name
 
         def run() -> None:

@@ -185,7 +185,11 @@ class VllmRoutes(AdapterRoutes):
         """
         deadline = Deadline(self._settings.load_timeout)
         wanted: dict[str, Any] = {"name": name, "sha256": sha256, "size": size}
-        self._ask_workers(DeltaDone, "atropos_delta_prepare", Phase.LOAD, wanted, deadline=deadline)
+        begin = "atropos_delta_prepare"
+        while any(
+            done.error for done in self._ask_workers(DeltaDone, begin, Phase.LOAD, wanted, deadline=deadline)
+        ):
+            time.sleep(DELTA_POLL_SECONDS)  # one that was given up is still being read
         while True:
             states = self._ask_workers(DeltaState, "atropos_delta_state", Phase.LOAD, deadline=deadline)
             if all(state.error is not None or state.ready == name for state in states):
