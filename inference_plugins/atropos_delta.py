@@ -68,8 +68,7 @@ class AtroposDelta:
 
 def _receiver(worker: Any) -> Receiver:
     if "_atropos_receiver" not in vars(worker):
-        loader = getattr(worker, "vllm_config", None)
-        worker._atropos_receiver = Receiver(worker.get_model(), own_checkpoint(worker, loader))
+        worker._atropos_receiver = Receiver(worker.get_model(), own_checkpoint(worker))
     receiver: Receiver = worker._atropos_receiver
     return receiver
 
@@ -82,8 +81,9 @@ class OwnCheckpoint:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
 
-def own_checkpoint(worker: Any, config: Any) -> OwnCheckpoint:
+def own_checkpoint(worker: Any) -> OwnCheckpoint:
     """Return what the worker was started with, or has reloaded since."""
+    config = worker.vllm_config
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         from vllm.model_executor.model_loader import get_model_loader  # type: ignore[import-not-found]
@@ -269,9 +269,7 @@ class Receiver:
 
     def prepare(self, name: str, sha256: str, size: int) -> dict[str, Any]:
         """See `AtroposDelta.atropos_delta_prepare`."""
-        if (
-            self._thread is not None and self._thread.is_alive()
-        ):  # not waited for: the engine would stand still
+        if self._thread is not None and self._thread.is_alive():  # waiting would stop the engine
             return {"error": f"{self._asked} is still being read"}
         self._ready, self._error, self._asked = None, None, name
 
@@ -337,7 +335,7 @@ class Receiver:
         return _Ready(name, told.version, told.checksum, sums, changes, packed)
 
     def _check_layout(self) -> None:
-        """See once that the notes are true: by them the model holds what vLLM itself has loaded.
+        """See once that the notes are true: by them the model holds what vLLM itself has loaded, and no more.
 
         Raises:
             RefusedError: It does not: its layout is another one (quantized, shuffled for a kernel).
@@ -346,12 +344,17 @@ class Receiver:
         if path == self._loaded_from:
             return
         self._version = self._checksum = None
+        filled: set[int] = set()
         for name, tensor in self._own.tensors():
             pieces = note_pieces(self._model, {name: (tuple(tensor.shape), tensor.dtype)})[name]
             flat = tensor.contiguous().reshape(-1)
             for piece in pieces:
                 if not torch.equal(bits(piece.held), bits(piece.of(flat)).to(piece.held.device)):
                     raise RefusedError(f"{name} is not held as the checkpoint {path} has it")
+                filled.add(_address(piece.held))
+        for name, weight in self._model.named_parameters():
+            if weight.numel() and _address(weight) not in filled:
+                raise RefusedError(f"no tensor of the checkpoint {path} fills the model's {name}")
         self._loaded_from = path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,29 @@ def test_nothing_outside_the_published_directory_is_read(name: str, trainer: Tra
         name = file.name
     error = worker.take(PublishedFile(name=name, size=file.size, sha256=file.sha256, changed=0))
     assert "no name of a published file" in str(error) or "symbolic links" in str(error)
+
+
+def test_a_model_with_weights_that_no_checkpoint_fills_is_refused(trainer: Trainer) -> None:
+    worker = Worker(a_model())
+    worker.model.other = nn.Parameter(torch.ones(3))
+    assert "fills the model's other" in str(worker.take(trainer.whole()))
+
+
+def test_a_worker_that_still_reads_is_not_waited_for(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, goes_on, file = Worker(a_model()), threading.Event(), trainer.whole()
+    real = atropos_delta.open_source
+
+    def slowly(*words: Any) -> Any:
+        assert goes_on.wait(30)
+        return real(*words)
+
+    monkeypatch.setattr(atropos_delta, "open_source", slowly)
+    assert worker.receiver.prepare(file.name, file.sha256, file.size)["error"] is None
+    assert "still being read" in worker.receiver.prepare(file.name, file.sha256, file.size)["error"]
+    assert "not ready" in worker.receiver.apply(file.name)["error"]
+    goes_on.set()
+    assert worker.receiver._thread is not None
+    worker.receiver._thread.join()
+    assert worker.take(file) is None

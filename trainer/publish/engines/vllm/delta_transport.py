@@ -20,7 +20,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,7 +100,7 @@ class DeltaTransport(WeightTransport):
         """The file that each server is ready to apply."""
         self._disk = DiskTransport(
             directory,
-            lambda: partial(_write_to, write_directory, list(self._snapshot.tensors.items())),
+            lambda: lambda path: write_directory(path, list(self._snapshot.tensors.items())),
             keep=settings.keep,
             mode=mode,
         )
@@ -285,11 +284,3 @@ def _hold(server: VllmRoutes, label: Label) -> bool:
     """Tell whether all workers hold the version that a delta applies to."""
     states = server.delta_states() or []
     return all((each.version, each.checksum) == (label.base_version, label.base_checksum) for each in states)
-
-
-def _write_to(
-    write: Callable[[Path, Sequence[tuple[str, Tensor]]], object],
-    tensors: Sequence[tuple[str, Tensor]],
-    path: Path,
-) -> None:
-    write(path, tensors)
