@@ -36,7 +36,7 @@ RUN_DIR ?=
 
 PACKAGES := schemas atropos_client trainer local_stack inference_plugins verl_integration
 
-.PHONY: help demo vllm verl transformers4 oracle test test-vllm test-verl test-docker chaos soak lint format compose-tool clean
+.PHONY: help demo vllm verl transformers4 oracle test test-vllm test-verl test-docker chaos soak lint format compose-tool browser clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -96,7 +96,7 @@ demo: $(VENV)/.ready $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV)/.ready)
 		$(if $(MODEL),--model $(MODEL)) $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
 # Two tests at a time, each computing with one thread: most of a test is starting something, or waiting for it.
-test: lint compose-tool
+test: lint compose-tool browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # REQUIRE_VLLM: a missing vLLM is a failure here, not a skip.
@@ -134,6 +134,13 @@ compose-tool:
 		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
 			&& apt-get update -qq && apt-get install -y -qq docker-compose >/dev/null; } \
 		|| echo "docker-compose is not installed: the check of docker-compose.yml is left out"
+
+# The tests of the page of a run need a real browser.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+			&& apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+		|| echo "chromium is not installed: the tests of the page of a run are left out"
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(TRANSFORMERS4) build *.egg-info

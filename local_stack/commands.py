@@ -178,9 +178,13 @@ def train_command(
     steps: int,
     seed: int,
     output_dir: Path,
+    page: Address | None = None,
     python: str = sys.executable,
 ) -> list[str]:
-    """Return the command of the trainer: `atropos-train run` with this stack's addresses."""
+    """Return the command of the trainer: `atropos-train run` with this stack's addresses.
+
+    `page` is where it serves the page of the run. None: where its own settings say.
+    """
     return [
         *(python, "-m", "trainer.cli", "run"),
         *("--config", str(config)),
@@ -190,6 +194,7 @@ def train_command(
         *("--train.steps", str(steps)),
         *("--train.seed", str(seed)),
         *("--train.output_dir", str(output_dir)),
+        *(() if page is None else ("--health.port", str(page.port))),
     ]
 
 

@@ -59,6 +59,10 @@ class Display:
             self.phase = phase
             self._say(phase)
 
+    def tell(self, text: str) -> None:
+        """Say something once."""
+        self._say(text)
+
     def update(self, records: RunRecords) -> None:
         """Show what is new; called about ten times a second."""
         if records.heldout_before is not None and not self._evaluation_shown:

@@ -205,7 +205,7 @@ class _LocalRun:
         """Start everything, wait for the two servers, and return the inference server's address."""
         self._display.enter("starting")
         options = self._options
-        api, inference = free_addresses(2)
+        api, inference, free = free_addresses(3)
         api_child = self._services.start(_API, api_command(api))
         inference_child = self._start_inference(inference, model)
         # A run that goes on from a checkpoint has been measured, and its weights are no longer untrained.
@@ -223,6 +223,7 @@ class _LocalRun:
             steps=options.steps,
             seed=options.seed,
             output_dir=self._directory,
+            page=self._page(free),
         )
         self._trainer = self._services.start(
             _TRAINER, [*train, *options.settings], stop_signal=SIGINT, may_finish=True
@@ -230,6 +231,14 @@ class _LocalRun:
         for child, url in ((api_child, f"{api.url}/status"), (inference_child, f"{inference.url}/health")):
             self._wait(child, partial(self._has_started, child, url), _READY_TIMEOUT, f"answer at {url}")
         return inference
+
+    def _page(self, free: Address) -> Address | None:
+        """Say where the page of the run will be; returns the address that the trainer is to serve it at."""
+        health = check_settings(self._options).health
+        if health.port is not None:  # as the user wants it
+            return None
+        self._display.tell(f"the page of the run, while it trains: {free.url}/")
+        return free
 
     def _start_inference(self, listen: Address, model: str) -> ChildProcess:
         seed = self._options.seed

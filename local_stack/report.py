@@ -77,6 +77,7 @@ def draw_report(report: Report, *, picture: Path) -> RenderableType:
     table.add_row("time", f"{minutes} min {seconds} s for {report.steps} steps, evaluations included")
     table.add_row("trained model", str(report.final_model))
     table.add_row("picture", str(picture))
+    table.add_row("look at it", f"atropos-train view {picture.parent}")
     title = "[bold]Done[/]"
     return Panel(table, title=title, title_align="left", border_style="green", padding=(1, 2), width=100)
 

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "curl http://127.0.0.1:9100/health": "tests/trainer/test_watch_runs.py",
     "atropos-train check --publish": "tests/trainer/test_check.py",
     "export PYTHONPATH=": "tests/vllm/launching.py",
+    "atropos-train view runs/": "tests/view/test_site.py",  # it serves until Ctrl-C
 }
 """What is not run here, by how it begins, and where it is."""
 
@@ -62,7 +63,8 @@ def select(*beginnings: str) -> list[str]:
 
 
 TRAINING = select("atropos-train run ", "torchrun ")
-SHOWING = select("atropos-train journal ", "atropos-train checkpoint ")
+SHOWING = select("atropos-train journal ", "atropos-train checkpoint ", "atropos-train report ")
+SHOWING += select("atropos-train view --terminal ")
 BENCHMARKS = select("python -m benchmarks.")
 MAKE = select("make ")
 OTHERS = select("atropos-train check ", "atropos-train replay ")

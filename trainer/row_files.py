@@ -6,10 +6,13 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from atropos_client.private_files import open_private, replace_private
 from schemas import count_of
+
+LOGPROBS_FILE: Final = "token_logprobs.jsonl"
+"""Name of the file of the trainer's own log-probs, in a run's output directory."""
 
 logger = logging.getLogger(__name__)
 

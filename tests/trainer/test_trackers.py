@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import rows, run
 from trainer.errors import ConfigurationError
+from trainer.run.rollout_table import COLUMNS
 
 TRACKERS = (
     *("--logging.trackers", "tensorboard,wandb", "--logging.project", "here"),
@@ -51,6 +53,25 @@ def test_a_run_that_went_back_to_a_checkpoint_has_one_curve_and_stays_the_same_r
     shutil.rmtree(output / "checkpoints")
     run(tiny_model_directory, output, make_bodies(1), *TRACKERS, steps=1)
     assert (output / "tracker_run").read_text() not in runs
+
+
+def test_a_tracker_gets_the_best_and_the_worst_rollouts_as_a_table(
+    tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    words = ("--logging.trackers", "wandb", "--logging.rollouts", "4")
+    run(tiny_model_directory, tmp_path / "run", make_bodies(2), *words, steps=2)
+    (table,) = tmp_path.rglob("rollouts_*.table.json")  # of the first step, not of the second
+    written = json.loads(table.read_text())
+    assert written["columns"] == list(COLUMNS)
+    scores = [row[COLUMNS.index("score")] for row in written["data"]]
+    assert len(scores) == 4
+    assert scores == sorted(scores, reverse=True)
+    everything = [score for group in json.loads(make_bodies(1)[0])["batch"] for score in group["scores"]]
+    assert scores[0] == pytest.approx(max(everything))
+    assert scores[-1] == pytest.approx(min(everything))
+    assert all(isinstance(row[-1], str) and row[-1] for row in written["data"])
 
 
 def test_a_tracker_that_cannot_be_opened_is_refused_by_name(

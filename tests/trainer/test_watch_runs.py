@@ -85,7 +85,7 @@ def test_a_run_tells_how_it_is_and_idle_clients_do_not_keep_it_from_that(
     assert sum(value for (name, _), value in samples.items() if name == "atropos_trainer_phase") == 1
     assert ("atropos_trainer_served_version", None) not in samples
     assert f"Page of the run: {url}/" in run.log.read_text()
-    assert "/assets/app.js" in page.text
+    assert "/assets/page.js" in page.text
     assert (state["newest"]["step"], state["live"], state["health"]["pid"]) == (2, True, run.process.pid)
     assert by_another_name.status_code == 421
     run.process.send_signal(signal.SIGTERM)

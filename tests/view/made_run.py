@@ -56,8 +56,8 @@ def write_configuration(directory: Path, **sections: dict[str, Any]) -> None:
 def write_journal(directory: Path, bodies: Iterable[bytes], *, trained: int = 1 << 30) -> None:
     """A journal whose first batches were trained."""
     with Journal.open(directory / "journal") as journal:
-        for number, body in enumerate(bodies, start=1):
-            journal.append(body, served_version=number - 1)
+        for body in bodies:
+            number = journal.append(body, served_version=journal.last_number - 1)
             if number <= trained:
                 journal.settle(number, "trained", step=number)
 
@@ -82,8 +82,8 @@ def group_of(
     }
 
 
-def make_run(directory: Path, *, steps: int = 5, groups: int = 3) -> Path:
-    """A small run with everything in it."""
+def make_run(directory: Path, *, steps: int = 5, groups: int = 3, **sections: dict[str, Any]) -> Path:
+    """A small run with everything in it; `sections` are of its configuration."""
     generator = random.Random(0)
     write_metrics(
         directory,
@@ -104,6 +104,6 @@ def make_run(directory: Path, *, steps: int = 5, groups: int = 3) -> Path:
             )
         ],
     )
-    write_configuration(directory)
+    write_configuration(directory, **sections)
     write_journal(directory, [make_body(seed, groups=groups) for seed in range(steps)])
     return directory

@@ -22,6 +22,7 @@ from trainer.cli._command import Command
 from trainer.cli._failures import NOBODY_READS, discard_output, explain, nobody_reads, open_missing_streams
 from trainer.cli._journal import JournalCommand
 from trainer.cli._replay import ReplayCommand
+from trainer.cli._report import ReportCommand
 from trainer.cli._run import RunCommand
 from trainer.cli._view import ViewCommand
 
@@ -107,6 +108,7 @@ def _commands() -> dict[str, Command]:
         JournalCommand(),
         ReplayCommand(),
         ViewCommand(),
+        ReportCommand(),
     ]
     for entry_point in sorted(entry_points(group=COMMAND_GROUP)):
         try:

@@ -13,6 +13,7 @@ from trainer.cli._settings import path_argument
 from trainer.errors import ConfigurationError
 
 _PORT: Final = 9191
+_TERMINAL_SECONDS: Final = 2.0
 _OF_A_RUN: Final = ("metrics.jsonl", "journal", "checkpoints", "health.json", "journal.sqlite3")
 
 
@@ -38,6 +39,9 @@ class ViewCommand:
             default=None,
             help=f"port to listen on, 0 for any free one; default: {_PORT}, or a free one if that is taken",
         )
+        parser.add_argument(
+            "--terminal", action="store_true", help="show the overview here instead, until Ctrl-C"
+        )
         add_tokenizer(parser)
         parser.epilog = (
             "On an address beyond loopback the page asks for the token in the environment variable "
@@ -55,6 +59,8 @@ class ViewCommand:
         configure_logging("WARNING")
         for run in args.runs:
             require_run(run)
+        if args.terminal:
+            return show_in_terminal(args.runs[0])
         access = Access.of_environment(args.host)
         if not access.is_open:
             raise ConfigurationError(
@@ -78,6 +84,27 @@ class ViewCommand:
             sys.stdout.flush()
             threading.Event().wait()
         return 0
+
+
+def show_in_terminal(run: Path) -> int:
+    """Show the overview until Ctrl-C or the end of the run; once where nobody sits at a terminal."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from trainer.view.run_reader import RunReader
+    from trainer.view.terminal import draw_overview
+
+    reader, console = RunReader(run), Console()
+    if not console.is_terminal:
+        console.print(draw_overview(reader))
+        return 0
+    with Live(draw_overview(reader), console=console, auto_refresh=False) as live:
+        while (reader.state()["health"] or {}).get("status") != "ended":
+            time.sleep(_TERMINAL_SECONDS)
+            live.update(draw_overview(reader), refresh=True)
+    return 0
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -158,3 +158,10 @@ class LoggingSettings(Section):
     """Project name for trackers; environments read it from the API for their own logging."""
     group: str = ""
     """Run group for trackers and environments."""
+    rollouts: int = Field(default=8, ge=0)
+    """Sequences, the best and the worst, of the first and of every tenth step that W&B and trackio get as a
+    table `rollouts`, prompts and answers cut at 8,000 characters. 0: none."""
+    token_logprobs: int = Field(default=2, ge=0)
+    """Groups of each step whose tokens' log-probs, as the trainer computed them before the step, are
+    recorded in <output_dir>/token_logprobs.jsonl: the page of the run shows them beside the sampler's. 0:
+    none. The file and the one before it take 64 MiB each at most."""

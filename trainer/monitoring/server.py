@@ -25,6 +25,8 @@ CONNECTION_SECONDS: Final = 5.0
 """For a connection, from its first byte to its last."""
 SITE_SECONDS: Final = 60.0
 """The same where the site answers."""
+SITE_IDLE_SECONDS: Final = 20.0
+"""The same where there is a site, before it is asked: browsers open connections ahead of their requests."""
 MAX_CONNECTIONS: Final = 32
 """At once; one more closes the oldest."""
 MAX_REQUEST_BYTES: Final = 8192
@@ -153,7 +155,8 @@ class HealthServer:
             connection.close()
             raise
         try:
-            async with asyncio.timeout(CONNECTION_SECONDS) as deadline:
+            patience = CONNECTION_SECONDS if self._site is None else SITE_IDLE_SECONDS
+            async with asyncio.timeout(patience) as deadline:
                 try:
                     reply = await self._answer(await reader.readuntil(b"\r\n\r\n"), deadline)
                 except asyncio.LimitOverrunError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 Packing = Literal["prefix_tree", "plain", "padded"]
 
-_STAYS_ON_CPU = {"subtree_end"}  # attention plans are made from it on the CPU
+_STAYS_ON_CPU = {"subtree_end", "origins"}  # attention plans and records are made from them there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class MicroBatch:
     """[N] float32."""
     sequence_ids: Tensor
     """[N] int64: which of its sequences each token belongs to. A sequence is whole in one micro-batch."""
+    origins: Tensor
+    """[sequence_count, 2] int64, on the CPU: which sequence of which group of the batch each is."""
     sequence_count: int
     sequence_tokens: int
     """Tokens of its sequences, before folding and without padding."""

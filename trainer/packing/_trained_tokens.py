@@ -31,6 +31,8 @@ class TrainedTokens:
     """[N] each: what `MicroBatch` says of them, NaN where it was not sent."""
     sent: dict[str, Array]
     """[n] bool each: of the fields that may be missing, which samples have them."""
+    origins: Integers
+    """[n, 2]: the group of each sample, and its place there."""
 
     @classmethod
     def of(
@@ -71,7 +73,14 @@ class TrainedTokens:
                 fields[name] = np.full(len(where), np.nan, dtype=np.float32)
         if all(sample.teacher is not None for sample in samples):
             fields |= _teacher_fields(samples, where, offsets, first)
-        return cls(first=first, position=where - np.repeat(offsets[:-1], counts), fields=fields, sent=sent)
+        origins = np.array([(sample.group_index, sample.sequence_index) for sample in samples], np.int64)
+        return cls(
+            first=first,
+            position=where - np.repeat(offsets[:-1], counts),
+            fields=fields,
+            sent=sent,
+            origins=origins.reshape(-1, 2),
+        )
 
     def position_of(self, sample: int) -> Integers:
         """Places of a sample's trained tokens."""
@@ -96,6 +105,7 @@ class TrainedTokens:
             **fields,
             **complete,
             "sequence_ids": torch.from_numpy(np.repeat(np.arange(len(chosen)), counts)),
+            "origins": torch.from_numpy(self.origins[chosen]),
             "sequence_count": len(chosen),
             "known_inference_logprobs": known,
             "predict_row": torch.from_numpy(rows),

@@ -281,6 +281,11 @@ class Trainer:
             return
         self._tracker.note_masked(result.per_token.get("masked"))
         self._tracker.note_trained(batch)
+        self._steps.logprob_log.write(
+            step=self.step,
+            batch=self._tracker.batch,
+            set_aside={group.group_index for group in batch.set_aside},
+        )
         self._conclude(incoming, prepared, result, waited=waited, trained=time.monotonic() - started)
 
     def _conclude(
@@ -318,6 +323,7 @@ class Trainer:
             **self._tracker.all_counters(),
         }
         self._rows.write(row, step=self.step)
+        self._rows.write_rollouts(prepared.batch, step=self.step)
         self._publishes.write_rows(self.step)
         # After the row: a resumed run drops the rows that its checkpoint does not count, and misses none.
         if self.step % self._config.checkpoint.every == 0:

@@ -20,6 +20,7 @@ from trainer.model.sharding import Spread
 from trainer.packing import MicroBatch, imbalance
 from trainer.row_files import drop_rows
 from trainer.run.optimizer_step import StepResult
+from trainer.run.rollout_table import RolloutTables
 from trainer.run.train_state import PreparedRun
 from trainer.samples.prepare import PreparedBatch
 
@@ -98,6 +99,8 @@ class RowWriter:
         self._config = config
         self._accelerator = prepared.accelerator
         self._on_row = on_row
+        self._tokenizer = prepared.policy.tokenizer
+        self._tables: RolloutTables | None = None
         state = prepared.state
         self._is_new = prepared.checkpoint is None
         self._first_step = state.step
@@ -123,6 +126,7 @@ class RowWriter:
                 # TensorBoard makes a further run of each configuration.
                 if self._is_new or tracker.name != "tensorboard":
                     tracker.store_init_configuration(flat)
+            self._tables = RolloutTables(self._accelerator.trackers, self._tokenizer, count=settings.rollouts)
         except Exception as error:
             raise ConfigurationError(
                 f"logging.trackers ({', '.join(settings.trackers)}) cannot be opened: "
@@ -154,6 +158,11 @@ class RowWriter:
         self._accelerator.log(numbers, step=step)
         if self._on_row is not None:
             self._on_row(row)
+
+    def write_rollouts(self, batch: PreparedBatch, *, step: int) -> None:
+        """Hand a few sequences of a step that was trained to the trackers that take tables."""
+        if self._tables is not None:
+            self._tables.send(batch.samples, step=step)
 
 
 def drop_later_rows(path: Path, *, step: int, batch: int) -> None:

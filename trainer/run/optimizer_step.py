@@ -24,6 +24,7 @@ from trainer.losses import LossInputs
 from trainer.model.token_logprobs import token_logprobs
 from trainer.model.wrappers import unwrap
 from trainer.packing import MicroBatch, PassCost, pack
+from trainer.run.logprob_log import LogprobLog
 from trainer.run.logprob_mismatch import Mismatch, drop_own_comparison, mismatch_sums, take_mismatch
 from trainer.run.objective import Objective
 from trainer.run.orders import Order, announce
@@ -82,6 +83,8 @@ class StepRunner:
         self._entropy_bonus = prepared.entropy_bonus
         self._objective = Objective(config, prepared.entropy_bonus)
         self._cost = PassCost.of_config(unwrap(prepared.model).config.get_text_config())
+        self.logprob_log = LogprobLog(config.train.output_dir, groups=config.logging.token_logprobs)
+        """Collects the log-probs of a few groups of the step under way."""
         self._idle_since: float | None = None
         self.weights_whole = True
         """False while the optimizer changes the weights: what a failure leaves then belongs to no step."""
@@ -255,6 +258,8 @@ class StepRunner:
         if micro_batches is None:
             self._spread.settle(self._model)
             raise StepAborted
+        if self._accelerator.is_main_process:
+            self.logprob_log.begin(share.micro_batches)
         self._model.train()
         self._optimizer.zero_grad(set_to_none=True)
         statistics = self._step_statistics(share)
@@ -268,7 +273,9 @@ class StepRunner:
                 self._optimizer.zero_grad(set_to_none=True)
                 raise StepAborted
             with self._exchanging_gradients(last=index == len(micro_batches) - 1):
-                for name, value in self._backward(micro_batch, statistics, share.staleness).items():
+                logprobs, terms = self._backward(micro_batch, statistics, share.staleness)
+                self.logprob_log.add(index, logprobs)
+                for name, value in terms.items():
                     sums[name] = sums[name] + value if name in sums else value
         return sums
 
@@ -291,8 +298,14 @@ class StepRunner:
         )
         return self._loss.step_statistics(tokens, self._loss.options)
 
-    def _backward(self, batch: MicroBatch, statistics: Any, staleness: int | None) -> dict[str, Tensor]:
-        """Forward and backward; returns loss, token count and metrics as sums, 0-dim, detached."""
+    def _backward(
+        self, batch: MicroBatch, statistics: Any, staleness: int | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward.
+
+        Returns:
+            The log-probs, [N], detached; and loss, token count and metrics as sums, 0-dim, detached.
+        """
         with self._accelerator.autocast():
             scores = token_logprobs(
                 self._model,
@@ -303,14 +316,12 @@ class StepRunner:
                 group=self._spread.sequence,
             )
         loss, inputs, metrics = self._objective(batch, scores, statistics=statistics, staleness=staleness)
-        entropy = scores.entropy.detach()
+        entropy, logprobs = scores.entropy.detach(), scores.logprobs.detach()
         # DistributedDataParallel averages gradients over processes; ours are shares of a sum.
         self._accelerator.backward(loss if self._spread.sharded else loss * self._accelerator.num_processes)
-        return {
+        return logprobs, {
             **drop_own_comparison(metrics),
-            **mismatch_sums(
-                scores.logprobs.detach(), batch.known_inference_logprobs, batch.loss_mask, entropy
-            ),
+            **mismatch_sums(logprobs, batch.known_inference_logprobs, batch.loss_mask, entropy),
             "entropy": inputs.weighted_sum(entropy),
             "tokens": inputs.mask.sum(),
             "loss": loss.detach(),

@@ -52,6 +52,8 @@ class Sample:
     """Which environment it came from, by the API's number."""
     group_index: int
     """Position of its group in the batch."""
+    sequence_index: int = 0
+    """Position of the sequence in its group."""
     teacher: TeacherRows | None = None
     """A teacher's candidates for each token. None: not wanted."""
 
@@ -137,6 +139,7 @@ def samples_of_groups(
                     score=group.scores[index],
                     env_id=group.env_id,
                     group_index=group_index,
+                    sequence_index=index,
                     teacher=candidates[index],
                 )
             )

@@ -135,6 +135,8 @@ def _sequence(
     trained = [int(mask != IGNORE_INDEX) for mask in group.masks[index][shared:]]
     sampler = group.inference_logprobs[index][shared:] if group.inference_logprobs is not None else None
     trainer = iter(recorded or ())
+    # Nothing predicts a first token, whatever its mask says: no log-prob is recorded of it.
+    predicted = [int(each and (shared or at)) for at, each in enumerate(trained[:most_tokens])]
     pieces = text.pieces(ids)
     override = group.overrides[index] if group.overrides is not None else None
     trained_advantages = [
@@ -153,7 +155,7 @@ def _sequence(
         "turns": find_turns(pieces),
         "trained": trained[:most_tokens],
         "sampler": _known(sampler, trained, most_tokens),
-        "trainer": [_short(next(trainer, None)) if each else None for each in trained[:most_tokens]]
+        "trainer": [_short(next(trainer, None)) if each else None for each in predicted]
         if recorded is not None
         else None,
         "advantages": None if advantages is None else [_short(each) for each in advantages[:most_tokens]],

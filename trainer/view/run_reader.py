@@ -18,6 +18,7 @@ from atropos_client.journal import JOURNAL_FILE, Journal, LedgerEntry, Outcome
 from schemas import BatchReply
 from trainer.errors import CheckpointError
 from trainer.view.metric_series import MetricSeries
+from trainer.view.recorded_logprobs import RecordedLogprobs
 from trainer.view.rollouts import MOST_TOKENS, detail, groups_of, rejected_detail, summarize
 from trainer.view.run_advantages import batch_advantages
 from trainer.view.set_aside_reasons import SetAsideReasons
@@ -55,6 +56,7 @@ class RunReader:
         """Its rows so far."""
         self._tokenizer = tokenizer
         self._set_aside = SetAsideReasons(directory / "set_aside")
+        self._logprobs = RecordedLogprobs(directory)
         self._summaries: OrderedDict[tuple[int, str], list[dict[str, Any]]] = OrderedDict()
         self._parsed: OrderedDict[int, BatchReply] = OrderedDict()
         self._text: TokenText | None = None
@@ -222,6 +224,7 @@ class RunReader:
                     each,
                     self.text,
                     advantages=of_place.get(place),
+                    recorded=self._logprobs.of_group(batch, place),
                     reason=reasons.get(place),
                     most_tokens=most_tokens,
                 )

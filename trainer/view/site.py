@@ -26,10 +26,9 @@ SCRIPTS: Final = (
     "rollouts.js",
     "app.js",
 )
-"""In the order in which they are loaded."""
+"""In the order in which they run; the browser gets one file, as each further one is a connection more."""
 STYLES: Final = ("vendor/uPlot.min.css", "page.css")
 
-_TYPES: Final = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
 _HEADERS: Final = (
     (
         "Content-Security-Policy",
@@ -49,6 +48,11 @@ _LARGEST_NUMBER: Final = 10**15
 def read_asset(name: str) -> str:
     """Read a file of the page."""
     return (files("trainer.view") / "page" / name).read_text(encoding="utf-8")
+
+
+def joined(names: Sequence[str]) -> str:
+    """Put files of the page one after another."""
+    return "\n".join(read_asset(name) for name in names)
 
 
 class Query:
@@ -90,8 +94,11 @@ class RunSite:
     def __init__(self, readers: Sequence[RunReader], *, live: bool = False) -> None:
         self._readers = list(readers)
         self._live = live
-        self._assets = {f"/assets/{name}": read_asset(name).encode() for name in (*SCRIPTS, *STYLES)}
-        self._page = read_asset("index.html").encode()
+        self._files = {
+            "/": ("text/html; charset=utf-8", read_asset("index.html")),
+            "/assets/page.js": ("text/javascript; charset=utf-8", joined(SCRIPTS)),
+            "/assets/page.css": ("text/css; charset=utf-8", joined(STYLES)),
+        }
         self._routes: dict[str, Callable[[RunReader, Query], Any]] = {
             "/api/state": self._state,
             "/api/curves": _curves,
@@ -101,11 +108,9 @@ class RunSite:
 
     def answer(self, path: str, query: str) -> PageReply:
         """Answer a request."""
-        if path == "/":
-            return PageReply(HTTPStatus.OK, "text/html; charset=utf-8", self._page, _HEADERS)
-        asset = self._assets.get(path)
-        if asset is not None:
-            return PageReply(HTTPStatus.OK, _TYPES[path.rpartition(".")[2]], asset, _HEADERS)
+        if path in self._files:
+            content_type, text = self._files[path]
+            return PageReply(HTTPStatus.OK, content_type, text.encode(), _HEADERS)
         route = self._routes.get(path)
         if route is None:
             return _json(HTTPStatus.NOT_FOUND, {"error": "there is no such page"})

@@ -237,5 +237,5 @@ const Charts = (() => {
     });
   }).observe(document.documentElement);
 
-  return { Chart, redrawAll };
+  return { Chart, redrawAll, shown: () => [...shown] };
 })();

@@ -34,6 +34,15 @@ const Source = (() => {
     return { ...curves, steps: kept.map(([step]) => step), columns };
   }
 
+  /** A report leaves out the range of a bucket where it is its mean. */
+  function whole(curves) {
+    for (const column of Object.values(curves.columns)) {
+      column.low = column.low || column.mean;
+      column.high = column.high || column.mean;
+    }
+    return curves;
+  }
+
   function missing(what) {
     throw new Error(`${what} is not in this report; atropos-train view shows the whole run`);
   }
@@ -43,7 +52,7 @@ const Source = (() => {
       isReport: true,
       state: async () => report.state,
       curves: async (kind, names, { first, last, run = 0 } = {}) =>
-        between(report.curves[run][kind], first, last),
+        between(whole(report.curves[run][kind]), first, last),
       batches: async ({ outcome, before } = {}) => ({
         batches: before ? [] : report.batches.filter((each) => !outcome || each.outcome === outcome),
         next: null,
