@@ -67,7 +67,8 @@ def test_the_record_is_bounded_and_a_full_disk_costs_it_alone(
     run(tiny_model_directory, tmp_path / "run", make_bodies(3), steps=3)
     files = sorted(path.name for path in (tmp_path / "run").glob("token_logprobs*"))
     assert files == ["token_logprobs.older.jsonl"]
-    assert {row["batch"] for row in map(json.loads, (tmp_path / "run" / files[0]).open())} == {3}
+    lines = (tmp_path / "run" / files[0]).read_text().splitlines()
+    assert {json.loads(line)["batch"] for line in lines} == {3}
     (tmp_path / "other" / LOGPROBS_FILE).mkdir(parents=True)  # nothing can be written there
     run(tiny_model_directory, tmp_path / "other", make_bodies(1), steps=1)
 

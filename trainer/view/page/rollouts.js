@@ -251,7 +251,7 @@ const Rollouts = (() => {
   function answer(sequence, largest, offset) {
     const facts = [
       sequence.advantage === null ? null : `advantage ${Format.signed(sequence.advantage)}`,
-      `${Format.number(sequence.trained_tokens)} of ${Format.number(sequence.length)} tokens trained`,
+      `${Format.number(sequence.trained_tokens)}/${Format.number(sequence.length)} trained`,
     ].filter(Boolean);
     const sign = sequence.advantage > 0 ? "up" : sequence.advantage < 0 ? "down" : "";
     const cut = sequence.cut ? el("button", { type: "button", text: "Load more tokens", click: async () => {

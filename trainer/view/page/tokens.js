@@ -56,7 +56,7 @@ const Tokens = (() => {
   }
 
   /** Spaces and line ends of a token, made visible. */
-  const visible = (piece) => JSON.stringify(piece).slice(1, -1);
+  const visible = (piece) => (piece.trim() === piece && piece ? piece : JSON.stringify(piece));
 
   /**
    * The tokens of a sequence, or of a prompt, in turns.
@@ -109,7 +109,7 @@ const Tokens = (() => {
       rows.push(["", "not trained on"]);
     }
     card.replaceChildren(
-      el("code", { text: visible(owner.text[at]) || "(part of the character before)" }),
+      el("code", { text: owner.text[at] ? visible(owner.text[at]) : "(part of the character before)" }),
       el("dl", {}, rows.flatMap(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })])));
     card.hidden = false;
     const { width, height } = card.getBoundingClientRect();
