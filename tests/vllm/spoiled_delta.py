@@ -1,4 +1,4 @@
-"""The worker extension, with a method that makes its next writing fail half-way; a test loads it into vLLM."""
+"""The worker extension, with a method that makes its next writing fail half-way; loaded by a test."""
 
 from __future__ import annotations
 
