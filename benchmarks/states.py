@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     recorded = args.runs / "recorded"
     if not (recorded / "report.json").exists():
-        _run(["local", "--seed", str(args.seed), "--steps", str(args.steps), "--run-dir", str(recorded)])
+        words = ["local", "--model", args.model, "--seed", str(args.seed), "--steps", str(args.steps)]
+        _run([*words, "--run-dir", str(recorded), "--journal.prune", "false"])
     results = {}
     for kind in args.kinds.split(","):
         result = args.runs / kind.replace(" ", "-") / "result.json"
@@ -118,8 +119,6 @@ def _serving(model: str, directory: Path) -> Iterator[Address]:
 
 
 def _run(words: list[str]) -> None:
-    # The recording keeps every batch: what checkpoints need no more, too.
-    words += ["--journal.prune", "false"] if words[0] == "local" else []
     command = [sys.executable, "-m", "trainer.cli", *words]
     subprocess.run(command, check=True)  # noqa: S603 - our own program
 
@@ -132,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--kinds", default=",".join(KINDS))
+    add("--model", default="demo", help="as of `atropos-train local`; tiny shows that all of it works")
     add("--seed", type=int, default=0)
     add("--steps", type=int, default=15, help="optimizer steps of a run")
     add("--samples", type=int, default=16, help="replies to each of the 48 held-out problems")

