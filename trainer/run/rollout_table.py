@@ -79,9 +79,8 @@ class RolloutTables:
 
 
 def _trackio_table(rows: list[list[Any]]) -> Any:
-    """Trackio's own kind of table; pandas comes with it."""
-    frame = importlib.import_module("pandas").DataFrame(rows, columns=list(COLUMNS))
-    return importlib.import_module("trackio").Table(dataframe=frame)
+    """Trackio's own kind of table."""
+    return importlib.import_module("trackio").Table(columns=list(COLUMNS), data=rows)
 
 
 def best_and_worst(samples: Sequence[Sample], count: int) -> list[Sample]:
