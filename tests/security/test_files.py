@@ -224,6 +224,6 @@ def test_no_name_from_the_network_becomes_the_name_of_a_file(
     assert [path for path in paths_below(tmp_path) if "evil" in path] == []
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        *("checkpoints", "final", "journal", "metrics.jsonl", "set_aside")
+        *("checkpoints", "final", "journal", "metrics.jsonl", "set_aside", "token_logprobs.jsonl")
     }
     assert {path.name for path in (tmp_path / "run/set_aside").iterdir()} == {"groups.jsonl"}
