@@ -4,8 +4,8 @@ After two steps the process RANK fails where it enters the phase WHERE, or in th
 HOW is "raise" or "kill"; with "kill while" it dies while process 0 is there.
 
 Where weights are spread, WHERE may be in the midst of collectives in which the others wait: "gather" weights,
-"forward" or "backward", with the phase: "gather checkpointing". In a publish it fails in the first one. With
-"write" and "refuse" the disk refuses a weight.
+"forward" or "backward", with the phase: "gather checkpointing"; "gather copies" is in the thread that sends
+them. In a publish it fails in the first one. With "write" and "refuse" the disk refuses a weight.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def fail_if_due(where: str) -> None:
     """Fail here, if it is time and the place; once."""
     global failed
     _, output, rank, failing_where, how = sys.argv[1:6]
-    if failed or where != failing_where or (trained < _BEFORE and phase_now != RunPhase.PUBLISHING):
+    if failed or where != failing_where:
+        return
+    if trained < _BEFORE and phase_now != RunPhase.PUBLISHING and where != "gather copies":
         return
     failed = True
     ours = launched_rank() == int(rank)
@@ -91,16 +93,18 @@ class FailingSteps(StepRunner):
 
 def fail_while_gathering() -> None:
     """Let the collective of a weight fail, after some that did not."""
-    whole_on = Spread.whole_on
+    gather = Spread._gather
 
-    def failing(spread: Spread, tensor: Tensor, owner: int) -> Tensor | None:
+    def failing(spread: Spread, *words: Any) -> Tensor | None:
         global gathered
         gathered += 1
-        if gathered > _GATHERED:
+        if threading.current_thread() is not threading.main_thread():
+            fail_if_due("gather copies")
+        elif gathered > _GATHERED:
             fail_if_due(f"gather {phase_now}")
-        return whole_on(spread, tensor, owner)
+        return gather(spread, *words)
 
-    Spread.whole_on = failing  # type: ignore[method-assign]
+    Spread._gather = failing  # type: ignore[method-assign]
 
 
 def fail_while_writing() -> None:

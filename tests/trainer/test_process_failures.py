@@ -82,7 +82,7 @@ def test_the_failure_of_one_process_ends_all(
     "where",
     [
         *("forward training", "backward training", "forward publishing"),
-        *("gather publishing", "gather checkpointing", "write checkpointing"),
+        *("gather publishing", "gather copies", "gather checkpointing", "write checkpointing"),
     ],
 )
 def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
@@ -93,8 +93,9 @@ def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
     if where.startswith("write"):
         cells = [(0, "refuse"), (1, "refuse")]
     settings = ["--parallel.mode", "sharded", "--checkpoint.every", "3"]
-    if where.endswith("publishing"):
+    if where.endswith(("publishing", "copies")):
         settings += ["--publish.transport", "disk", "--publish.servers", shared_inference_server.url]
+        settings += ["--publish.overlap", str(where == "gather copies")]
     runs = {}
     for rank, how in cells:
         output = tmp_path / f"{rank}-{how}"

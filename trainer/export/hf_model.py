@@ -25,6 +25,7 @@ from trainer.export.shared_directory import shared_directory
 from trainer.export.tensor_file import TensorFile, write_tensors
 from trainer.model.base_checkpoint import INDEX_FILE, BaseCheckpoint, StoredTensor, WeightFile, make_header
 from trainer.model.sharding import WHOLE
+from trainer.model.weight_copy import WeightCopy
 from trainer.model.weight_stream import WeightEntry, WeightStream
 
 
@@ -61,8 +62,7 @@ def write_model_directory(
 def capture_model(stream: WeightStream) -> Callable[..., None]:
     """Copy a model's weights to the CPU, so that they can be written while the model trains on.
 
-    The copy has the size of the model as it is written. Where weights are spread over processes, all of them
-    call it, and process 0 alone gets the copy.
+    The copy has the size of the model as it is written.
 
     Returns:
         Writes the copy, from any thread, as `write_model_directory` does: `write(path, durable=False)`.
@@ -72,6 +72,30 @@ def capture_model(stream: WeightStream) -> Callable[..., None]:
     """
     weights = [(name, tensor.to("cpu", copy=True)) for name, tensor in stream.weights()]
     return partial(write_model_directory, stream=stream, weights=weights)
+
+
+def write_copy(
+    path: Path, stream: WeightStream, copy: WeightCopy, *, durable: bool = True, mode: int = PRIVATE_DIRECTORY
+) -> None:
+    """Write the directory `path` from a copy of spread weights, a weight at a time; on process 0, once.
+
+    In any thread, while one in each of the others goes through its copy.
+
+    Args:
+        path: See `write_model_directory`.
+        stream: The weights, and the base that they are written like.
+        copy: Of the stream.
+        durable: As of `atomic_directory`.
+        mode: As of `atomic_directory`.
+
+    Raises:
+        CheckpointError: The file system refused.
+    """
+    try:
+        write_model_directory(path, stream, copy.weights(), durable=durable, mode=mode)
+    except CheckpointError:
+        copy.finish()  # the others wait until they have sent all
+        raise
 
 
 def write_without_copy(path: Path, stream: WeightStream, *, mode: int = PRIVATE_DIRECTORY) -> None:

@@ -38,6 +38,18 @@ _CONTROL_TIMEOUT: Final = timedelta(hours=2)
 """One process may write for long while the others wait for it."""
 
 
+@dataclass(frozen=True)
+class OwnCopy:
+    """A copy of what one process holds of a tensor."""
+
+    own: Tensor
+    """On the CPU."""
+    shape: torch.Size
+    """Of the tensor."""
+    is_part: bool
+    """Whether each process holds some rows; else process 0 has copied all of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spread:
     """Number of copies of the weights, of processes that each is spread over, and our place."""
@@ -54,6 +66,8 @@ class Spread:
     """Of [copies, parts]; None: whole weights."""
     control: Any = None
     """Group for what processes tell each other about weights, by the CPU; nothing else uses it."""
+    background: Any = None
+    """Group of those that share the first copy, by the CPU, for one thread in each that sends weights."""
     sequence: SequenceGroup | None = None
     """The processes that compute our micro-batches with us. None: each computes its own."""
 
@@ -241,13 +255,40 @@ class Spread:
             return tensor.detach() if self.rank == owner else None
         if not self.sends_to(owner):
             return None
-        rows, size = tensor.shape[0], -(-tensor.shape[0] // self.parts)
         own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-        padded = own.new_zeros((size, *tensor.shape[1:]))
-        padded[: len(own)] = own
-        received = [torch.empty_like(padded) for _ in range(self.parts)] if self.rank == owner else None
-        distributed.gather(padded, received, dst=owner, group=self.mesh[_PARTS].get_group())
-        return None if received is None else torch.cat(received)[:rows]
+        return self._gather(own, tensor.shape, owner, self.mesh[_PARTS].get_group())
+
+    def copy_own(self, tensor: Tensor) -> OwnCopy:
+        """Copy what this process holds of a tensor to the CPU, for `whole_of_copies`."""
+        own: Tensor = tensor.detach()
+        if isinstance(own, DTensor):
+            own = own.to_local()
+        elif self.rank > 0:
+            own = own[:0]
+        return OwnCopy(own.to("cpu", copy=True), tensor.shape, isinstance(tensor, DTensor))
+
+    def whole_of_copies(self, copy: OwnCopy) -> Tensor | None:
+        """Return a tensor whole on process 0, made of what each copied; None on the others.
+
+        Those that `sends_to(0)` call it, in the same order, each in one thread.
+        """
+        if not copy.is_part:
+            return copy.own if self.rank == 0 else None
+        return self._gather(copy.own, copy.shape, 0, self.background)
+
+    def _gather(self, own: Tensor, shape: torch.Size, owner: int, group: Any) -> Tensor | None:
+        """Put rows together on one process, in place: it holds nothing beside its own and the whole."""
+        size = -(-shape[0] // self.parts)
+        padded = own.contiguous()
+        if len(own) < size:
+            padded = own.new_zeros((size, *shape[1:]))
+            padded[: len(own)] = own
+        if self.rank != owner:
+            distributed.gather(padded, None, dst=owner, group=group)
+            return None
+        whole = own.new_empty((size * self.parts, *shape[1:]))
+        distributed.gather(padded, list(whole.split(size)), dst=owner, group=group)
+        return whole[: shape[0]]
 
 
 WHOLE: Final = Spread()
@@ -314,6 +355,7 @@ def make_spread(settings: ParallelSettings, *, processes: int, rank: int, device
     if parts == 1:
         return Spread(copies=copies, rank=rank, sequence=sequence)
     control = distributed.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+    background = distributed.new_group(list(range(parts)), backend="gloo", timeout=_CONTROL_TIMEOUT)
     mesh = init_device_mesh(device.type, (copies, parts), mesh_dim_names=(_COPIES, _PARTS))
     return Spread(
         copies=copies,
@@ -322,6 +364,7 @@ def make_spread(settings: ParallelSettings, *, processes: int, rank: int, device
         rank=rank,
         mesh=mesh,
         control=control,
+        background=background,
         sequence=sequence,
     )
 

@@ -63,7 +63,7 @@ class WeightEntry:
 
 
 @dataclass(frozen=True)
-class _Unit:
+class WeightUnit:
     """Tensors of the model that become checkpoint tensors together; nearly always one and the same."""
 
     sources: tuple[str, ...]
@@ -173,7 +173,12 @@ class WeightStream:
                 yield name, tensor
                 del tensor  # before the next one is made
 
-    def _turns(self, owners: Mapping[str, int]) -> list[tuple[_Unit, int]]:
+    def finish(self) -> None:
+        """Take part in reading weights that are spread, for whatever use process 0 has."""
+        for _ in self.weights():
+            pass
+
+    def _turns(self, owners: Mapping[str, int]) -> list[tuple[WeightUnit, int]]:
         """The units, and who gets each; owners in turn, so that they write at the same time."""
         return in_turn(
             (unit, owner)
@@ -182,20 +187,36 @@ class WeightStream:
         )
 
     def _make(
-        self, unit: _Unit, live: Mapping[str, Tensor], adapted: Mapping[str, Any], owner: int
+        self, unit: WeightUnit, live: Mapping[str, Tensor], adapted: Mapping[str, Any], owner: int
     ) -> list[tuple[str, Tensor]]:
         """The unit's weights on their owner, the first one last; nothing on other processes."""
-        entries = [self._entries[name] for name in reversed(unit.shapes)]
-        kinds = {entry.dtype for entry in entries}
-        early = kinds.pop() if len(kinds) == 1 else None  # what is cast first takes less memory to convert
         with torch.no_grad():
             tensors = {}
-            for name in unit.sources:
-                whole = self.spread.whole_on(self._read(name, live, adapted, early), owner)
+            for name, tensor in self._sources(unit, live, adapted):
+                whole = self.spread.whole_on(tensor, owner)
                 if whole is not None:
                     tensors[name] = whole
-            if not tensors:
-                return []
+            return self.complete(unit, tensors) if tensors else []
+
+    def pieces(self) -> Iterator[tuple[WeightUnit, Iterator[tuple[str, Tensor]]]]:
+        """Yield the units with the tensors that they are made of, merged and cast; nothing is gathered."""
+        live, adapted = weights_by_name(self._inner), adapted_layers(self._inner)
+        for unit in self._units:
+            yield unit, self._sources(unit, live, adapted)
+
+    def _sources(
+        self, unit: WeightUnit, live: Mapping[str, Tensor], adapted: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The unit's tensors as the model has them, merged, and cast where that takes less to convert."""
+        kinds = {self._entries[name].dtype for name in unit.shapes}
+        early = kinds.pop() if len(kinds) == 1 else None
+        for name in unit.sources:
+            yield name, self._read(name, live, adapted, early)
+
+    def complete(self, unit: WeightUnit, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """The unit's weights of its whole tensors, the first one last."""
+        entries = [self._entries[name] for name in reversed(unit.shapes)]
+        with torch.no_grad():
             if unit.converted:
                 tensors = _in_checkpoint_layout(self._inner, tensors)
             else:
@@ -268,7 +289,7 @@ def _shared_names(inner: nn.Module) -> dict[str, frozenset[str]]:
     return {name: frozenset(names) for names in by_identity.values() for name in names}
 
 
-def _fit(inner: Any, units: list[_Unit], stored: Mapping[str, StoredTensor]) -> list[_Unit]:
+def _fit(inner: Any, units: list[WeightUnit], stored: Mapping[str, StoredTensor]) -> list[WeightUnit]:
     """Keep the units that the base has, under its names; of a tied weight it may have one name or all.
 
     Raises:
@@ -296,7 +317,7 @@ def _fit(inner: Any, units: list[_Unit], stored: Mapping[str, StoredTensor]) -> 
     return present
 
 
-def _without_prefix(unit: _Unit, prefix: str, stored: Mapping[str, StoredTensor]) -> _Unit:
+def _without_prefix(unit: WeightUnit, prefix: str, stored: Mapping[str, StoredTensor]) -> WeightUnit:
     """Drop the prefix that bases saved without a head lack; transformers adds it while it loads them."""
     if unit.converted or unit.shapes.keys() & stored.keys():
         return unit
@@ -304,7 +325,7 @@ def _without_prefix(unit: _Unit, prefix: str, stored: Mapping[str, StoredTensor]
     return replace(unit, shapes=shapes) if shapes.keys() <= stored.keys() else unit
 
 
-def _plan(inner: Any) -> list[_Unit]:
+def _plan(inner: Any) -> list[WeightUnit]:
     """Find the smallest pieces that can be brought into the checkpoint's layout on their own.
 
     Tried on tensors without data: what the pieces give has to be what the whole model gives. A tensor that
@@ -315,7 +336,7 @@ def _plan(inner: Any) -> list[_Unit]:
     whole = _in_checkpoint_layout(inner, empty)
     new_names = {id(tensor): name for name, tensor in whole.items()}
     renamed = {name: new_names.pop(id(tensor)) for name, tensor in empty.items() if id(tensor) in new_names}
-    units = [_Unit((name,), {new: tuple(empty[name].shape)}, False) for name, new in renamed.items()]
+    units = [WeightUnit((name,), {new: tuple(empty[name].shape)}, False) for name, new in renamed.items()]
     converted = {name: tensor for name, tensor in empty.items() if name not in renamed}
     if converted:
         units += _plan_conversions(
@@ -327,15 +348,15 @@ def _plan(inner: Any) -> list[_Unit]:
 
 def _plan_conversions(
     inner: Any, empty: Mapping[str, Tensor], whole: dict[str, tuple[int, ...]]
-) -> list[_Unit]:
+) -> list[WeightUnit]:
     for key in (lambda name: name), _layer_of:
         units = _try_conversions(inner, empty, key)
         if {name: shape for unit in units for name, shape in unit.shapes.items()} == whole:
             return units
-    return [_Unit(tuple(empty), whole, True)]
+    return [WeightUnit(tuple(empty), whole, True)]
 
 
-def _try_conversions(inner: Any, empty: Mapping[str, Tensor], key: Callable[[str], str]) -> list[_Unit]:
+def _try_conversions(inner: Any, empty: Mapping[str, Tensor], key: Callable[[str], str]) -> list[WeightUnit]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in empty:
         groups[key(name)].append(name)
@@ -345,7 +366,7 @@ def _try_conversions(inner: Any, empty: Mapping[str, Tensor], key: Callable[[str
             made = _in_checkpoint_layout(inner, {name: empty[name] for name in names})
         except Exception:  # noqa: BLE001 - whatever a converter says to a part of what it needs: not this way
             return []
-        units.append(_Unit(tuple(names), _shapes(made), True))
+        units.append(WeightUnit(tuple(names), _shapes(made), True))
     return units
 
 

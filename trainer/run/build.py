@@ -215,6 +215,7 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
     def capture() -> Callable[[Path], None]:
         if not settings.overlap:  # the model stays as it is until the version is proven
             return write
+        part.finish_copy()
         # Not flushed to the disk: after a crash the trainer publishes anew.
         with together(prepared.joined, Order.CAPTURE):
             return partial(part.capture(), durable=False, mode=mode)

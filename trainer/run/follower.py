@@ -96,6 +96,7 @@ class Follower:
         while True:
             with self._progress.phase(RunPhase.WAITING, PROCESS_0):
                 heard = hear(self._joined)
+            self._publish_part.require_sent()
             if heard.order is Order.STOP:
                 leave_together(self._joined)
                 return Outcome(heard.value)
@@ -128,7 +129,7 @@ class Follower:
 
     def _do(self, order: Order, step: int) -> None:
         if order is Order.CAPTURE:
-            self._publish_part.capture()
+            self._publish_part.send()
         elif order is Order.CAPTURE_ADAPTER:
             self._publish_part.capture_adapter()
         elif order is Order.SCORE:

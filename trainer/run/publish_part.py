@@ -6,15 +6,17 @@ process 0 announces it: they send their rows, and take part in the passes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from trainer.config import TrainerConfig
 from trainer.errors import CheckpointError, ConfigurationError
-from trainer.export.hf_model import capture_model
+from trainer.export.hf_model import capture_model, write_copy
 from trainer.export.peft_adapter import CapturedAdapter, capture_adapter
+from trainer.model.weight_copy import WeightCopy
 from trainer.model.weight_stream import WeightStream
 from trainer.publish import Probes, ProbeScores, make_probes, score_probes
 from trainer.run.train_state import PreparedRun
@@ -34,6 +36,8 @@ class PublishPart:
         self._policy = prepared.policy
         self._spread = prepared.spread
         self._device = prepared.accelerator.device
+        self._copy: WeightCopy | None = None
+        self._failure: Exception | None = None
 
     @cached_property
     def stream(self) -> WeightStream:
@@ -62,8 +66,39 @@ class PublishPart:
         return make_probes(self._policy.tokenizer, self._settings.probes, context=context)
 
     def capture(self) -> Callable[..., None]:
-        """Copy the weights; see `capture_model`. On processes other than 0: send them, for whatever use."""
-        return capture_model(self.stream)
+        """Copy the weights, on process 0; returns a function that writes the copy, from any thread.
+
+        See `capture_model`, and, where weights are spread over processes, `write_copy`.
+        """
+        if not self._spread.sharded:
+            return capture_model(self.stream)
+        self._copy = WeightCopy(self.stream)
+        return partial(write_copy, stream=self.stream, copy=self._copy)
+
+    def finish_copy(self) -> None:
+        """See that the copy before has been sent, written or not; on process 0, before the next one."""
+        if self._copy is not None:
+            self._copy.finish()
+
+    def send(self) -> None:
+        """Take part in what process 0 writes, on the others; a copy is sent in a thread of its own."""
+        if not self._settings.overlap:
+            self.stream.finish()
+            return
+        copy = WeightCopy(self.stream)
+
+        def send() -> None:
+            try:
+                copy.finish()
+            except Exception as error:  # noqa: BLE001 - raised in the training thread
+                self._failure = error
+
+        threading.Thread(target=send, name="publish-rows", daemon=True).start()
+
+    def require_sent(self) -> None:
+        """Raise what has kept this process from sending its copy."""
+        if self._failure is not None:
+            raise self._failure
 
     def capture_adapter(self) -> CapturedAdapter:
         """Copy the adapter's tensors; see `trainer.export.peft_adapter`."""
