@@ -287,7 +287,7 @@ class Spread:
             distributed.gather(padded, None, dst=owner, group=group)
             return None
         whole = own.new_empty((size * self.parts, *shape[1:]))
-        distributed.gather(padded, list(whole.split(size)), dst=owner, group=group)
+        distributed.gather(padded, list(whole.chunk(self.parts)), dst=owner, group=group)
         return whole[: shape[0]]
 
 
