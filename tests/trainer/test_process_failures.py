@@ -105,7 +105,10 @@ def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
         runs[output] = forked_ranks(2, free_port_now(), MODULE, words, stdout=out, stderr=log)
     try:
         for output, ranks in runs.items():
-            until((output / "failing").exists)
+            begins_by = time.monotonic() + ENDED_WITHIN
+            while not (output / "failing").exists():
+                assert time.monotonic() < begins_by, (tmp_path / f"{output.name}.log").read_text()[-3000:]
+                time.sleep(0.05)
             ends_at = (output / "failing").stat().st_mtime + 30
             codes = [process.wait(max(0.1, ends_at - time.time())) for process in ranks]
             assert set(codes) <= {1, -signal.SIGKILL}
