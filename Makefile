@@ -103,9 +103,10 @@ test: lint compose-tool browser
 test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 	REQUIRE_VLLM=1 $(BIN)/python -m pytest tests/vllm
 
-# REQUIRE_VERL: a missing verl is a failure here, not a skip. The Atropos API beside it runs from .venv.
+# REQUIRE_VERL: a missing verl is a failure here, not a skip. The Atropos API beside it runs from .venv. In a network
+# namespace, of which no root is needed: Ray listens on all interfaces, and there is none but loopback there.
 test-verl: $(VENV)/.ready $(VERL_VENV)/.ready
-	REQUIRE_VERL=1 $(VERL_VENV)/bin/python -m pytest tests/verl
+	REQUIRE_VERL=1 unshare --map-root-user --net $(VERL_VENV)/bin/python -m pytest tests/verl
 
 # REQUIRE_DOCKER=1: a missing engine is a failure, not a skip.
 test-docker: $(VENV)/.ready compose-tool

@@ -42,10 +42,16 @@ def make_rows(batch: PreparedBatch, *, multiple: int = 1, pad_token: int = 0) ->
         `denominators` and `temperature` [B] float32. `returns`, `rm_scores` and `num_turns` are for the
         metrics of verl.
     """
-    padding = -len(batch.samples) % multiple
-    samples = [*batch.samples, *[_padding(pad_token)] * padding]
+    return rows_of_samples(batch.samples, batch.denominators, multiple=multiple, pad_token=pad_token)
+
+
+def rows_of_samples(
+    real: Sequence[Sample], denominators: Sequence[float], *, multiple: int = 1, pad_token: int = 0
+) -> TensorDict:
+    """Turn samples with their denominators into rows; see `make_rows`."""
+    padding = -len(real) % multiple
+    samples = [*real, *[_padding(pad_token)] * padding]
     starts = [_first_trained(sample) for sample in samples]
-    denominators = [*batch.denominators, *[1.0] * padding]
 
     def responses(column: Callable[[Sample], Tensor | None]) -> Tensor:
         return _jagged(
@@ -67,11 +73,11 @@ def make_rows(batch: PreparedBatch, *, multiple: int = 1, pad_token: int = 0) ->
         "rm_scores": _jagged(
             [_score_at_the_end(each, start) for each, start in zip(samples, starts, strict=True)]
         ),
-        "denominators": torch.tensor(denominators),
+        "denominators": torch.tensor([*denominators, *[1.0] * padding]),
         "temperature": torch.tensor([sample.temperature for sample in samples]),
         "num_turns": torch.tensor([_turns(sample) for sample in samples]),
     }
-    if all(sample.ref_logprobs is not None for sample in batch.samples):
+    if all(sample.ref_logprobs is not None for sample in real):
         columns["ref_log_prob"] = responses(lambda sample: sample.ref_logprobs)
     return TensorDict(columns, batch_size=[len(samples)])
 

@@ -71,6 +71,10 @@ class EngineLoss:
     def __init__(self, settings: LossSettings) -> None:
         self._settings = settings
 
+    def __reduce__(self) -> tuple[Callable[[str], EngineLoss], tuple[str]]:
+        """Travel to the workers as settings: a loss itself is found by its name there."""
+        return _engine_loss, (self._settings.model_dump_json(),)
+
     def __call__(
         self, model_output: Mapping[str, Any], data: Any, dp_group: Any = None
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -100,12 +104,15 @@ class EngineLoss:
         loss, sums = self._settings.bound(inputs)
         loss = loss * self._settings.staleness_discount ** max(0, facts.staleness or 0)
         ranks = int(data["dp_size"])
-        total = AggregationType.SUM
-        # verl averages metrics over ranks and adds up micro-batches.
+        # Verl averages metrics over ranks, and adds up micro-batches.
         metrics = {
-            f"atropos/{name}": Metric(total, value * ranks / facts.tokens) for name, value in sums.items()
+            name: Metric(AggregationType.SUM, value * ranks / facts.tokens) for name, value in sums.items()
         }
-        return loss * ranks, metrics | {"atropos/loss": Metric(total, loss * ranks)}
+        return loss * ranks, metrics
+
+
+def _engine_loss(settings: str) -> EngineLoss:
+    return EngineLoss(LossSettings.model_validate_json(settings))
 
 
 def register_policy_losses() -> None:

@@ -6,9 +6,11 @@ Without verl they are skipped, unless REQUIRE_VERL=1 says that it has to be ther
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import socket
+import struct
 import warnings
 from pathlib import Path
 
@@ -48,7 +50,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _alone_among_workers() -> None:
+def _nobody_else_is_reached() -> None:
+    """Ray listens on all interfaces: it is started only where there is none but loopback.
+
+    `make test-verl` starts these tests in a network namespace of their own, whose loopback is down at first.
+    """
+    others = {name for _, name in socket.if_nameindex()} - {"lo"}
+    if others:
+        pytest.fail(
+            f"these tests want a network namespace of their own, as `make test-verl` has it: {others}"
+        )
+    with socket.socket() as any_socket:
+        request = struct.pack("16sh", b"lo", 0)
+        (flags,) = struct.unpack_from("h", fcntl.ioctl(any_socket, 0x8913, request), 16)  # SIOCGIFFLAGS
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh", b"lo", flags | 1))  # SIOCSIFFLAGS, IFF_UP
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _alone_among_workers(_nobody_else_is_reached: None) -> None:
     """This process is the only worker of an engine that runs in it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

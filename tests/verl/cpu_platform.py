@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from verl.plugin.platform import PlatformBase, set_platform
 
-RESOURCE = "cpu_worker"
-"""What Ray counts as an accelerator: one a worker."""
+RESOURCE = "GPU"
+"""What verl asks Ray for, one a worker; nothing of it is used."""
 
 _DEVICE = SimpleNamespace(
     **{

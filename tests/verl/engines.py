@@ -15,14 +15,12 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
 from atropos_client import parse_batch
+from tests.verl.running import FLOAT32, LEARNING_RATE
 from trainer import load_config
 from trainer.config import TrainerConfig
 from trainer.model.wrappers import weights_by_name
 from trainer.run.optimizer_step import StepRunner
 from trainer.run.train_state import prepare_run
-
-LEARNING_RATE = 1e-3
-FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
 @dataclass(frozen=True)

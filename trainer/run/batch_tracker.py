@@ -13,16 +13,17 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from atropos_client.journal import Journal, Outcome
 from schemas import count_of
+from trainer.checkpoints.format import CheckpointState
 from trainer.config import TrainerConfig
 from trainer.errors import MismatchTooLarge, TooManySetAside, TooManySkippedBatches
 from trainer.monitoring import Progress, RunCounts
 from trainer.run.logprob_mismatch import Mismatch, alarm_text, temperature_text, unjudged_text
-from trainer.run.metrics import Row, RowWriter
-from trainer.run.train_state import PreparedRun
+from trainer.run.metrics import Row
+from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import PreparedBatch
 from trainer.samples.quarantine import QuarantineStore
 from trainer.samples.quarantine_rate import QuarantineRate, QuarantineWindow
@@ -49,6 +50,25 @@ class SettledCounts:
     set_aside_window: QuarantineWindow
 
 
+class ResumePoint(Protocol):
+    """What a run goes on from."""
+
+    @property
+    def state(self) -> CheckpointState:
+        """Its counts."""
+
+    @property
+    def normalizer(self) -> AdvantageNormalizer:
+        """As its checkpoint has it."""
+
+
+class Rows(Protocol):
+    """Where rows of the metrics go."""
+
+    def write(self, row: Row, *, step: int) -> None:
+        """Write a row at a step."""
+
+
 class BatchTracker:
     """Tracks every batch of a run, and sees to it that none is lost.
 
@@ -64,11 +84,11 @@ class BatchTracker:
     def __init__(
         self,
         config: TrainerConfig,
-        prepared: PreparedRun,
+        prepared: ResumePoint,
         *,
         source: BatchSource,
         ledger: Journal | None,
-        rows: RowWriter,
+        rows: Rows,
         progress: Progress,
     ) -> None:
         self._settings = config.train

@@ -1,0 +1,102 @@
+"""The configuration of a run in verl, and how verl finds us."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+from tests.compose import ROOT
+from trainer.errors import ConfigurationError
+from verl_integration.main import main
+from verl_integration.plugin import require_loaded
+from verl_integration.settings import is_own_objective, read_config
+
+MINIMAL: dict[str, Any] = {
+    "actor_rollout_ref": {"model": {"path": "/models/base"}, "actor": {"strategy": "fsdp2"}},
+    "trainer": {"total_training_steps": 7, "save_freq": 2, "default_local_dir": "runs/verl"},
+    "atropos": {"url": "http://127.0.0.1:8000", "loss": {"name": "gspo"}},
+}
+
+
+def write(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_the_section_is_our_configuration_and_the_tree_verls(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.yaml", MINIMAL)
+    verl, ours = read_config(path, ["atropos.loss.reduction=sequence", "trainer.nnodes=2"])
+    assert (ours.loss.name, ours.loss.reduction, ours.train.steps) == ("gspo", "sequence", 7)
+    assert ours.model.path == "/models/base"
+    assert (verl.trainer.nnodes, verl.trainer.v1.trainer_mode) == (2, "atropos")
+    assert is_own_objective(verl)
+    engine = verl.actor_rollout_ref.rollout.checkpoint_engine
+    assert engine.backend == "atropos"
+    assert engine.engine_kwargs.atropos.directory == str(Path("runs/verl/published").absolute())
+
+
+@pytest.mark.parametrize("example", ["fsdp2_beside_vllm", "verl_starts_vllm"])
+def test_the_examples_are_valid(example: str) -> None:
+    verl, ours = read_config(ROOT / "examples" / "verl" / f"{example}.yaml")
+    starts = example == "verl_starts_vllm"
+    assert (verl.actor_rollout_ref.rollout.nnodes > 0) == starts
+    assert (verl.actor_rollout_ref.rollout.checkpoint_engine.backend == "nccl") == starts
+    assert ours.loss.needs_inference_logprobs
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trainer.sawe_freq=3"], "sawe_freq"),
+        (["atropos.loss.nmae=gspo"], "loss.nmae"),
+        (["atropos.token=secret"], "ATROPOS_TRAINER_ATROPOS__TOKEN"),
+        (["atropos.publish.token=secret"], "ATROPOS_TRAINER_PUBLISH__TOKEN"),
+        (["atropos.objective=ours"], "none of atropos, verl"),
+        (["atropos.objective=verl"], "atropos.loss.name has no effect"),
+        (["atropos.loss.entropy_coefficient=0.1"], "atropos.loss.entropy_coefficient"),
+        (["atropos.loss.reference=base", "atropos.loss.kl_coefficient=0.1"], "atropos.loss.reference"),
+        (["atropos.journal.enabled=false"], "atropos.journal.enabled"),
+        (["trainer.save_freq=-1"], "trainer.save_freq"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as refused:
+        read_config(write(tmp_path / "run.yaml", MINIMAL), words)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_wrong_configuration_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nothing.yaml")]) == 2
+    assert "nothing.yaml" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_verl_finds_us_by_its_entry_point() -> None:
+    program = (
+        "import verl; from verl.trainer.ppo.v1 import get_trainer_cls; "
+        "from verl.trainer.ppo.core_algos import get_policy_loss_fn as f; "
+        "print(get_trainer_cls('atropos').__name__, f('atropos_gspo').__doc__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+    assert done.stdout.startswith("AtroposTrainer `gspo`"), done.stderr[-2000:]
+
+
+def test_a_plugin_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_loaded()
+    with monkeypatch.context() as without:
+        without.delitem(POLICY_LOSS_REGISTRY, "atropos_gspo")
+        with pytest.raises(ConfigurationError, match="policy losses"):
+            require_loaded()
+    monkeypatch.setattr("verl_integration.plugin.entry_points", lambda **_: ())
+    with pytest.raises(ConfigurationError, match="no entry point"):
+        require_loaded()

@@ -1,0 +1,259 @@
+"""Our journaled source in the place of verl's data loader.
+
+Verl saves its data loader's `state_dict()` with the weights, as `global_step_N/data.pt`, and only then names
+that checkpoint the newest. Ours says which batches those weights were trained on, so the ledger is settled by
+verl's own checkpoint: after a crash the journal is rewound to what the newest one counts. Nothing is lost,
+and nothing is trained twice.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atropos_client.clock import running_time
+from atropos_client.journal import Journal
+from schemas import BatchReply
+from trainer.checkpoints.format import CheckpointState
+from trainer.config import TrainerConfig
+from trainer.errors import DeadlineExceeded
+from trainer.monitoring import Progress
+from trainer.run.batch_tracker import BatchTracker
+from trainer.run.metrics import Row, append_row, drop_later_rows
+from trainer.run.places import journal_directory
+from trainer.samples.advantages import AdvantageNormalizer
+from trainer.samples.prepare import PreparedBatch, prepare_batch
+from trainer.samples.validation import ModelLimits
+from trainer.sources.incoming import IncomingBatch, PreparedStep
+from trainer.sources.live import AtroposSource, journal_limits
+
+STATE_FILE = "data.pt"
+"""What verl calls the file that its data loader's state is in."""
+
+_STATE = "atropos"
+_POLL_SECONDS = 0.5
+_LOCK_SECONDS = 60.0
+"""Seconds to wait for the processes of a run that was killed to let go of the journal."""
+
+
+@dataclass
+class _ResumePoint:
+    state: CheckpointState
+    normalizer: AdvantageNormalizer
+
+
+class _Rows:
+    """Rows of batches that were not trained on, in `metrics.jsonl`; verl has its own loggers for the rest."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, row: Row, *, step: int) -> None:
+        append_row(self._path, row)
+
+
+class AtroposBatches:
+    """Gives the batches of an Atropos API to verl's trainer, one an optimizer step.
+
+    Args:
+        config: Ours.
+        limits: Of the model.
+        keep_all: Also hand out samples without a gradient: verl's own objectives count them.
+        served_version: Asked in other threads: the version that environments sample from; -1: not known.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        *,
+        limits: ModelLimits,
+        keep_all: bool,
+        served_version: Callable[[], int],
+    ) -> None:
+        self._config = config
+        self._limits = limits
+        self._keep_all = keep_all
+        self._served_version = served_version
+        self._from = _ResumePoint(
+            state=CheckpointState(
+                step=0,
+                policy_version=0,
+                batches=0,
+                counters={},
+                normalizer={},
+                stored_dtype="",
+                parameter_names=[],
+            ),
+            normalizer=AdvantageNormalizer(config.data.advantage_normalization),
+        )
+        self._incoming: IncomingBatch | None = None
+        self._prepared: PreparedBatch | None = None
+        self._journal: Journal
+        self._source: AtroposSource
+        self._tracker: BatchTracker
+
+    # For verl's checkpoints.
+
+    def state_dict(self) -> dict[str, str]:
+        """Return what the weights of this moment were trained on."""
+        tracker = self._tracker
+        state = self._from.state.model_copy(
+            update={
+                "step": tracker.step,
+                "policy_version": tracker.step,
+                "normalizer": tracker.normalizer,
+                **vars(tracker.settled),
+            }
+        )
+        return {_STATE: state.model_dump_json()}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Go on from there; before `start`."""
+        self._from.state = CheckpointState.model_validate_json(state[_STATE])
+        if self._from.state.normalizer:
+            self._from.normalizer.load_state_dict(self._from.state.normalizer)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that batches were trained in, those before this start included."""
+        return self._from.state.step
+
+    def start(self) -> None:
+        """Open the journal at what the checkpoint counts, and begin to fetch.
+
+        Raises:
+            JournalError: The journal does not go on from the checkpoint, or another run has it.
+            AtroposClientError: The API did not answer within atropos.ready_timeout.
+        """
+        output = self._config.train.output_dir
+        state = self._from.state
+        self._journal = Journal.open(
+            journal_directory(self._config),
+            limits=journal_limits(self._config),
+            wait=self._config.journal.shutdown_timeout + _LOCK_SECONDS,
+            accept_loss=self._config.journal.accept_loss,
+        )
+        self._source = AtroposSource(
+            self._config,
+            self._journal,
+            after=state.batches,
+            step=lambda: self._tracker.step,
+            served_version=self._served_version,
+            prepare=self._prepare,
+        )
+        drop_later_rows(output / "metrics.jsonl", step=state.step, batch=state.batches)
+        self._tracker = BatchTracker(
+            self._config,
+            self._from,
+            source=self._source,
+            ledger=self._journal,
+            rows=_Rows(output / "metrics.jsonl"),
+            progress=Progress(),
+        )
+        self._source.start()
+
+    # For each step.
+
+    def next(self, meanwhile: Callable[[], None]) -> tuple[PreparedBatch, int]:
+        """Wait for a batch that can be trained on; others are passed over, kept and counted.
+
+        Args:
+            meanwhile: Called every half second of the wait.
+
+        Returns:
+            The batch, and the version that was served when it came; -1: not known.
+
+        Raises:
+            DeadlineExceeded: No batch came within atropos.batch_timeout; says who is late.
+            TooManySkippedBatches, TooManySetAside: What comes cannot be trained on.
+        """
+        while True:
+            incoming = self._wait(meanwhile)
+            self._tracker.receive(incoming)
+            if incoming.unreadable is not None:
+                self._tracker.skip_unreadable(incoming, incoming.unreadable)
+                continue
+            if incoming.failure is not None or incoming.prepared is None:
+                self._tracker.set_aside(incoming, str(incoming.failure))
+                raise incoming.failure or RuntimeError("a batch came unprepared")
+            batch = incoming.prepared.batch
+            self._tracker.count(incoming, batch)
+            if batch.empty_reason is not None:
+                self._tracker.skip(incoming, batch, batch.empty_reason, counter="batches_without_signal")
+            elif not self._tracker.skip_stale(incoming, batch, self._config.loss.max_staleness):
+                self._incoming, self._prepared = incoming, batch
+                return batch, incoming.served_version
+
+    def note_trained(self) -> None:
+        """The batch at hand was trained on; a checkpoint from now on counts it."""
+        _, batch = self._at_hand()
+        self._tracker.note_trained(batch)
+
+    def note_not_finite(self) -> None:
+        """The batch at hand gave a gradient that is not finite, and verl left the weights as they were."""
+        incoming, batch = self._at_hand()
+        self._tracker.skip(incoming, batch, "its gradient is not finite", counter="batches_not_finite")
+
+    def metrics(self) -> dict[str, float]:
+        """Return what was counted so far, for verl's loggers."""
+        return {f"atropos/{name}": value for name, value in self._tracker.all_counters().items()}
+
+    def prune(self, checkpoints: Path) -> None:
+        """Let go of bodies that no checkpoint of verl's needs any more.
+
+        Args:
+            checkpoints: Directory of its `global_step_N`.
+        """
+        kept = [path for path in checkpoints.glob("global_step_*") if (path / "actor").is_dir()]
+        states = [path / STATE_FILE for path in sorted(kept, key=_step_of) if (path / STATE_FILE).is_file()]
+        if self._config.journal.prune and states:
+            oldest: dict[str, Any] = torch.load(states[0], weights_only=True)
+            self._journal.prune(CheckpointState.model_validate_json(oldest[_STATE]).batches)
+
+    def close(self) -> None:
+        """Stop fetching; what was fetched and not trained on waits in the journal. Safe without `start`."""
+        if hasattr(self, "_source"):
+            self._source.stop()
+            self._journal.close()
+
+    def _prepare(self, reply: BatchReply) -> PreparedStep:
+        started = time.monotonic()
+        batch = prepare_batch(
+            reply,
+            limits=self._limits,
+            data=self._config.data,
+            loss=self._config.loss,
+            normalizer=self._from.normalizer,
+            keep_all=self._keep_all,
+        )
+        return PreparedStep(batch=batch, micro_batches=[], seconds=time.monotonic() - started)
+
+    def _wait(self, meanwhile: Callable[[], None]) -> IncomingBatch:
+        timeout = self._config.atropos.batch_timeout
+        deadline = running_time() + timeout
+        while True:
+            meanwhile()
+            incoming = self._source.get(_POLL_SECONDS)
+            if incoming is not None:
+                return incoming
+            if running_time() > deadline:
+                late = self._source.describe_wait()
+                raise DeadlineExceeded(f"no batch for {timeout:.0f} s (atropos.batch_timeout): {late}")
+
+    def _at_hand(self) -> tuple[IncomingBatch, PreparedBatch]:
+        incoming, batch = self._incoming, self._prepared
+        if incoming is None or batch is None:
+            raise RuntimeError("no batch is at hand")
+        self._incoming = self._prepared = None
+        return incoming, batch
+
+
+def _step_of(path: Path) -> int:
+    match = re.search(r"(\d+)$", path.name)
+    return int(match[1]) if match else -1
