@@ -86,7 +86,8 @@ class LoadedByVerl(WeightTransport):
         return lambda: StagedWeights(version=version, dtype=None)
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
-        """Nothing is left to load."""
+        """Verl has loaded it; label it, where the server takes a label."""
+        server.tag(staged.version)
 
     def connect(self, server: InferenceServer) -> WeightTransport:
         """Nothing to agree on."""

@@ -180,7 +180,8 @@ def _prepare(config: DictConfig, ours: TrainerConfig) -> None:
     with open_dict(config):
         for name, value in _DEMANDED.items():
             OmegaConf.update(config, name, value, force_add=True)
-        config.ray_kwargs.ray_init.setdefault("include_dashboard", False)
+        if "address" not in config.ray_kwargs.ray_init:  # of a cluster that runs
+            config.ray_kwargs.ray_init.setdefault("include_dashboard", False)
         if rollout.nnodes == 0:
             rollout.name = "atropos"
             rollout.checkpoint_engine.backend = "atropos"

@@ -15,7 +15,7 @@ from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelCo
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 
 from atropos_client import parse_batch
-from tests.verl.running import FLOAT32, LEARNING_RATE
+from tests.verl.numbers import FLOAT32, LEARNING_RATE
 from trainer import load_config
 from trainer.config import TrainerConfig
 from trainer.model.wrappers import weights_by_name
