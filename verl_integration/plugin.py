@@ -17,6 +17,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 from trainer.errors import ConfigurationError
 from verl_integration.checkpoint_engine import BACKEND, DirectoryCheckpointEngine
 from verl_integration.losses import POLICY_LOSS_PREFIX, POLICY_LOSSES, register_policy_losses
+from verl_integration.settings import SERVERS_BESIDE
 from verl_integration.trainer import AtroposTrainer
 
 GROUP = "verl.plugins"
@@ -29,7 +30,7 @@ def _no_replica() -> Any:
 
 
 register_policy_losses()
-RolloutReplicaRegistry.register(NAME, _no_replica)
+RolloutReplicaRegistry.register(SERVERS_BESIDE, _no_replica)
 
 
 def require_loaded() -> None:

@@ -24,6 +24,9 @@ OWN_OBJECTIVE: Final = "atropos"
 OBJECTIVES: Final = (OWN_OBJECTIVE, "verl")
 """`atropos.objective`: our loss by its engine, or verl's by `actor.policy_loss`."""
 
+SERVERS_BESIDE: Final = "atropos"
+"""`rollout.name` where verl starts no servers."""
+
 _SECTIONS: Final = ("data", "loss", "journal", "publish")
 _SECRETS: Final = ("token", "headers")
 
@@ -183,7 +186,8 @@ def _prepare(config: DictConfig, ours: TrainerConfig) -> None:
         if "address" not in config.ray_kwargs.ray_init:  # of a cluster that runs
             config.ray_kwargs.ray_init.setdefault("include_dashboard", False)
         if rollout.nnodes == 0:
-            rollout.name = "atropos"
+            rollout.name = SERVERS_BESIDE
+            rollout.nnodes = 1  # verl wants one, also where it starts no server
             rollout.checkpoint_engine.backend = "atropos"
             rollout.checkpoint_engine.engine_kwargs = {"atropos": _engine_arguments(ours)}
 

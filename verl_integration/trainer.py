@@ -32,7 +32,7 @@ from trainer.samples.validation import ModelLimits
 from verl_integration.batches import make_rows, step_facts, update_info
 from verl_integration.losses import EngineLoss
 from verl_integration.publishing import publisher_to_servers_beside, publisher_to_servers_of_verl
-from verl_integration.settings import is_own_objective, our_config
+from verl_integration.settings import SERVERS_BESIDE, is_own_objective, our_config
 from verl_integration.source import AtroposBatches
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class AtroposTrainer(PPOTrainer):
     def _build_publisher(self) -> Publisher | None:
         rollout = self.config.actor_rollout_ref.rollout
         parts: tuple[Any, ...] = (self._ours, self.actor_rollout_wg, self.tokenizer)
-        if rollout.nnodes == 0:
+        if rollout.name == SERVERS_BESIDE:
             return publisher_to_servers_beside(*parts, ranks=self._ranks)
         servers = LLMServerManager.create(config=self.config)
         manager = CheckpointEngineManager(
