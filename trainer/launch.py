@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Final
 
 from trainer.errors import ConfigurationError
@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 
 _RANKS: Final = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZES: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LOCAL_SIZES: Final = (
+    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+_NUMBERS: Final = (*_RANKS, *_SIZES, *_LOCAL_SIZES, "LOCAL_RANK", "SLURM_STEP_NUM_TASKS", "GROUP_WORLD_SIZE")
 
 _OTHER_WAYS: Final = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -45,12 +50,48 @@ _COMMAND: Final = "torchrun --nnodes NODES --nproc_per_node PROCESSES -m trainer
 
 def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Return this process's number among those of the run, before they have found each other."""
-    return next((int(environment[name]) for name in _RANKS if environment.get(name)), 0)
+    return _first_of(_RANKS, environment)[1] or 0
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
     """Return how many processes a launcher has started for the run; 1 without one."""
-    return next((int(environment[name]) for name in _SIZES if environment.get(name)), 1)
+    return _first_of(_SIZES, environment)[1] or 1
+
+
+def _first_of(names: Sequence[str], environment: Mapping[str, str]) -> tuple[str, int | None]:
+    """Return the first of some variables that is a number, and its value."""
+    numbers = ((name, environment.get(name, "")) for name in names)
+    return next(((name, int(value)) for name, value in numbers if value.isdecimal()), ("", None))
+
+
+def require_whole_launch(environment: Mapping[str, str] = os.environ) -> None:
+    """See that what a launcher set is whole, before other processes are looked for by it.
+
+    Raises:
+        ConfigurationError: A number is none, or does not go with another, or is missing; the message names
+            the variable.
+    """
+    for name in _NUMBERS:
+        if environment.get(name) and not environment[name].isdecimal():
+            raise _not_one_run(f"{name}={environment[name]} is no number; launchers set it")
+    (rank_name, rank), (size_name, size) = _first_of(_RANKS, environment), _first_of(_SIZES, environment)
+    if rank and size is None:
+        raise _not_one_run(f"this is process {rank} ({rank_name}), but WORLD_SIZE does not say of how many")
+    if rank and size is not None and rank >= size:
+        raise _not_one_run(f"this is process {rank} ({rank_name}, from 0 on) of {size} ({size_name})")
+    together = _first_of(_LOCAL_SIZES, environment)[1] == size
+    if (size or 1) > 1 and not together and not environment.get("MASTER_ADDR"):
+        raise _not_one_run(
+            f"{size} processes were started ({size_name}), but MASTER_ADDR says not where they meet"
+        )
+
+
+def _not_one_run(found: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{found}. Several runs would take each other's batches: start them together with `{_COMMAND}`, "
+        "with --rdzv_backend c10d --rdzv_endpoint HOST:PORT where there are several nodes; or unset the "
+        "variable if this is meant to be a run by itself"
+    )
 
 
 def launched_on_cpu(environment: Mapping[str, str] = os.environ) -> bool:
@@ -122,11 +163,7 @@ def refuse_separate_runs(processes: int, *, alone: bool, environment: Mapping[st
     elif tasks > 1 and launchers == 1:
         found = f"srun started {tasks} tasks (SLURM_STEP_NUM_TASKS), but each would be a run of its own"
     if found is not None:
-        raise ConfigurationError(
-            f"{found}. Several runs would take each other's batches: start them together with `{_COMMAND}`, "
-            "with --rdzv_backend c10d --rdzv_endpoint HOST:PORT where there are several nodes; or unset the "
-            "variable if this is meant to be a run by itself"
-        )
+        raise _not_one_run(found)
 
 
 def nodes(processes: int, environment: Mapping[str, str] = os.environ) -> int:

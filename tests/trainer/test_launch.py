@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import Forked, run_module
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, run, weights
 from trainer.errors import ConfigurationError
-from trainer.launch import refuse_separate_runs
+from trainer.launch import refuse_separate_runs, require_whole_launch
 
 
 @pytest.mark.slow
@@ -44,6 +45,74 @@ def test_processes_that_do_not_share_their_directory_are_refused(
     assert re.search(rf"train.output_dir {tmp_path}/node-[01] is not one directory for all processes", said)
     assert "several nodes need a file system that they share" in said
     assert not (tmp_path / "node-1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("OPTIMIZER__LEARNING_RATE", "0.1", "optimizer.learning_rate is 0.1, there 1e-06"),
+        ("PARALLEL__MODE", "sharded", "parallel.mode is sharded, there replicated"),
+        ("LOSS__NAME", "ppo_clip", "loss.name is ppo_clip, there weighted_sft"),
+    ],
+)
+def test_processes_with_different_settings_are_refused(
+    tiny_model_directory: Path, tmp_path: Path, free_port: int, name: str, value: str, found: str
+) -> None:
+    words = ["run", "--train.device", "cpu", "--model.path", tiny_model_directory]
+    words += ["--train.output_dir", tmp_path / "run"]
+    logs = [tmp_path / "rank-0.log", tmp_path / "rank-1.log"]
+    ranks = []
+    for rank, log in enumerate(logs):
+        variables = {"ATROPOS_TRAINER_" + name: value} if rank else {}
+        variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "COLUMNS": "200"}
+        ranks.append(Forked("trainer.cli", words, stdout=log, environment=os.environ | variables))
+    try:
+        assert [rank.wait(120) for rank in ranks] == [1, 2]
+    finally:
+        for each in ranks:
+            each.kill()
+    said = " ".join(logs[1].read_text().split())
+    assert "process 1 has other settings than process 0: " in said
+    assert found in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"RANK": "abc"}, "RANK=abc is no number"),
+        ({"SLURM_STEP_NUM_TASKS": "x"}, "SLURM_STEP_NUM_TASKS=x is no number"),
+        ({"RANK": "1"}, "this is process 1 .RANK., but WORLD_SIZE does not say of how many"),
+        ({"RANK": "1", "WORLD_SIZE": "1", "MASTER_ADDR": "a"}, "this is process 1 .* of 1 .WORLD_SIZE."),
+        ({"WORLD_SIZE": "2"}, "2 processes were started .WORLD_SIZE., but MASTER_ADDR"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "2 processes .*, but MASTER_ADDR"),
+    ],
+)
+def test_half_of_what_a_launcher_sets_is_refused_before_others_are_looked_for(
+    tmp_path: Path, tiny_model_directory: Path, environment: dict[str, str], found: str
+) -> None:
+    words = ["run", "--train.device", "cpu", "--model.path", tiny_model_directory]
+    words += ["--train.output_dir", tmp_path / "run"]
+    done = run_module("trainer.cli", *words, environment=os.environ | environment | {"COLUMNS": "200"})
+    assert done.returncode == 2, done.stderr
+    assert re.search(found, " ".join(done.stderr.split())), done.stderr
+    assert "torchrun --nnodes NODES" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"RANK": "0"},
+        {"WORLD_SIZE": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node-a"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+    ],
+)
+def test_what_launchers_set_as_a_whole_is_taken(environment: dict[str, str]) -> None:
+    require_whole_launch(environment)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ from tests.trainer.stoppable_run import long_body, settings
 from trainer import RecordedSource
 from trainer.checkpoints.format import Checkpoint
 from trainer.checkpoints.retention import find_newest_whole, recover_checkpoints
+from trainer.cli._run import report
+from trainer.config import load_config
 from trainer.run.build import build_trainer
+from trainer.run.loop import ASKED_ELSEWHERE, NO_MORE_BATCHES, RunSummary
 
 pytestmark = pytest.mark.slow
 
@@ -233,3 +236,25 @@ def test_a_failure_that_all_processes_meet_ends_them_after_process_0_has_saved(
     assert run.log.read_text().count("1 batch in a row could not be trained") == 1
     checkpoint = newest(tmp_path / "run")
     assert (checkpoint.state.step, checkpoint.state.batches) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("reason", "steps", "code"),
+    [
+        (None, 3, 0),
+        (NO_MORE_BATCHES, 3, 0),
+        (NO_MORE_BATCHES, 0, 1),
+        ("SIGUSR1", 3, 138),
+        (ASKED_ELSEWHERE, 3, 143),  # not done: a launcher on this machine must not take it for that
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_process_of_a_run_that_is_not_done_says_so_by_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: str | None, steps: int, code: int, rank: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--model.path", "m", "--train.output_dir", str(tmp_path)]
+    config = load_config(None, words, environment={})
+    summary = RunSummary(step=steps, stopped_early=reason, final_model=None, checkpoint=tmp_path, counters={})
+    assert report(summary, config) == code

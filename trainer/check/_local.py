@@ -23,14 +23,16 @@ _PROCESSES = "processes"
 
 def check_processes(config: TrainerConfig) -> CheckResult:
     """Find the other processes that the launcher started, as a run does, and count them."""
-    from trainer.run.processes import describe_processes, make_accelerator
+    from trainer.run.accelerator import describe_processes, make_accelerator
 
     try:
         accelerator = make_accelerator(config)
     except ConfigurationError as error:
         found, _, remedy = str(error).partition(": ")
         return failed(_PROCESSES, found, remedy)
-    return passed(_PROCESSES, f"{describe_processes(accelerator)} would train, on {accelerator.device}")
+    return passed(
+        _PROCESSES, f"{describe_processes(accelerator, config.parallel)} would train, on {accelerator.device}"
+    )
 
 
 _LARGEST_LOADED = 4 << 30

@@ -23,8 +23,8 @@ from trainer.publish import (
     ServerFailure,
     VerificationFailed,
 )
+from trainer.run.accelerator import make_accelerator
 from trainer.run.build import build_publisher, build_servers
-from trainer.run.processes import make_accelerator
 from trainer.run.train_state import prepare_run
 
 logger = logging.getLogger(__name__)

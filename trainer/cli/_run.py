@@ -134,10 +134,16 @@ def leave_after_another(
 
 def report(summary: RunSummary, config: TrainerConfig) -> int:
     """Say how a run ended and what to do next, on process 0; returns the exit code."""
-    from trainer.run.loop import NO_MORE_BATCHES
+    from trainer.run.loop import ASKED_ELSEWHERE, NO_MORE_BATCHES
 
     steps, reason = summary.step, summary.stopped_early
-    code = exit_code(reason) if reason is not None and is_stop_signal(reason) else 0
+    code = 0
+    if reason is not None and is_stop_signal(reason):
+        code = exit_code(reason)
+    elif reason == ASKED_ELSEWHERE:  # the run is not done on this machine either
+        code = exit_code("SIGTERM")
+    elif reason == NO_MORE_BATCHES and not steps:
+        code = FAILED
     if launched_rank() != 0:
         return code
     done = count_of(steps, "optimizer step")
@@ -147,7 +153,6 @@ def report(summary: RunSummary, config: TrainerConfig) -> int:
             f"{summary.final_model}); a larger --train.steps trains it further."
         )
     elif reason == NO_MORE_BATCHES and not steps:
-        code = FAILED
         said = "Nothing was trained, because no batch could be used: "
         said += f"{config.train.output_dir / 'metrics.jsonl'} says of each why."
     else:

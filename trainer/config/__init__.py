@@ -7,7 +7,7 @@ from trainer.config._distillation import DistillationSettings
 from trainer.config._fields import config_fields, fields_by_section, option_fields
 from trainer.config._load import ENVIRONMENT_PREFIX, load_config
 from trainer.config._parallel import ParallelSettings
-from trainer.config._presets import PRESETS, Preset, PresetName
+from trainer.config._presets import PRESETS, Preset, PresetName, leaves
 from trainer.config._publish import PublishSettings
 from trainer.config._resume import ON_RESUME, OnResume, refuse_changed_settings, row_of
 from trainer.config._training import (
@@ -39,6 +39,7 @@ __all__ = [
     "describe_preset",
     "expand_home",
     "fields_by_section",
+    "leaves",
     "load_config",
     "option_fields",
     "plain_url",

@@ -335,6 +335,11 @@ def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:
             f"parallel.shard x parallel.replicate has to be the number of processes, {processes}; they are "
             f"{settings.shard or 'not set'} and {settings.replicate or 'not set'} in mode {settings.mode}"
         )
+    if not whole and parts == 1 and processes > 1:
+        raise ConfigurationError(
+            f"with parallel.replicate {copies} each of {processes} processes holds a copy of its own, so "
+            f"nothing is {settings.mode}; set a smaller one, or parallel.mode to replicated"
+        )
     return copies, parts
 
 

@@ -306,7 +306,8 @@ def _fit(inner: Any, units: list[WeightUnit], stored: Mapping[str, StoredTensor]
         if missing and (unit in present or not optional):
             raise CheckpointError(
                 f"the base has no weight {missing[0]!r}, which {model} has, so what is trained could not be "
-                "written as the base is; use a base in the layout that transformers loads without conversion"
+                "written as the base is; use a base in the layout that transformers loads without conversion "
+                "(or, with LoRA, name modules in model.lora.target_modules that it has: q_proj,v_proj)"
             )
         for name in unit.shapes.keys() & stored.keys():
             if unit.shapes[name] != stored[name].shape:

@@ -11,7 +11,7 @@ from trainer.config import TrainerConfig
 from trainer.errors import AnotherProcessFailed, CheckpointError
 from trainer.monitoring import Progress, RunPhase
 from trainer.run.checkpointing import write_checkpoint_files, write_final_model
-from trainer.run.loop import ASKED_ELSEWHERE, RunSummary
+from trainer.run.loop import ASKED_ELSEWHERE, NO_MORE_BATCHES, RunSummary
 from trainer.run.optimizer_step import StepAborted, StepRunner
 from trainer.run.orders import Order, Outcome, hear, leave_together, taking_part
 from trainer.run.places import checkpoint_directory
@@ -83,9 +83,11 @@ class Follower:
             raise AnotherProcessFailed(f"{PROCESS_0} has ended the run; its message says why", told=True)
         self._accelerator.end_training()
         done = outcome is Outcome.DONE
+        asked = self._stop.reason or ASKED_ELSEWHERE
+        early = NO_MORE_BATCHES if outcome is Outcome.OUT_OF_BATCHES else asked
         return RunSummary(
             step=self.step,
-            stopped_early=None if done else self._stop.reason or ASKED_ELSEWHERE,
+            stopped_early=None if done else early,
             final_model=self._config.train.output_dir / "final" if done else None,
             checkpoint=checkpoint_path(checkpoint_directory(self._config), self.step),
             counters={},

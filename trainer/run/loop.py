@@ -36,6 +36,8 @@ _ENDING = "the fetching process, the publisher and trackers to end"
 
 NO_MORE_BATCHES = "there are no more batches"
 """Why a run on recordings stops early."""
+_OUTCOMES = {None: Outcome.DONE, NO_MORE_BATCHES: Outcome.OUT_OF_BATCHES}
+"""By why the run stopped early; anything else was a request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +159,7 @@ class Trainer:
         joined = self._prepared.joined
         try:
             summary = self._run()
-            end(joined, Outcome.DONE if summary.stopped_early is None else Outcome.STOPPED)
+            end(joined, _OUTCOMES.get(summary.stopped_early, Outcome.STOPPED))
             self._accelerator.end_training()
         except BaseException as error:
             if self._others_listen_after(error):  # else they notice that this process is gone

@@ -54,7 +54,9 @@ class Outcome(IntEnum):
 
     DONE = auto()
     STOPPED = auto()
-    """Early, asked to or out of batches."""
+    """Early, because a process was asked to."""
+    OUT_OF_BATCHES = auto()
+    """Early, because there are no more."""
     FAILED = auto()
     """Process 0 says in what."""
 

@@ -1,51 +1,44 @@
 """The processes that train together, and the directory that is theirs alone.
 
-The one place where the Accelerator is made. Process 0 holds the lock on the run's directory before anything
+Process 0 holds the lock on the run's directory before anything
 in it is touched; the others hear how that went, and see that the directory is the same one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from typing import Any, Final, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast
+from accelerate.utils import broadcast
 from torch import distributed
 
 from atropos_client.journal import LOCK_NAME, Journal, WriterLock
 from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
-from schemas import count_of
-from trainer.config import TrainerConfig
+from trainer.config import TrainerConfig, leaves
 from trainer.errors import AnotherProcessFailed, ConfigurationError, TrainerError
-from trainer.launch import (
-    launched_on_cpu,
-    nodes,
-    refuse_separate_runs,
-    started_by_accelerate_alone,
-    take_settings_of_accelerate,
-)
 from trainer.model.collectives import wait
-from trainer.model.load import choose_mixed_precision, inspect_model
+from trainer.model.load import inspect_model
 from trainer.model.reference import inspect_reference
-from trainer.model.sharding import plan_spread
+from trainer.run.accelerator import PROCESS_GROUP_TIMEOUT, describe_processes, make_accelerator
 from trainer.run.peers import Peers
 from trainer.run.places import journal_directory, require_places
 
 logger = logging.getLogger(__name__)
 
-_PROCESS_GROUP_TIMEOUT: Final = timedelta(hours=2)
-"""Processes wait for process 0 while it publishes, which may take as long as its deadlines add up to."""
-
 _LOCK_PATIENCE_SECONDS: Final = 10.0
 """Beyond `journal.shutdown_timeout`, in which the fetching process of a killed trainer ends its last poll."""
+
+_OWN_SETTINGS: Final[dict[str, Any]] = {"logging": True, "health": True, "train": {"output_dir"}}
+"""Those that may differ; a directory that is not shared is found by what is in it."""
+_MOST_NAMED: Final = 5
 
 _FAILED: Final = -2
 
@@ -141,7 +134,8 @@ def join_run(config: TrainerConfig) -> JoinedRun:
 
     Raises:
         ConfigurationError: Accelerate was told what this trainer does not do, or the processes that were
-            started do not train together, or not in one directory; or something is in the way in there.
+            started do not train together, or with other settings, or not in one directory; or something is in
+            the way in there.
         JournalLocked: Another run has the directory.
         AnotherProcessFailed: Process 0 met one of these.
     """
@@ -149,45 +143,57 @@ def join_run(config: TrainerConfig) -> JoinedRun:
     inspect_reference(config.loss.reference, config.model, config.data, policy)
     accelerator = make_accelerator(config)
     if accelerator.is_main_process:
-        logger.info("Training with %s, on %s", describe_processes(accelerator), accelerator.device)
+        logger.info(
+            "Training with %s, on %s", describe_processes(accelerator, config.parallel), accelerator.device
+        )
     control = None
     if accelerator.num_processes > 1 and distributed.get_backend() != "gloo":
-        control = distributed.new_group(backend="gloo", timeout=_PROCESS_GROUP_TIMEOUT)
+        control = distributed.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT)
     peers = None
     if accelerator.num_processes > 1:
         peers = Peers(accelerator.process_index, accelerator.num_processes)
     joined = JoinedRun(accelerator=accelerator, control=control, peers=peers)
     with joined.explained_failures():
         try:
+            _require_same_settings(config, joined)
             return replace(joined, lock=_take_directory(config, accelerator))
         except BaseException:
             joined.release()
             raise
 
 
-def make_accelerator(config: TrainerConfig) -> Accelerator:
-    """Make the Accelerator, which finds the other processes; see `join_run`."""
-    alone = started_by_accelerate_alone()
-    take_settings_of_accelerate()
-    on_cpu = config.train.device == "cpu" or launched_on_cpu()
-    device = torch.device("cpu") if on_cpu else _default_device()
-    accelerator = Accelerator(
-        mixed_precision=choose_mixed_precision(config.train, device),
-        cpu=on_cpu,
-        log_with=list(config.logging.trackers) or None,
-        project_dir=str(config.train.output_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_GROUP_TIMEOUT)],
+def _require_same_settings(config: TrainerConfig, joined: JoinedRun) -> None:
+    """See that this process has the settings of process 0: each has read its own file and environment.
+
+    Raises:
+        ConfigurationError: It has not; the message names them.
+        AnotherProcessFailed: Another one has not, or is gone.
+    """
+    if joined.count == 1:
+        return
+    ours = config.model_dump_json(exclude=_OWN_SETTINGS)  # secrets are stars in it
+    here, there = (dict(leaves(json.loads(text))) for text in (ours, _text_of_process_0(ours, joined)))
+    names = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    if not joined.any(bool(names)):
+        return
+    if not names:
+        raise AnotherProcessFailed("another process has other settings; its message names them", told=True)
+    told = [f"{name} is {here.get(name)}, there {there.get(name)}" for name in names[:_MOST_NAMED]]
+    more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+    raise ConfigurationError(
+        f"process {joined.accelerator.process_index} has other settings than process 0: "
+        f"{'; '.join(told + more)}. Give all processes the same file, variables and command line"
     )
-    refuse_separate_runs(accelerator.num_processes, alone=alone)
-    plan_spread(config.parallel, accelerator.num_processes)
-    return accelerator
 
 
-def describe_processes(accelerator: Accelerator) -> str:
-    """Say how many processes train together, and where."""
-    count = int(accelerator.num_processes)
-    processes = count_of(count, "process")
-    return processes if count == 1 else f"{processes} on {count_of(nodes(count), 'node')}"
+def _text_of_process_0(ours: str, joined: JoinedRun) -> str:
+    data = torch.tensor(list(ours.encode()), dtype=torch.uint8)
+    size = torch.tensor([len(data)])
+    wait(distributed.broadcast(size, 0, joined.control, async_op=True))
+    if not joined.accelerator.is_main_process:
+        data = torch.empty(int(size.item()), dtype=torch.uint8)
+    wait(distributed.broadcast(data, 0, joined.control, async_op=True))
+    return bytes(data.tolist()).decode()
 
 
 def _take_directory(config: TrainerConfig, accelerator: Accelerator) -> WriterLock | None:
@@ -272,11 +278,3 @@ def translated_peer_failures() -> Iterator[None]:
 def _in_a_line(error: BaseException) -> str:
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     return first_line if isinstance(error, TrainerError) else f"{type(error).__name__}: {first_line}"
-
-
-def _default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")

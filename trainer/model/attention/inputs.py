@@ -103,7 +103,11 @@ def require_splittable(inner: Any, packing: Packing, group: SequenceGroup) -> No
     implementation = getattr(inner.config, "_attn_implementation", None)
     heads = getattr(config, "num_attention_heads", None)
     if packing == "padded":
-        raise ConfigurationError(f"{asked} takes padded sequences only, which are not split; set it to 1")
+        raise ConfigurationError(
+            f"parallel.sequence is {group.size}, but sequences are padded, one to a row, and such rows are "
+            "not split: because of data.packing padded, or because the model takes no others; set "
+            "parallel.sequence to 1, or data.packing to auto if it is not"
+        )
     if implementation not in OWN.values():
         raise ConfigurationError(
             f"{asked} has the attention {implementation}, which does not split rows; set model.attention to "
