@@ -80,6 +80,7 @@ def compare(
             )
             prepared = prepare_run(config)
             models.append(prepared.policy.model)
+            between_steps(prepared.policy.model)
             publisher = build_publisher(config, prepared)
             assert publisher is not None
             publishers[transport] = stack.enter_context(publisher)
@@ -103,6 +104,20 @@ def compare(
                         row = {key.removeprefix("publish/"): number for key, number in numbers}
                         rows.append({"transport": transport, "learning_rate": learning_rate, **row})
     return rows
+
+
+def between_steps(model: nn.Module) -> None:
+    """Put every weight anywhere between the numbers that round to its bfloat16, as training leaves it.
+
+    A base is stored rounded, so at first steps move little across a border; later it is as after this.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            rounded = parameter.to(torch.bfloat16)
+            step_up = (rounded.view(torch.int16) + 1).view(torch.bfloat16).float() - rounded.float()
+            share = torch.rand(parameter.shape, generator=generator) - 0.5
+            parameter.copy_(rounded.float() + share * step_up)
 
 
 def step(model: nn.Module, learning_rate: float, *, seed: int) -> None:
