@@ -52,6 +52,10 @@ def prepare(config: TrainerConfig, body: bytes, *, keep_all: bool = False) -> Pr
     )
 
 
+def of_reduction(name: str) -> list[str]:
+    return [f"reduction={name}", *(["constant_length=16"] if name == "constant" else [])]
+
+
 def rows_and_info(config: TrainerConfig, batch: PreparedBatch, *, multiple: int) -> tuple[TensorDict, Any]:
     rows = make_rows(batch, multiple=multiple)
     facts = step_facts(batch, config.loss)
@@ -63,7 +67,7 @@ def rows_and_info(config: TrainerConfig, batch: PreparedBatch, *, multiple: int)
 def test_an_engine_loss_makes_the_step_of_our_trainer(
     worker: TrainingWorker, tiny_model_directory: Path, tmp_path: Path, name: str, reduction: str
 ) -> None:
-    settings = options([f"name={name}", f"reduction={reduction}", "constant_length=16"])
+    settings = options([f"name={name}", *of_reduction(reduction)])
     config = config_for(tiny_model_directory, tmp_path, *settings)
     batch = prepare(config, trap_body())
     rows, info = rows_and_info(config, batch, multiple=7)  # rows that fill up change nothing
@@ -94,7 +98,7 @@ def test_a_policy_loss_within_verls_own_makes_the_step_of_our_trainer(
     worker: TrainingWorker, tiny_model_directory: Path, tmp_path: Path, name: str, reduction: str
 ) -> None:
     dual_clip = ["dual_clip=3"] if name == "ppo_clip" else []  # verl's default
-    settings = [f"name={name}", f"reduction={reduction}", "constant_length=16", *dual_clip]
+    settings = [f"name={name}", *of_reduction(reduction), *dual_clip]
     config = config_for(tiny_model_directory, tmp_path, *options(settings))
     batch = prepare(config, trap_body(), keep_all=True)  # verl counts its denominators in what it gets
     rows, info = rows_and_info(config, batch, multiple=7)
