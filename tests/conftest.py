@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from local_stack.inference import Engine, EngineSettings, InferenceServer
 from local_stack.models import make_tiny_model
 
 _START_TIMEOUT = 60.0
+_TORCHAO = Path(__file__).parents[1] / ".venv-torchao"
 
 
 @dataclass(frozen=True)
@@ -145,3 +147,17 @@ def _wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the inference server did not start"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages of `.venv-torchao`, here and in processes that are started; its step is not compiled.
+
+    Compiling takes a minute; eagerly the step computes the same, from other random numbers.
+    """
+    if not (_TORCHAO / "torchao").is_dir():
+        pytest.skip("torchao is not installed beside .venv: make test does it")
+    monkeypatch.syspath_prepend(_TORCHAO)
+    before = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(_TORCHAO), *([before] if before else [])]))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -129,6 +129,7 @@ def _run(
         os.umask(umask)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = [each for each in environment.get("PYTHONPATH", "").split(os.pathsep) if each]
     os.chdir(directory)
     warnings.simplefilter("error")
     # As in pyproject.toml: PEFT asks transformers by an old name.

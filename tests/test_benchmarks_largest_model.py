@@ -18,12 +18,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "wide", hidden_size=256)
 
 
+@pytest.mark.usefixtures("torchao")
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_gradients_and_states_take_the_bytes_that_are_counted(
     kind: str, model: Path, tmp_path: Path
 ) -> None:
     dtype, states = KINDS[kind]
     words = ["--model.path", str(model), "--train.output_dir", str(tmp_path), "--train.device", "cpu"]
+    words += ["--train.mixed_precision", "no"]
     config = load_config(None, [*words, "--model.dtype", dtype, "--optimizer.states", states], environment={})
     prepared = prepare_run(config)
     parameters = list(prepared.policy.model.parameters())

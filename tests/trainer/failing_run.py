@@ -51,7 +51,8 @@ def fail_if_due(where: str) -> None:
     _, output, rank, failing_where, how = sys.argv[1:6]
     if failed or where != failing_where:
         return
-    if trained < _BEFORE and phase_now != RunPhase.PUBLISHING and where != "gather copies":
+    within_a_publish = " " in where and (phase_now == RunPhase.PUBLISHING or where == "gather copies")
+    if trained < _BEFORE and not within_a_publish:
         return
     failed = True
     ours = launched_rank() == int(rank)

@@ -32,7 +32,7 @@ def test_log_probs_and_gradients_are_those_of_one_process(count: int, tmp_path: 
 @pytest.mark.parametrize(
     ("packing", "attention", "size", "message"),
     [
-        ("padded", TILED, 2, "takes padded sequences only"),
+        ("padded", TILED, 2, "sequences are padded"),
         ("prefix_tree", "sdpa", 2, "set model.attention to tiled or flex"),
         ("prefix_tree", TILED, 3, "has 4 attention heads, which cannot be divided so"),
     ],

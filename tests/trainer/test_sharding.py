@@ -299,11 +299,10 @@ def test_weights_that_are_spread_are_published_and_proven(
             ("full", "disk", "sharded", []),
             ("uncopied", "disk", "sharded", ["--publish.overlap", "false"]),
             ("lora", "disk", "gathered", _LORA),
-            ("delta", "delta", "sharded", []),  # from the copy that process 0 keeps
         )
     ]
     run_in_processes(2, runs, tmp_path / "log")
-    for name in ("full", "uncopied", "lora", "delta"):
+    for name in ("full", "uncopied", "lora"):
         published = rows(tmp_path / name, "publish")
         assert [row["version"] for row in published] == [0, 1, 2]
         assert all(row["publish_verified"] for row in published)
@@ -404,6 +403,10 @@ def test_another_number_of_processes_and_modes_that_cannot_be_are_refused(
         (["--parallel.mode", "sharded", "--parallel.shard", "2"], "has to be the number of processes, 1"),
         (
             ["--parallel.mode", "sharded", "--publish.transport", "nccl", "--publish.servers", "http://x:1"],
+            "does not yet publish weights that are spread",
+        ),
+        (
+            ["--parallel.mode", "sharded", "--publish.transport", "delta", "--publish.servers", "http://x:1"],
             "does not yet publish weights that are spread",
         ),
         (["--parallel.sequence", "2"], "which does not divide the 1 processes"),

@@ -19,7 +19,6 @@ from tests.trainer.test_sharding import run_in_processes
 from trainer.config import load_config
 from trainer.errors import ConfigurationError
 from trainer.model.sharding import Spread
-from trainer.model.small_adamw import SmallAdamW
 
 EIGHT_BIT = ("--optimizer.states", "8bit")
 BFLOAT16 = ("--model.dtype", "bfloat16")
@@ -28,9 +27,7 @@ LAST = "checkpoints/step-000004"
 
 
 @pytest.fixture(autouse=True)
-def _not_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torchao compiles its step, for a minute; eagerly it computes the same, from other random numbers."""
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # for processes that are started
+def _eagerly(torchao: None) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
         yield
 
@@ -87,6 +84,8 @@ def test_states_of_either_kind_are_read_by_a_run_of_the_other(
 def test_steps_below_half_of_what_bfloat16_tells_apart_add_up() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.ones(64, 256, dtype=torch.bfloat16))
+    from trainer.model.small_adamw import SmallAdamW
+
     optimizer = SmallAdamW([weight], eight_bit=True, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for _ in range(20):
         weight.grad = torch.ones_like(weight)
@@ -109,6 +108,8 @@ def reward_after_training(optimizer: torch.optim.Optimizer, logits: nn.Parameter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_a_bandit_is_learned_as_well_as_in_float32(dtype: torch.dtype, eight_bit: bool) -> None:
+    from trainer.model.small_adamw import SmallAdamW
+
     torch.manual_seed(0)
     options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     plain, small = (nn.Parameter(torch.zeros(16, 256, dtype=each)) for each in (torch.float32, dtype))

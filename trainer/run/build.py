@@ -238,13 +238,8 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
     if settings.transport == "delta":
 
         def weights() -> Iterator[tuple[str, Tensor]]:
-            each = stream.weights()
             with together(prepared.joined, Order.CAPTURE):
-                try:
-                    yield from each
-                finally:
-                    for _ in each:  # other processes send their rows to the end
-                        pass
+                yield from stream.weights()
 
         def write_directory(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
             write_model_directory(path, stream, tensors, durable=False, mode=mode)
