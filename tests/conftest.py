@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -157,7 +158,8 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if not (_TORCHAO / "torchao").is_dir():
         pytest.skip("torchao is not installed beside .venv: make test does it")
-    monkeypatch.syspath_prepend(_TORCHAO)
+    if str(_TORCHAO) not in sys.path:  # and it stays there: modules that were imported know where they are
+        sys.path.append(str(_TORCHAO))
     before = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(_TORCHAO), *([before] if before else [])]))
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
