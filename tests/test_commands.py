@@ -35,6 +35,9 @@ ELSEWHERE = {
     "curl http://127.0.0.1:9100/health": "tests/trainer/test_watch_runs.py",
     "atropos-train check --publish": "tests/trainer/test_check.py",
     "export PYTHONPATH=": "tests/vllm/launching.py",
+    "pip install --no-deps -e . &&": "Makefile",
+    "python -m verl_integration.main": "docs/verl.md",  # which says what of it was run
+    "unshare --map-root-user --net": "Makefile",
     "atropos-train view runs/": "tests/view/test_site.py",  # it serves until Ctrl-C
 }
 """What is not run here, by how it begins, and where it is."""
@@ -48,7 +51,7 @@ def commands_of(page: Path) -> Iterator[str]:
     for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         for line in text.replace("\\\n", " ").splitlines():
             command = line if kind == "bash" else line[2:] if line.startswith("$ ") else ""
-            command = re.sub(r"\s+#.*", "", command).strip()
+            command = re.sub(r"(^|\s+)#.*", "", command).strip()
             command = re.sub(r"^([A-Z_]+=\S+ +)+", "", command)
             if command:
                 yield " ".join(command.split())
