@@ -28,10 +28,10 @@ from trainer.publish import (
 )
 from trainer.publish.interfaces import StagedWeights
 from trainer.run.build import PUBLISHED_MODES, build_servers
+from trainer.run.places import publish_directory
 from trainer.samples.sample import Sample
 from verl_integration.batches import rows_of_samples
 from verl_integration.checkpoint_engine import BACKEND, EXPORT_NAME
-from verl_integration.settings import publish_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def publisher_to_servers_beside(
     settings = config.publish
     if settings.transport == "none":
         return None
-    directory = publish_directory(config)
+    directory = publish_directory(config).absolute()
 
     def capture() -> Callable[[Path], object]:
         # Written at once: what verl trains next changes the weights. Nothing of it waits for a server.

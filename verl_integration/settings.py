@@ -9,16 +9,17 @@ with the trainer: verl prints its whole configuration.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from trainer.config import TrainerConfig, load_config
+from trainer.config import TrainerConfig, leaves, load_config
 from trainer.errors import ConfigurationError
 from trainer.run.build import PUBLISHED_MODES
+from trainer.run.places import publish_directory
 
 OWN_OBJECTIVE: Final = "atropos"
 OBJECTIVES: Final = (OWN_OBJECTIVE, "verl")
@@ -107,7 +108,7 @@ def our_config(config: DictConfig) -> TrainerConfig:
         *("--model.path", str(config.actor_rollout_ref.model.path)),
         *("--train.output_dir", str(Path(config.trainer.default_local_dir).absolute())),
         *("--train.steps", str(config.trainer.total_training_steps or 0)),
-        *(word for name, value in _leaves(tree) for word in (f"--{name}", _text(value))),
+        *(word for name, value in leaves(tree) for word in (f"--{name}", _text(value))),
     ]
     ours = load_config(None, words)
     _refuse_what_verl_does(ours)
@@ -141,14 +142,6 @@ def _open_free_parts(node: Any) -> None:
     for name in node:
         if not OmegaConf.is_missing(node, name) and not OmegaConf.is_interpolation(node, name):
             _open_free_parts(node[name])
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + str(name), value
 
 
 def _text(value: Any) -> str:
@@ -194,13 +187,8 @@ def _prepare(config: DictConfig, ours: TrainerConfig) -> None:
 
 def _engine_arguments(ours: TrainerConfig) -> dict[str, Any]:
     return {
-        "directory": str(publish_directory(ours)),
+        "directory": str(publish_directory(ours).absolute()),
         "model_path": ours.model.path,
         "dtype": ours.publish.dtype,
         "mode": PUBLISHED_MODES[ours.publish.readable_by],
     }
-
-
-def publish_directory(ours: TrainerConfig) -> Path:
-    """Where versioned weight directories go."""
-    return (ours.publish.directory or ours.train.output_dir / "published").absolute()

@@ -22,7 +22,6 @@ from atropos_client.journal import Journal
 from schemas import BatchReply
 from trainer.checkpoints.format import CheckpointState
 from trainer.config import TrainerConfig
-from trainer.errors import DeadlineExceeded
 from trainer.monitoring import Progress
 from trainer.run.batch_tracker import BatchTracker
 from trainer.run.metrics import Row, append_row, drop_later_rows
@@ -30,7 +29,7 @@ from trainer.run.places import journal_directory
 from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import PreparedBatch, prepare_batch
 from trainer.samples.validation import ModelLimits
-from trainer.sources.incoming import IncomingBatch, PreparedStep
+from trainer.sources.incoming import IncomingBatch, PreparedStep, poll_batch
 from trainer.sources.live import AtroposSource, journal_limits
 
 STATE_FILE = "data.pt"
@@ -176,19 +175,10 @@ class AtroposBatches:
         while True:
             incoming = self._wait(meanwhile)
             self._tracker.receive(incoming)
-            if incoming.unreadable is not None:
-                self._tracker.skip_unreadable(incoming, incoming.unreadable)
-                continue
-            if incoming.failure is not None or incoming.prepared is None:
-                self._tracker.set_aside(incoming, str(incoming.failure))
-                raise incoming.failure or RuntimeError("a batch came unprepared")
-            batch = incoming.prepared.batch
-            self._tracker.count(incoming, batch)
-            if batch.empty_reason is not None:
-                self._tracker.skip(incoming, batch, batch.empty_reason, counter="batches_without_signal")
-            elif not self._tracker.skip_stale(incoming, batch, self._config.loss.max_staleness):
-                self._incoming, self._prepared = incoming, batch
-                return batch, incoming.served_version
+            prepared = self._tracker.sift(incoming, self._prepared_step)
+            if prepared is not None:
+                self._incoming, self._prepared = incoming, prepared.batch
+                return prepared.batch, incoming.served_version
 
     def note_trained(self) -> None:
         """The batch at hand was trained on; a checkpoint from now on counts it."""
@@ -234,17 +224,21 @@ class AtroposBatches:
         )
         return PreparedStep(batch=batch, micro_batches=[], seconds=time.monotonic() - started)
 
+    def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
+        """Take what was prepared ahead; a batch that cannot be prepared is kept."""
+        if incoming.failure is not None or incoming.prepared is None:
+            self._tracker.set_aside(incoming, str(incoming.failure))
+            raise incoming.failure or RuntimeError("a batch came unprepared")
+        return incoming.prepared
+
     def _wait(self, meanwhile: Callable[[], None]) -> IncomingBatch:
         timeout = self._config.atropos.batch_timeout
         deadline = running_time() + timeout
         while True:
             meanwhile()
-            incoming = self._source.get(_POLL_SECONDS)
+            incoming = poll_batch(self._source, seconds=_POLL_SECONDS, deadline=deadline, timeout=timeout)
             if incoming is not None:
                 return incoming
-            if running_time() > deadline:
-                late = self._source.describe_wait()
-                raise DeadlineExceeded(f"no batch for {timeout:.0f} s (atropos.batch_timeout): {late}")
 
     def _at_hand(self) -> tuple[IncomingBatch, PreparedBatch]:
         incoming, batch = self._incoming, self._prepared

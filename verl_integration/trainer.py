@@ -219,12 +219,7 @@ class AtroposTrainer(PPOTrainer):
         )
 
     def _served_version(self) -> int:
-        if self._publisher is None:
-            return -1
-        version = self._publisher.loaded_version
-        if version is None:  # a publish is under way
-            version = self._publisher.served_version
-        return -1 if version is None else version
+        return -1 if self._publisher is None else self._publisher.sampled_version
 
     def _tend(self) -> None:
         if self._publisher is not None:

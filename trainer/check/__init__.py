@@ -14,6 +14,7 @@ from trainer.check._publish import check_publish
 from trainer.check._result import CheckResult
 from trainer.config import TrainerConfig
 from trainer.launch import launched_rank
+from trainer.run.places import publish_directory
 
 __all__ = ["CheckResult", "run_checks"]
 
@@ -43,7 +44,7 @@ def run_checks(config: TrainerConfig, *, publish: bool = False) -> Iterator[Chec
     yield check_writable("output", config.train.output_dir, bytes_needed=checkpoints)
     yield from check_api(config)
     if config.publish.transport != "none":
-        directory = config.publish.directory or config.train.output_dir / "published"
+        directory = publish_directory(config)
         yield check_writable("published weights", directory, bytes_needed=(config.publish.keep + 1) * size)
         for url in config.publish.servers:
             yield from check_inference_server(url, config, tokenizer)

@@ -25,6 +25,7 @@ from trainer.publish import (
 )
 from trainer.run.accelerator import make_accelerator
 from trainer.run.build import build_publisher, build_servers
+from trainer.run.places import publish_directory
 from trainer.run.train_state import prepare_run
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def _with_own_directory(config: TrainerConfig) -> TrainerConfig:
     """
     if config.publish.transport == "delta":
         return config
-    parent = config.publish.directory or config.train.output_dir / "published"
+    parent = publish_directory(config)
     publish = config.publish.model_copy(update={"directory": Path(parent) / "self-test"})
     return config.model_copy(update={"publish": publish})
 

@@ -8,7 +8,7 @@ import sys
 from atropos_client.private_files import write_private
 from trainer.cli._logging import configure_logging
 from trainer.cli._settings import path_argument
-from trainer.cli._view import add_tokenizer, require_run
+from trainer.cli._view import add_runs, require_run
 from trainer.errors import ConfigurationError
 
 
@@ -20,20 +20,13 @@ class ReportCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Take the directories of runs, and the file to write."""
-        parser.add_argument(
-            "runs",
-            type=path_argument,
-            nargs="+",
-            metavar="RUN",
-            help="a run's output directory; the curves of further ones are drawn over its own",
-        )
+        add_runs(parser)
         parser.add_argument(
             "--output", type=path_argument, metavar="FILE", help="default: report.html in the first run"
         )
         parser.add_argument(
             "--groups", type=int, default=60, help="groups of rollouts to take along; default: 60"
         )
-        add_tokenizer(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Write it."""

@@ -25,13 +25,7 @@ class ViewCommand:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Take the directories of runs, and where to listen."""
-        parser.add_argument(
-            "runs",
-            type=path_argument,
-            nargs="+",
-            metavar="RUN",
-            help="a run's output directory; the curves of further ones are drawn over its own",
-        )
+        add_runs(parser)
         parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1")
         parser.add_argument(
             "--port",
@@ -42,7 +36,6 @@ class ViewCommand:
         parser.add_argument(
             "--terminal", action="store_true", help="show the overview here instead, until Ctrl-C"
         )
-        add_tokenizer(parser)
         parser.epilog = (
             "On an address beyond loopback the page asks for the token in the environment variable "
             "ATROPOS_VIEW_TOKEN."
@@ -107,8 +100,15 @@ def show_in_terminal(run: Path) -> int:
     return 0
 
 
-def add_tokenizer(parser: argparse.ArgumentParser) -> None:
-    """Let a command take the tokenizer of the run's model."""
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """Let a command take the directories of runs, and the tokenizer of their model."""
+    parser.add_argument(
+        "runs",
+        type=path_argument,
+        nargs="+",
+        metavar="RUN",
+        help="a run's output directory; the curves of further ones are drawn over its own",
+    )
     parser.add_argument(
         "--tokenizer",
         type=path_argument,

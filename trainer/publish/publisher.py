@@ -129,6 +129,14 @@ class Publisher:
         """
         return self._fleet.loaded_version()
 
+    @property
+    def sampled_version(self) -> int:
+        """Version that environments sample from, as far as it is known; -1: not known."""
+        version = self.loaded_version
+        if version is None:  # a publish is under way: what was proven last is what most of it came from
+            version = self.served_version
+        return -1 if version is None else version
+
     def start(self, version: int) -> PublishReport:
         """Make sure that every server serves the current weights, before anything is sampled.
 

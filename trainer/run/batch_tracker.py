@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
@@ -27,7 +27,7 @@ from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import PreparedBatch
 from trainer.samples.quarantine import QuarantineStore
 from trainer.samples.quarantine_rate import QuarantineRate, QuarantineWindow
-from trainer.sources.incoming import BatchSource, IncomingBatch
+from trainer.sources.incoming import BatchSource, IncomingBatch, PreparedStep
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class BatchTracker:
         progress: Progress,
     ) -> None:
         self._settings = config.train
+        self._max_staleness = config.loss.max_staleness
         self._compares_log_probs = config.loss.needs_inference_logprobs
         self._ignored_fields = {
             name: reason
@@ -154,6 +155,33 @@ class BatchTracker:
         self.batch = incoming.number or self.batch + 1  # a journal numbers its batches itself
         self._position = incoming.position
 
+    def sift(
+        self, incoming: IncomingBatch, prepare: Callable[[IncomingBatch], PreparedStep]
+    ) -> PreparedStep | None:
+        """Prepare the batch at hand; one that cannot be trained on is passed over, kept and counted.
+
+        Args:
+            incoming: The batch.
+            prepare: Returns what was prepared of it, or raises once the batch is kept.
+
+        Returns:
+            What to train on; None: it was passed over.
+
+        Raises:
+            TooManySkippedBatches: It is one of too many in a row.
+            TooManySetAside: Of the last batches too large a share was left out; the batch is set aside.
+        """
+        if incoming.unreadable is not None:
+            self._skip_unreadable(incoming, incoming.unreadable)
+            return None
+        prepared = prepare(incoming)
+        batch = prepared.batch
+        self._count(incoming, batch)
+        if batch.empty_reason is not None:
+            self.skip(incoming, batch, batch.empty_reason, counter="batches_without_signal")
+            return None
+        return None if self._skip_stale(incoming, batch) else prepared
+
     def forget(self, incoming: IncomingBatch, *, reason: str) -> None:
         """Roll back to before the batch at hand, which is kept: in the journal, or set aside without one."""
         self.batch, self.counters = self.settled.batches, Counter(self.settled.counters)
@@ -164,7 +192,7 @@ class BatchTracker:
         self.settled = replace(self.settled, counters=dict(self.counters))
         self._store.keep_batch(incoming.body, batch=self.batch + 1, reason=reason)
 
-    def count(self, incoming: IncomingBatch, batch: PreparedBatch) -> None:
+    def _count(self, incoming: IncomingBatch, batch: PreparedBatch) -> None:
         """Count what a prepared batch leaves out, and keep it.
 
         Raises:
@@ -239,13 +267,13 @@ class BatchTracker:
             limit,
         )
 
-    def skip_stale(self, incoming: IncomingBatch, batch: PreparedBatch, limit: int | None) -> bool:
-        """Skip a batch that is older than `limit` versions; return True if it is.
+    def _skip_stale(self, incoming: IncomingBatch, batch: PreparedBatch) -> bool:
+        """Skip a batch that is older than loss.max_staleness versions; return True if it is.
 
         Raises:
             TooManySkippedBatches: It is one of too many in a row.
         """
-        age = self.step - incoming.served_version
+        age, limit = self.step - incoming.served_version, self._max_staleness
         if limit is None or incoming.served_version < 0 or age <= limit:
             return False
         self.counters["stale_groups_total"] += batch.groups
@@ -283,7 +311,7 @@ class BatchTracker:
                 f"{self._directory}"
             )
 
-    def skip_unreadable(self, incoming: IncomingBatch, why: str) -> None:
+    def _skip_unreadable(self, incoming: IncomingBatch, why: str) -> None:
         """Keep a body that is no batch at all. Not a skip: the poller's patience bounds a row of them."""
         self.counters["batches_unreadable"] += 1
         self._pass_over(incoming, "set_aside", f"unreadable: {why}")

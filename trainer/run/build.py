@@ -37,7 +37,7 @@ from trainer.run.loop import Trainer
 from trainer.run.metrics import Row
 from trainer.run.optimizer_step import StepRunner
 from trainer.run.orders import Order, together
-from trainer.run.places import journal_directory
+from trainer.run.places import journal_directory, publish_directory
 from trainer.run.processes import JoinedRun
 from trainer.run.publish_part import PublishPart
 from trainer.run.start import Accept, accept_any, accept_journal
@@ -85,12 +85,7 @@ def build_trainer(
 
     def served_version() -> int:
         """Version that environments sampled from when a batch arrived, as far as it is known."""
-        if publisher is None:
-            return -1
-        version = publisher.loaded_version
-        if version is None:  # a publish is under way: what was proven last is what most of it came from
-            version = publisher.served_version
-        return -1 if version is None else version
+        return -1 if publisher is None else publisher.sampled_version
 
     def step() -> int:
         return trainer.step
@@ -205,7 +200,7 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
     """
     settings = config.publish
     stream = part.stream
-    directory = settings.directory or config.train.output_dir / "published"
+    directory = publish_directory(config)
     mode = PUBLISHED_MODES[settings.readable_by]
 
     def write(path: Path) -> None:

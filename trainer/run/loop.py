@@ -257,17 +257,10 @@ class Trainer:
     def _train_on(self, incoming: IncomingBatch, *, waited: float) -> None:
         """Train on one batch, or pass over it with a reason."""
         started = time.monotonic()
-        if incoming.unreadable is not None:
-            self._tracker.skip_unreadable(incoming, incoming.unreadable)
+        prepared = self._tracker.sift(incoming, self._prepared_step)
+        if prepared is None:
             return
-        prepared = self._prepared_step(incoming)
         batch = prepared.batch
-        self._tracker.count(incoming, batch)
-        if batch.empty_reason is not None:
-            self._tracker.skip(incoming, batch, batch.empty_reason, counter="batches_without_signal")
-            return
-        if self._tracker.skip_stale(incoming, batch, self._config.loss.max_staleness):
-            return
         result = self._steps.train_on(
             prepared.micro_batches,
             step=self.step,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, distributed
 
 from atropos_client.clock import running_time
-from trainer.errors import AnotherProcessFailed, DeadlineExceeded
+from trainer.errors import AnotherProcessFailed
 from trainer.model.collectives import wait
 from trainer.run.processes import JoinedRun, translated_peer_failures
-from trainer.sources.incoming import BatchSource, IncomingBatch
+from trainer.sources.incoming import BatchSource, IncomingBatch, poll_batch
 
 _POLL_SECONDS: Final = 0.5
 """Process 0 waits so long for a batch before it looks for a request to stop."""
@@ -209,9 +209,6 @@ def next_batch(
             if stop_requested():
                 raise Stopped
             meanwhile()
-            batch = source.get(_POLL_SECONDS)
+            batch = poll_batch(source, seconds=_POLL_SECONDS, deadline=deadline, timeout=timeout)
             if batch is not None:
                 return batch
-            if running_time() > deadline:
-                late = source.describe_wait()
-                raise DeadlineExceeded(f"no batch for {timeout:.0f} s (atropos.batch_timeout): {late}")

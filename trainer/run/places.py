@@ -26,6 +26,11 @@ def journal_directory(config: TrainerConfig) -> Path:
     return config.train.output_dir / "journal"
 
 
+def publish_directory(config: TrainerConfig) -> Path:
+    """Where published versions lie."""
+    return config.publish.directory or config.train.output_dir / "published"
+
+
 def require_places(config: TrainerConfig) -> None:
     """See that what the run writes can be written where it belongs; changes nothing.
 

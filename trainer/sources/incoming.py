@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atropos_client import InvalidReply, parse_batch
+from atropos_client.clock import running_time
 from atropos_client.fetcher import FetchedBatch
 from schemas import BatchReply
+from trainer.errors import DeadlineExceeded
 from trainer.packing import MicroBatch
 from trainer.samples.prepare import PreparedBatch
 
@@ -55,6 +57,28 @@ class BatchSource(Protocol):
 
     def stop(self) -> list[bytes]:
         """Stop providing batches; safe to call twice. Returns bodies that were fetched and never taken."""
+
+
+def poll_batch(
+    source: BatchSource, *, seconds: float, deadline: float, timeout: float
+) -> IncomingBatch | None:
+    """Wait a little for the next batch; None if none came.
+
+    Args:
+        source: Gives the batch.
+        seconds: How long.
+        deadline: Of `running_time`, after which the run is given up.
+        timeout: Seconds from the first wait to the deadline, for the message.
+
+    Raises:
+        EndOfBatches: The source is finite and exhausted.
+        DeadlineExceeded: It is past the deadline; the message says who is late.
+    """
+    batch = source.get(seconds)
+    if batch is None and running_time() > deadline:
+        late = source.describe_wait()
+        raise DeadlineExceeded(f"no batch for {timeout:.0f} s (atropos.batch_timeout): {late}")
+    return batch
 
 
 def read_incoming(body: bytes, *, served_version: int, number: int = 0) -> IncomingBatch:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Final
 
 from trainer.row_files import LOGPROBS_FILE
+from trainer.view.growing_files import GrowingFiles
 
 _BATCH: Final = re.compile(rb'\{"batch": (\d+),')
 
@@ -23,7 +23,7 @@ class RecordedLogprobs:
     def __init__(self, directory: Path) -> None:
         path = directory / LOGPROBS_FILE
         self._paths = (path.with_suffix(".older.jsonl"), path)
-        self._read: dict[int, int] = {}  # bytes of each file, by its inode: files are renamed
+        self._files = GrowingFiles()
         self._lines: dict[int, list[tuple[int, int]]] = {}  # inode and offset, by batch
 
     def of_group(self, batch: int, place: int) -> dict[int, list[float]]:
@@ -45,20 +45,9 @@ class RecordedLogprobs:
 
     def _read_new(self) -> dict[int, Path]:
         """Read on; returns the files by inode."""
-        files: dict[int, Path] = {}
-        for path in self._paths:
-            try:
-                with path.open("rb") as file:
-                    inode = os.fstat(file.fileno()).st_ino
-                    files[inode] = path
-                    file.seek(self._read.get(inode, 0))
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break
-                        start = self._read.get(inode, 0)
-                        self._read[inode] = start + len(line)
-                        if match := _BATCH.match(line):
-                            self._lines.setdefault(int(match[1]), []).append((inode, start))
-            except FileNotFoundError:
-                continue
-        return files
+        found = ((self._files.read_on(path, self._take), path) for path in self._paths)
+        return {inode: path for inode, path in found if inode is not None}
+
+    def _take(self, inode: int, offset: int, line: bytes) -> None:
+        if match := _BATCH.match(line):
+            self._lines.setdefault(int(match[1]), []).append((inode, offset))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Final
 
 from trainer.samples.quarantine_rate import kind_of_reason
+from trainer.view.growing_files import GrowingFiles
 
 READ_BYTES: Final = 256 << 20
 """Of a file at its end, at the first look; what lies before is left out."""
@@ -26,7 +26,7 @@ class SetAsideReasons:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._read: dict[int, int] = {}  # bytes of each file, by its inode: files are renamed
+        self._files = GrowingFiles(first_bytes=READ_BYTES)
         self._by_batch: dict[int, dict[int, str]] = {}
         self.kinds: Counter[str] = Counter()
         """Groups by reason; reasons that differ in numbers only are one."""
@@ -38,21 +38,9 @@ class SetAsideReasons:
     def read_new(self) -> None:
         """Read what was appended since the last call."""
         for path in sorted(self._directory.glob("groups*.jsonl")):
-            try:
-                with path.open("rb") as file:
-                    status = os.fstat(file.fileno())
-                    start = self._read.get(status.st_ino, max(0, status.st_size - READ_BYTES))
-                    file.seek(start)
-                    for line in file:
-                        if not line.endswith(b"\n"):
-                            break
-                        start += len(line)
-                        self._take(line)
-                    self._read[status.st_ino] = start
-            except FileNotFoundError:
-                continue  # renamed or pruned meanwhile
+            self._files.read_on(path, self._take)
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, _inode: int, _offset: int, line: bytes) -> None:
         end = line.find(_GROUP, 0, _LONGEST_HEAD)
         try:
             head = json.loads(line[:end] + b"}")
