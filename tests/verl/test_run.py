@@ -1,0 +1,71 @@
+"""Whole runs of verl's V1 trainer on Atropos batches, with two Ray workers, killed and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.trainer.runs import rows
+from tests.verl.engines import config_for, options
+from tests.verl.running import Stack, VerlRun, ledger, trained_bodies, wait
+from trainer import RecordedSource
+from trainer.run.build import build_trainer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("nobody_else_is_reached"),
+]
+
+STEPS = 3
+
+
+def assert_trained_like_ours(model: Path, output: Path, directory: Path, losses: list[float]) -> None:
+    """Our trainer, given the batches in the order of the ledger, makes the same steps and weights."""
+    settings = options(["name=ppo_clip", "reduction=sequence"])
+    config = config_for(model, directory, *settings, "--train.steps", str(len(losses)))
+    build_trainer(config, source=RecordedSource(trained_bodies(output))).run()
+    ours = [row["loss"] for row in rows(directory)]
+    assert losses == pytest.approx(ours, rel=1e-5, abs=1e-6)
+    final = load_file(directory / "final" / "model.safetensors")
+    published = load_file(output / "published" / f"v{len(losses):06d}" / "model.safetensors")
+    assert published.keys() == final.keys()
+    for name, tensor in final.items():
+        assert torch.allclose(tensor, published[name], atol=1e-4, rtol=0), name
+
+
+def test_a_run_trains_like_ours_and_proves_each_publish(tiny_model_directory: Path, tmp_path: Path) -> None:
+    with Stack(tiny_model_directory, tmp_path) as stack:
+        run = VerlRun(stack, tmp_path / "run", steps=STEPS)
+        run.finish()
+    steps = run.steps()
+    assert len(steps) == STEPS
+    assert [entry.step for entry in ledger(run.output) if entry.outcome == "trained"] == [1, 2, 3]
+    assert_trained_like_ours(
+        tiny_model_directory, run.output, tmp_path / "ours", [step["actor/loss"] for step in steps]
+    )
+
+
+def test_no_batch_is_lost_or_trained_twice_where_the_driver_is_killed(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    with Stack(tiny_model_directory, tmp_path) as stack:
+        killed = VerlRun(stack, tmp_path / "run", steps=4)
+        # The checkpoint of step 2 is there, and batch 3 was trained on, which no checkpoint counts.
+        wait(lambda: len(killed.steps()) >= 3, "train on three batches", killed.process)
+        killed.process.kill()  # SIGKILL
+        losses = [step["actor/loss"] for step in killed.steps()]
+        resumed = VerlRun(stack, tmp_path / "run", steps=4)
+        resumed.finish()
+    again = {step["training/global_step"]: step["actor/loss"] for step in resumed.steps()}
+    assert sorted(again) == [3, 4]
+    assert again[3] == pytest.approx(losses[2], rel=1e-5)  # the same batch, from the journal
+    trained = [entry for entry in ledger(resumed.output) if entry.outcome == "trained"]
+    assert [entry.step for entry in trained] == [1, 2, 3, 4]
+    assert [entry.number for entry in trained] == [1, 2, 3, 4]
+    assert_trained_like_ours(
+        tiny_model_directory, resumed.output, tmp_path / "ours", [*losses[:2], again[3], again[4]]
+    )
