@@ -27,6 +27,7 @@ def test_the_overview_shows_the_run_and_obeys_nothing_that_it_says(
     assert "waiting 3.0 s" in shown
     assert "version 5, proven" in shown
     assert "5 trained" in shown
+    assert "\n╭─ curves" in shown  # each part begins a line of its own
 
 
 def test_bars_lie_between_the_lowest_and_the_highest() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -49,7 +50,8 @@ def draw_overview(reader: RunReader) -> RenderableType:
             table.add_row(label, spark(column["mean"]), "-" if newest is None else f"{newest:.4g}")
     parts: list[RenderableType] = [_status(state)]
     if state["steps"]:
-        parts.append(ProgressBar(total=state["steps"], completed=state["newest"].get("step", 0), width=60))
+        bar = ProgressBar(total=state["steps"], completed=state["newest"].get("step", 0), width=60)
+        parts.append(Padding(bar, 0))  # a bar alone does not end its line
     parts += [Panel(table, title="curves", title_align="left", expand=False)] if table.row_count else []
     parts.append(Columns([_time(state["newest"]), _publish(state["publish"]), _set_aside(state)]))
     return Group(*parts)
