@@ -101,7 +101,9 @@ class ChildProcess:
     def ask_to_stop(self) -> None:
         """Send the stop signal to the process (not to its children: it knows best how to end them)."""
         if self.returncode is None:
-            self._process.send_signal(self._stop_signal)
+            # Not by `Popen.send_signal`, which collects a process that has just ended: its group would go on
+            # and its id could belong to anyone.
+            os.kill(self.pid, self._stop_signal)
 
     def kill(self) -> None:
         """End the process and its whole group at once."""

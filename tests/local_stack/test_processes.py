@@ -167,6 +167,19 @@ def test_children_of_a_child_end_with_it(start: Start, tmp_path: Path, then: str
     wait_for(lambda: is_gone(grandchild), "the grandchild is gone")
 
 
+def test_a_child_that_ends_while_it_is_asked_to_stop_is_known_to_have_ended_and_its_children_end(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = start(family_script(tmp_path / "pid", then="pass"))
+    grandchild = read_pid(tmp_path / "pid")
+    wait_for(lambda: is_gone(child.pid), "the child ended")
+    with monkeypatch.context() as patched:  # as it was at the look just before the signal
+        patched.setattr(ChildProcess, "returncode", None)
+        child.ask_to_stop()
+    assert child.stop(patience=5) == 0
+    wait_for(lambda: is_gone(grandchild), "the grandchild is gone")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal exists on Linux only")
 def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     script = f"""
