@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from trainer.config import load_config
 from trainer.publish import Publisher
-from trainer.publish.delta.files import Label, write_delta
+from trainer.publish.delta.files import Label, write_file
 from trainer.publish.delta.snapshot import Snapshot
+from trainer.publish.delta.update import Update
 from trainer.run.build import build_publisher
 from trainer.run.train_state import prepare_run
 
@@ -148,11 +149,13 @@ def measure_large(repeats: int) -> list[dict[str, Any]]:
                 changes = snapshot.advance(version, _weights(shapes, drift, elsewhere))
                 compared = time.perf_counter() - started - sum(elsewhere)
                 assert changes is not None
-                snapshot.sum_up(changes)
+                update = Update(snapshot, changes)
+                update.sum_up()
                 path = Path(scratch) / "delta"
                 started = time.perf_counter()
                 label = Label(version=version, checksum="")
-                file = write_delta(path, label, changes, snapshot.tensors, mode=0o700)
+                layout = update.choose(whole=False)
+                file = write_file(path, label, update.shapes, layout, update.parts, mode=0o700)
                 written = time.perf_counter() - started
                 started = time.perf_counter()
                 for tensor in snapshot.tensors.values():
@@ -161,7 +164,7 @@ def measure_large(repeats: int) -> list[dict[str, Any]]:
                     {
                         "learning_rate": learning_rate,
                         "weight_bytes": file.size,
-                        "full_bytes": snapshot.nbytes,
+                        "full_bytes": update.nbytes,
                         "compare_seconds": compared,
                         "write_seconds": written,
                         "copy_seconds": time.perf_counter() - started,

@@ -5,7 +5,8 @@ HOW is "raise" or "kill"; with "kill while" it dies while process 0 is there.
 
 Where weights are spread, WHERE may be in the midst of collectives in which the others wait: "gather" weights,
 "forward" or "backward", with the phase: "gather checkpointing"; "gather copies" is in the thread that sends
-them. In a publish it fails in the first one. With "write" and "refuse" the disk refuses a weight.
+them, "send changes" where that is what has changed. In a publish it fails in the first one. With "write" and
+"refuse" the disk refuses a weight.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from trainer.run.optimizer_step import StepRunner
 _BEFORE = 2
 """Steps that all processes have done."""
 
+IN_A_THREAD = ("gather copies", "send changes")
+
 _GATHERED = 3
 """Weights that are gathered before the process fails."""
 
@@ -51,7 +54,7 @@ def fail_if_due(where: str) -> None:
     _, output, rank, failing_where, how = sys.argv[1:6]
     if failed or where != failing_where:
         return
-    within_a_publish = " " in where and (phase_now == RunPhase.PUBLISHING or where == "gather copies")
+    within_a_publish = " " in where and (phase_now == RunPhase.PUBLISHING or where in IN_A_THREAD)
     if trained < _BEFORE and not within_a_publish:
         return
     failed = True
@@ -105,7 +108,14 @@ def fail_while_gathering() -> None:
             fail_if_due(f"gather {phase_now}")
         return gather(spread, *words)
 
+    hand_over = Spread.hand_over
+
+    def failing_to_hand_over(*words: Any) -> None:
+        fail_if_due("send changes")
+        hand_over(*words)
+
     Spread._gather = failing  # type: ignore[method-assign]
+    Spread.hand_over = failing_to_hand_over  # type: ignore[method-assign]
 
 
 def fail_while_writing() -> None:

@@ -83,6 +83,7 @@ def test_the_failure_of_one_process_ends_all(
     [
         *("forward training", "backward training", "forward publishing"),
         *("gather publishing", "gather copies", "gather checkpointing", "write checkpointing"),
+        "send changes",
     ],
 )
 def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
@@ -93,9 +94,10 @@ def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
     if where.startswith("write"):
         cells = [(0, "refuse"), (1, "refuse")]
     settings = ["--parallel.mode", "sharded", "--checkpoint.every", "3"]
-    if where.endswith(("publishing", "copies")):
-        settings += ["--publish.transport", "disk", "--publish.servers", shared_inference_server.url]
-        settings += ["--publish.overlap", str(where == "gather copies")]
+    if where.endswith(("publishing", "copies", "changes")):
+        transport = "delta" if where == "send changes" else "disk"
+        settings += ["--publish.transport", transport, "--publish.servers", shared_inference_server.url]
+        settings += ["--publish.overlap", str(not where.endswith("publishing"))]
     runs = {}
     for rank, how in cells:
         output = tmp_path / f"{rank}-{how}"

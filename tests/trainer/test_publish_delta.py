@@ -22,10 +22,10 @@ from trainer.publish.delta.files import (
     PublishedFile,
     delta_name,
     whole_name,
-    write_delta,
-    write_whole,
+    write_file,
 )
 from trainer.publish.delta.snapshot import Snapshot
+from trainer.publish.delta.update import Update
 
 MODE = 0o700
 SMALL = settings(max_examples=40, deadline=None)
@@ -111,26 +111,28 @@ class Trainer:
     def __init__(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory = directory
         self.snapshot = Snapshot(torch.device("cpu"))
-        self.snapshot.advance(0, tensors.items())
-        self.snapshot.sum_up(None)
+        self.update = Update(self.snapshot, self.snapshot.advance(0, tensors.items()))
+        self.update.sum_up()
         self.live = dict(tensors)
 
     def whole(self) -> PublishedFile:
         version = int(self.snapshot.version or 0)
-        label = Label(version=version, checksum=self.snapshot.checksum)
-        return write_whole(self.directory / whole_name(version), label, self.snapshot.tensors, mode=MODE)
+        label = Label(version=version, checksum=self.update.checksum)
+        layout = self.update.tensors
+        shapes = {name: each.shape for name, each in layout.items()}
+        path = self.directory / whole_name(version)
+        return write_file(path, label, shapes, layout, self.update.held(), mode=MODE)
 
     def step(self, share: float = 0.1) -> PublishedFile:
-        base, version = self.snapshot.checksum, int(self.snapshot.version or 0) + 1
+        base, version = self.update.checksum, int(self.snapshot.version or 0) + 1
         self.live = {name: changed(each, share, 100 * version) for name, each in self.live.items()}
-        changes = self.snapshot.advance(version, self.live.items())
-        assert changes is not None
-        self.snapshot.sum_up(changes)
+        self.update = Update(self.snapshot, self.snapshot.advance(version, self.live.items()))
+        self.update.sum_up()
         label = Label(
-            version=version, checksum=self.snapshot.checksum, base_version=version - 1, base_checksum=base
+            version=version, checksum=self.update.checksum, base_version=version - 1, base_checksum=base
         )
-        path = self.directory / delta_name(version)
-        return write_delta(path, label, changes, self.snapshot.tensors, mode=MODE)
+        path, layout = self.directory / delta_name(version), self.update.choose(whole=False)
+        return write_file(path, label, self.update.shapes, layout, self.update.parts, mode=MODE)
 
 
 class Worker:
@@ -249,7 +251,7 @@ def test_workers_follow_versions_bit_by_bit_and_say_what_they_hold(ranks: int, t
         assert counts == copies * tensor.numel()
         assert wrapped(sum(each[name][0] for each in told)) == wrapped(copies * trainer.snapshot.sums[name])
     state = workers[0].receiver.state()
-    assert (state["version"], state["checksum"]) == (4, trainer.snapshot.checksum)
+    assert (state["version"], state["checksum"]) == (4, trainer.update.checksum)
 
 
 def test_a_lost_repeated_reordered_or_damaged_delta_changes_nothing(trainer: Trainer) -> None:
@@ -330,7 +332,7 @@ def test_nothing_outside_the_published_directory_is_read(name: str, trainer: Tra
         (tmp_path / file.name).rename(tmp_path / "elsewhere")
         (tmp_path / file.name).symlink_to(tmp_path / "elsewhere")
         name = file.name
-    error = worker.take(PublishedFile(name=name, size=file.size, sha256=file.sha256, changed=0))
+    error = worker.take(PublishedFile(name=name, size=file.size, sha256=file.sha256))
     assert "no name of a published file" in str(error) or "symbolic links" in str(error)
 
 

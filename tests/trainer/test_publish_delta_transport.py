@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -26,6 +26,8 @@ from tests.trainer.publishing import eventually, settings_for
 from trainer.config import PublishSettings
 from trainer.publish import DeltaTransport, Publisher, PublishReport, VllmRoutes
 from trainer.publish.delta.file_server import FileServer
+from trainer.publish.delta.snapshot import Snapshot
+from trainer.publish.delta.update import Update
 
 SECRET = "not-to-be-guessed"  # noqa: S105
 
@@ -51,17 +53,17 @@ class Held(nn.Module):
 class DeltaServer(StandIn):
     """A server with the extension: one worker, whose receiver is the real one."""
 
-    def __init__(self) -> None:
+    def __init__(self, started_with: dict[str, Tensor] | None = None) -> None:
         super().__init__(BASE)
+        self.started_with = started_with or tensors_of(BASE)
         self.start_again()
         self.before: dict[str, Callable[[Any], Any]] = {}
         """What happens before a method of the workers is run; an answer is given instead of it."""
 
     def start_again(self) -> None:
         self.label, self.path = "default", "started/with"
-        self.model = Held(tensors_of(BASE))
-        started_with = tensors_of(BASE)
-        own = OwnCheckpoint(lambda: self.path, lambda: iter(started_with.items()))
+        self.model = Held(self.started_with)
+        own = OwnCheckpoint(lambda: self.path, lambda: iter(self.started_with.items()))
         self.receiver = Receiver(self.model, own)
 
     @property
@@ -113,17 +115,22 @@ class Run:
     def publishing(self, *servers: StandIn, **options: Any) -> Iterator[Publisher]:
         settings = settings_for(*servers, **({"transport": "delta"} | options))
 
-        def write(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             path.mkdir()
             save_file(dict(tensors), path / "model.safetensors")
             (path / "config.json").write_text(json.dumps({"dtype": "float32"}))
+
+        snapshot = Snapshot(torch.device("cpu"))
+
+        def compare(version: int) -> Update:
+            return Update(snapshot, snapshot.advance(version, self.tensors.items()))
 
         def policy() -> Policy:
             return Policy((float(self.tensors["one"][7]), float(self.tensors["other"][7])))
 
         with Publisher(
             settings,
-            transport=DeltaTransport(self.directory, lambda: iter(self.tensors.items()), write, settings),
+            transport=DeltaTransport(self.directory, compare, write, settings),
             servers=[VllmRoutes(url, settings) for url in settings.servers],
             probes=PROBES,
             score=lambda asked: policy().score(asked),

@@ -7,13 +7,16 @@ import json
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -22,13 +25,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from inference_plugins.atropos_delta import SOURCE
 from tests.conftest import RunningInferenceServer
 from tests.forked import forked_ranks
 from tests.trainer.batches import VOCABULARY, make_bodies
 from tests.trainer.inference_stand_in import serving
 from tests.trainer.runs import assert_equal_tensors, rows, run
+from tests.trainer.test_publish_delta_transport import DeltaServer
 from tests.trainer.test_publish_lora import AdapterStandIn
 from trainer.errors import ConfigurationError
+from trainer.model.base_checkpoint import read_base
+from trainer.model.weight_stream import WeightStream
+from trainer.publish.delta.files import Label, delta_name, whole_name, write_file
+from trainer.publish.delta.snapshot import Snapshot
+from trainer.publish.delta.update import Update
 
 _COMMON = ["--data.tokens_per_micro_batch", "40", "--checkpoint.every", "1", "--checkpoint.keep", "9"]
 # Where a gradient is nearly zero AdamW divides its last bits by as little.
@@ -351,6 +361,80 @@ def test_adapters_that_are_spread_are_published_as_one_process_would_and_proven(
         assert ours == one
 
 
+@pytest.mark.slow
+def test_what_changes_in_weights_that_are_spread_is_published_as_one_process_would(
+    tiny_model_directory: Path, experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, to servers that prove what they hold; one of them refuses a delta, and gets all of it."""
+    models = {"tied": tiny_model_directory, "experts": experts}
+    servers = {
+        name: DeltaServer({each: tensor.clone() for each, tensor in published_weights(model, model)})
+        for name, model in models.items()
+    }
+    for name, server in servers.items():
+        server.before["atropos_delta_prepare"] = partial(damaging, tmp_path / name, monkeypatch)
+    options = {
+        "tied": ["--parallel.mode", "sharded", "--optimizer.learning_rate", "1e-5", "--publish.keep", "9"],
+        "experts": ["--parallel.mode", "gathered", "--publish.delta.anchor_every", "3"],
+    }
+    options["experts"] += ["--publish.keep", "1", "--publish.overlap", "false"]
+    kept = {
+        "tied": {whole_name(0), *map(delta_name, (1, 2, 3, 4)), whole_name(2)},
+        "experts": {whole_name(3), delta_name(4)},  # what the newest version is made of
+    }
+    publish = [*_COMMON, "--publish.transport", "delta", "--publish.dtype", "bfloat16"]
+    publish += ["--publish.verify", "false", "--publish.servers"]
+    with serving(*servers.values()):
+        runs = [
+            {
+                "model": str(model),
+                "output": str(tmp_path / name),
+                "options": [*publish, servers[name].url, *options[name]],
+                "steps": _STEPS,
+            }
+            for name, model in models.items()
+        ]
+        run_in_processes(2, runs, tmp_path / "log")
+    for name, model in models.items():
+        assert [row["version"] for row in rows(tmp_path / name, "publish")] == [0, 1, 2, 3, 4]
+        checkpoints = [tmp_path / name / f"checkpoints/step-{step:06d}/model" for step in range(_STEPS + 1)]
+        assert_equal_tensors(servers[name].model.tensors, dict(published_weights(checkpoints[-1], model)))
+        expected = files_of_one_process(checkpoints, model, tmp_path / f"{name}-one")
+        found = {path.name: path.read_bytes() for path in (tmp_path / name / "published").iterdir()}
+        assert all(content == expected[each] for each, content in found.items())
+        assert found.keys() == kept[name]
+
+
+def published_weights(checkpoint: Path, model: Path) -> Iterator[tuple[str, Tensor]]:
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return WeightStream(loaded, read_base(str(model)), dtype=torch.bfloat16).weights()
+
+
+def files_of_one_process(checkpoints: list[Path], model: Path, directory: Path) -> dict[str, bytes]:
+    """Of each version the delta and all of it."""
+    directory.mkdir()
+    snapshot, base, result = Snapshot(torch.device("cpu")), Label(version=-1, checksum=""), {}
+    for version, checkpoint in enumerate(checkpoints):
+        update = Update(snapshot, snapshot.advance(version, published_weights(checkpoint, model)))
+        update.sum_up()
+        label = Label(version=version, checksum=update.checksum)
+        of_changes = replace(label, base_version=base.version, base_checksum=base.checksum)
+        layout, base = update.choose(whole=False), label
+        all_shapes = {name: each.shape for name, each in update.tensors.items()}
+        write_file(directory / "delta", of_changes, update.shapes, layout, update.parts, mode=0o700)
+        write_file(directory / "whole", label, all_shapes, update.tensors, update.held(), mode=0o700)
+        result[delta_name(version)] = (directory / "delta").read_bytes()
+        result[whole_name(version)] = (directory / "whole").read_bytes()
+    return result
+
+
+def damaging(output: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
+    """Let a server read this run's files, and find the second delta damaged."""
+    monkeypatch.setenv(SOURCE, str(output / "published"))
+    if asked["name"] == delta_name(2):
+        asked["sha256"] = "0" * 64
+
+
 def contents(checkpoint: Path) -> dict[str, bytes]:
     """Every file but the manifest, which holds the configuration."""
     return {
@@ -403,10 +487,6 @@ def test_another_number_of_processes_and_modes_that_cannot_be_are_refused(
         (["--parallel.mode", "sharded", "--parallel.shard", "2"], "has to be the number of processes, 1"),
         (
             ["--parallel.mode", "sharded", "--publish.transport", "nccl", "--publish.servers", "http://x:1"],
-            "does not yet publish weights that are spread",
-        ),
-        (
-            ["--parallel.mode", "sharded", "--publish.transport", "delta", "--publish.servers", "http://x:1"],
             "does not yet publish weights that are spread",
         ),
         (["--parallel.sequence", "2"], "which does not divide the 1 processes"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from trainer.publish import (
     score_probes,
     score_with_model,
 )
-from trainer.publish.delta.files import Label, PublishedFile, delta_name, write_delta
+from trainer.publish.delta.files import Label, PublishedFile, delta_name, write_file
 from trainer.publish.delta.snapshot import Snapshot
+from trainer.publish.delta.update import Update
 
 TEXT = list(range(20, 90))
 SECRET = "of-this-test"  # noqa: S105
@@ -61,12 +62,17 @@ class Run:
             **({"transport": "delta", "servers": [self.server.url], "on_failure": "abort"} | options)
         )
 
-        def write(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        snapshot = Snapshot(torch.device("cpu"))
+
+        def compare(version: int) -> Update:
+            return Update(snapshot, snapshot.advance(version, self.stream.weights()))
+
+        def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             write_model_directory(path, self.stream, tensors, durable=False)
 
         with Publisher(
             settings,
-            transport=DeltaTransport(self.directory, self.stream.weights, write, settings),
+            transport=DeltaTransport(self.directory, compare, write, settings),
             servers=[routes(self.server.url, settings)],
             probes=make_probes(AutoTokenizer.from_pretrained(self.server.model), context=2048),
             score=lambda probes: score_probes(self.model, probes, "cpu"),
@@ -184,20 +190,17 @@ def test_a_lost_repeated_reordered_or_damaged_delta_is_not_served(run: Run) -> N
     with run.publishing() as publisher:
         publisher.start(0)
     snapshot = Snapshot(torch.device("cpu"))
-    snapshot.advance(0, run.stream.weights())
-    snapshot.sum_up(None)
+    update = Update(snapshot, snapshot.advance(0, run.stream.weights()))
+    update.sum_up()
     files: list[PublishedFile] = []
     for version in (1, 2, 3):
         run.step()
-        base = snapshot.checksum
-        changes = snapshot.advance(version, run.stream.weights())
-        assert changes is not None
-        snapshot.sum_up(changes)
-        label = Label(
-            version=version, checksum=snapshot.checksum, base_version=version - 1, base_checksum=base
-        )
-        path = run.directory / delta_name(version)
-        files.append(write_delta(path, label, changes, snapshot.tensors, mode=0o700))
+        base = update.checksum
+        update = Update(snapshot, snapshot.advance(version, run.stream.weights()))
+        update.sum_up()
+        label = Label(version=version, checksum=update.checksum, base_version=version - 1, base_checksum=base)
+        path, layout = run.directory / delta_name(version), update.choose(whole=False)
+        files.append(write_file(path, label, update.shapes, layout, update.parts, mode=0o700))
     before = run.served()
 
     with VllmConnection(run.server) as routes:

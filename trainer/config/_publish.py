@@ -61,7 +61,7 @@ class PublishSettings(Section):
     cancel."""
     overlap: bool = True
     """Write, load and verify a version in the background while the next step trains, where the transport can
-    (disk, lora). Off: the next step waits until the version is proven, and disk copies no more than a
+    (disk, delta, lora). Off: the next step waits until the version is proven, and disk copies no more than a
     weight at a time."""
     on_failure: Literal["abort", "continue_without", "retry_until"] = "retry_until"
     """When a server does not take a version. abort: the run ends. retry_until: publish to it again, until

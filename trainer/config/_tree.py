@@ -109,11 +109,11 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _published_weights_are_whole(self) -> Self:
-        if self.publish.transport in ("nccl", "ipc", "delta") and self.parallel.mode != "replicated":
+        if self.publish.transport in ("nccl", "ipc") and self.parallel.mode != "replicated":
             raise ValueError(
                 f"publish.transport is {self.publish.transport!r}, which does not yet publish weights that "
                 f"are spread over processes (parallel.mode {self.parallel.mode!r}); set publish.transport to "
-                "'disk' or 'lora', or parallel.mode to 'replicated'"
+                "'disk', 'delta' or 'lora', or parallel.mode to 'replicated'"
             )
         return self
 

@@ -90,7 +90,7 @@ class WeightFile:
         while offset < end:
             piece = os.pread(self.descriptor, min(end - offset, 1 << 24), offset)
             if not piece:
-                raise OSError(f"the base's {name} was cut off while the run lasted")
+                raise OSError(f"{name} was cut off in its file while the run lasted")
             yield piece
             offset += len(piece)
 
@@ -150,7 +150,7 @@ def read_base(
     names = weight_file_names(directory)
     if names != [SINGLE_FILE]:
         files[INDEX_FILE] = (directory / INDEX_FILE).read_bytes()
-    return BaseCheckpoint(files, {name: _open_weights(directory / name) for name in names})
+    return BaseCheckpoint(files, {name: open_weights(directory / name) for name in names})
 
 
 def weight_file_names(directory: Path) -> list[str]:
@@ -201,8 +201,8 @@ def _is_tokenizer(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _TOKENIZER)
 
 
-def _open_weights(path: Path) -> WeightFile:
-    """Read a header; transformers has read the file already, so it is a sound one."""
+def open_weights(path: Path) -> WeightFile:
+    """Read a safetensors file's header; it has been read or written already, so it is a sound one."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")

@@ -260,11 +260,7 @@ class Spread:
 
     def copy_own(self, tensor: Tensor) -> OwnCopy:
         """Copy what this process holds of a tensor to the CPU, for `whole_of_copies`."""
-        own: Tensor = tensor.detach()
-        if isinstance(own, DTensor):
-            own = own.to_local()
-        elif self.rank > 0:
-            own = own[:0]
+        own = self.own_part(tensor)
         return OwnCopy(own.to("cpu", copy=True), tensor.shape, isinstance(tensor, DTensor))
 
     def whole_of_copies(self, copy: OwnCopy) -> Tensor | None:
@@ -275,6 +271,39 @@ class Spread:
         if not copy.is_part:
             return copy.own if self.rank == 0 else None
         return self._gather(copy.own, copy.shape, 0, self.background)
+
+    def own_part(self, tensor: Tensor) -> Tensor:
+        """Return the rows that this process holds of a tensor; process 0 holds what is not spread."""
+        own: Tensor = tensor.detach()
+        if isinstance(own, DTensor):
+            return own.to_local()
+        return own if self.rank == 0 else own.new_empty((0, *own.shape[1:]))
+
+    def collect(self, numbers: Tensor) -> Tensor | None:
+        """Return what each process of the first copy has, [processes, ...], on process 0; None on the others.
+
+        As `tell` and `hand_over` by the CPU, in one thread of each of those that `sends_to(0)`.
+        """
+        if self.background is None:
+            return numbers[None]
+        theirs = [torch.empty_like(numbers) for _ in range(self.parts)] if self.rank == 0 else None
+        distributed.gather(numbers, theirs, dst=0, group=self.background)
+        return torch.stack(theirs) if theirs is not None else None
+
+    def tell(self, numbers: Tensor) -> None:
+        """Replace numbers by those of process 0."""
+        if self.background is not None:
+            distributed.broadcast(numbers, 0, group=self.background)
+
+    def hand_over(self, numbers: Tensor, sender: int) -> None:
+        """Send a contiguous tensor to process 0, or receive it there in place: `sender` and 0 call it."""
+        raw = numbers.view(-1).view(torch.uint8)
+        if not len(raw):
+            return
+        if self.rank == sender:
+            distributed.send(raw, 0, group=self.background)
+        else:
+            distributed.recv(raw, sender, group=self.background)
 
     def _gather(self, own: Tensor, shape: torch.Size, owner: int, group: Any) -> Tensor | None:
         """Put rows together on one process, in place: it holds nothing beside its own and the whole."""

@@ -204,6 +204,12 @@ class WeightStream:
         for unit in self._units:
             yield unit, self._sources(unit, live, adapted)
 
+    def live(self) -> Iterator[tuple[WeightUnit, Tensor]]:
+        """Yield the units with the first tensor of each as the model has it, without adapters."""
+        live = weights_by_name(self._inner)
+        for unit in self._units:
+            yield unit, live[unit.sources[0]]
+
     def _sources(
         self, unit: WeightUnit, live: Mapping[str, Tensor], adapted: Mapping[str, Any]
     ) -> Iterator[tuple[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from trainer.publish import (
     VllmTransferTransport,
     WeightTransport,
 )
+from trainer.publish.delta.update import Update
 from trainer.run.follower import Follower
 from trainer.run.loop import Trainer
 from trainer.run.metrics import Row
@@ -210,7 +211,7 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
     def capture() -> Callable[[Path], None]:
         if not settings.overlap:  # the model stays as it is until the version is proven
             return write
-        part.finish_copy()
+        part.finish_sending()
         # Not flushed to the disk: after a crash the trainer publishes anew.
         with together(prepared.joined, Order.CAPTURE):
             return partial(part.capture(), durable=False, mode=mode)
@@ -232,14 +233,15 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
         return VllmTransferTransport(settings.transport, stream, settings)
     if settings.transport == "delta":
 
-        def weights() -> Iterator[tuple[str, Tensor]]:
-            with together(prepared.joined, Order.CAPTURE):
-                yield from stream.weights()
+        def compare(version: int) -> Update:
+            part.finish_sending()
+            with together(prepared.joined, Order.CAPTURE, version):
+                return part.compare(version)
 
-        def write_directory(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             write_model_directory(path, stream, tensors, durable=False, mode=mode)
 
-        return DeltaTransport(directory, weights, write_directory, settings, mode=mode)
+        return DeltaTransport(directory, compare, write_directory, settings, mode=mode)
     disk = DiskTransport(directory, capture, keep=settings.keep, mode=mode)
     if settings.transport == "disk":
         return disk

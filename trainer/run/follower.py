@@ -131,7 +131,7 @@ class Follower:
 
     def _do(self, order: Order, step: int) -> None:
         if order is Order.CAPTURE:
-            self._publish_part.send()
+            self._publish_part.send(step)
         elif order is Order.CAPTURE_ADAPTER:
             self._publish_part.capture_adapter()
         elif order is Order.SCORE:

@@ -16,9 +16,12 @@ from trainer.config import TrainerConfig
 from trainer.errors import CheckpointError, ConfigurationError
 from trainer.export.hf_model import capture_model, write_copy
 from trainer.export.peft_adapter import CapturedAdapter, capture_adapter
+from trainer.model.own_weights import OwnWeights
 from trainer.model.weight_copy import WeightCopy
 from trainer.model.weight_stream import WeightStream
 from trainer.publish import Probes, ProbeScores, make_probes, score_probes
+from trainer.publish.delta.snapshot import Snapshot
+from trainer.publish.delta.update import Update
 from trainer.run.train_state import PreparedRun
 
 
@@ -36,7 +39,8 @@ class PublishPart:
         self._policy = prepared.policy
         self._spread = prepared.spread
         self._device = prepared.accelerator.device
-        self._copy: WeightCopy | None = None
+        self._taken: WeightCopy | Update | None = None
+        self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
     @cached_property
@@ -72,28 +76,49 @@ class PublishPart:
         """
         if not self._spread.sharded:
             return capture_model(self.stream)
-        self._copy = WeightCopy(self.stream)
-        return partial(write_copy, stream=self.stream, copy=self._copy)
+        self._taken = copy = WeightCopy(self.stream)
+        return partial(write_copy, stream=self.stream, copy=copy)
 
-    def finish_copy(self) -> None:
-        """See that the copy before has been sent, written or not; on process 0, before the next one."""
-        if self._copy is not None:
-            self._copy.finish()
+    @cached_property
+    def _own(self) -> tuple[OwnWeights, Snapshot]:
+        own = OwnWeights(self.stream)
+        device = torch.device("cpu") if self._settings.delta.snapshot == "cpu" else None
+        return own, Snapshot(device, own.starts())
 
-    def send(self) -> None:
-        """Take part in what process 0 writes, on the others; a copy is sent in a thread of its own."""
-        if not self._settings.overlap:
+    def compare(self, version: int) -> Update:
+        """Compare the own part of the weights with what was published last, and remember it instead."""
+        own, snapshot = self._own
+        self._taken = update = Update(snapshot, snapshot.advance(version, own.weights()), self._spread)
+        return update
+
+    def finish_sending(self) -> None:
+        """See that what was taken before has been sent, written or not; on process 0, before the next one."""
+        if self._taken is not None:
+            self._taken.finish()
+
+    def send(self, version: int) -> None:
+        """Take part in what process 0 writes, on the others; what was copied is sent in a thread."""
+        if not self._spread.sends_to(0):
+            return
+        if self._thread is not None:  # process 0 has all that it sends, or it has failed
+            self._thread.join()
+            self.require_sent()
+        if self._settings.transport == "delta":
+            taken: WeightCopy | Update = self.compare(version)
+        elif self._settings.overlap:
+            taken = WeightCopy(self.stream)
+        else:
             self.stream.finish()
             return
-        copy = WeightCopy(self.stream)
 
         def send() -> None:
             try:
-                copy.finish()
+                taken.finish()
             except Exception as error:  # noqa: BLE001 - raised in the training thread
                 self._failure = error
 
-        threading.Thread(target=send, name="publish-rows", daemon=True).start()
+        self._thread = threading.Thread(target=send, name="publish-rows", daemon=True)
+        self._thread.start()
 
     def require_sent(self) -> None:
         """Raise what has kept this process from sending its copy."""

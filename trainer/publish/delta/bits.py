@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from trainer.model.base_checkpoint import StoredTensor
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 15
@@ -31,15 +33,36 @@ def pack_indices(indices: Tensor) -> Tensor:
     the one that takes fewer bytes: uint8, or uint16 as int16 with the same bits.
     """
     gaps = torch.diff(indices, prepend=indices.new_tensor([-1])) - 1
-    sizes = {
-        dtype: (len(gaps) + int((gaps // torch.iinfo(dtype).max).sum())) * dtype.itemsize
-        for dtype in _GAP_TYPES
-    }
-    dtype = min(sizes, key=lambda each: sizes[each])
+    layout = packed_layout(len(gaps), escapes(gaps))
+    dtype = torch.uint8 if layout.dtype is torch.uint8 else torch.uint16
     more = torch.iinfo(dtype).max
-    packed = torch.full((sizes[dtype] // dtype.itemsize,), more, dtype=torch.int64)
+    packed = torch.full(layout.shape, more, dtype=torch.int64)
     packed[torch.cumsum(gaps // more + 1, 0) - 1] = gaps % more
-    return packed.to(dtype) if dtype is torch.uint8 else packed.to(dtype).view(torch.int16)
+    return packed.to(dtype).view(layout.dtype)
+
+
+def unpack_indices(packed: Tensor) -> Tensor:
+    """Return the indices [N], int64, that `pack_indices` has packed."""
+    packed = packed if packed.dtype is torch.uint8 else packed.view(torch.uint16)
+    gaps, more = packed.long(), torch.iinfo(packed.dtype).max
+    return torch.cumsum(gaps + (gaps < more), 0)[gaps < more] - 1
+
+
+def escapes(gaps: Tensor) -> list[int]:
+    """Return how many numbers more than gaps are packed, for each type that they may have."""
+    return [int((gaps // torch.iinfo(dtype).max).sum()) for dtype in _GAP_TYPES]
+
+
+def packed_layout(count: int, escaped: Sequence[int]) -> StoredTensor:
+    """Return the type and the size of packed places.
+
+    Args:
+        count: Number of places.
+        escaped: See `escapes`.
+    """
+    sizes = [count + each for each in escaped]
+    narrow = sizes[0] <= 2 * sizes[1]
+    return StoredTensor(torch.uint8, (sizes[0],)) if narrow else StoredTensor(torch.int16, (sizes[1],))
 
 
 def differing(old: Tensor, new: Tensor, *, at_most: int) -> Tensor | None:
@@ -84,14 +107,14 @@ def element_sum(indices: Tensor, numbers: Tensor) -> int:
     return wrapped(int(mixed.sum()))
 
 
-def tensor_sum(tensor: Tensor) -> int:
-    """Return `element_sum` of all of a contiguous tensor's numbers."""
+def tensor_sum(tensor: Tensor, start: int = 0) -> int:
+    """Return `element_sum` of a contiguous tensor, whose first number has the place `start`."""
     flat = bits(tensor.reshape(-1))
     piece = _PIECE if flat.device.type == "cpu" else max(1, len(flat))
     total = 0
     for first in range(0, len(flat), piece):
         part = flat[first : first + piece]
-        total += element_sum(torch.arange(first, first + len(part), device=flat.device), part)
+        total += element_sum(start + torch.arange(first, first + len(part), device=flat.device), part)
     return wrapped(total)
 
 
@@ -100,7 +123,7 @@ def wrapped(number: int) -> int:
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def model_checksum(sums: Mapping[str, int], tensors: Mapping[str, Tensor]) -> str:
+def model_checksum(sums: Mapping[str, int], tensors: Mapping[str, StoredTensor]) -> str:
     """Return a checksum of a whole model's bits: SHA-256 of its tensors' names, types, shapes and sums."""
     lines = (
         f"{name} {tensors[name].dtype} {list(tensors[name].shape)} {sums[name]}" for name in sorted(sums)

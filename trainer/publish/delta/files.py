@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from trainer.export.tensor_file import TensorFile
-from trainer.model.base_checkpoint import StoredTensor, make_header
-from trainer.publish.delta.bits import pack_indices
-from trainer.publish.delta.snapshot import Change
+from trainer.model.base_checkpoint import StoredTensor, WeightFile, make_header, open_weights
+from trainer.publish.delta.bits import bits, unpack_indices
 
 FORMAT = "atropos-delta/1"
 
@@ -31,8 +31,6 @@ class PublishedFile:
     size: int
     """Bytes."""
     sha256: str
-    changed: int
-    """Numbers in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,62 +55,70 @@ def whole_name(version: int) -> str:
     return f"v{version:06d}.whole.safetensors"
 
 
-def write_delta(
-    path: Path, label: Label, changes: Mapping[str, Change], tensors: Mapping[str, Tensor], *, mode: int
+def write_file(
+    path: Path,
+    label: Label,
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Mapping[str, StoredTensor],
+    parts: Iterable[tuple[str, Tensor]],
+    *,
+    mode: int,
 ) -> PublishedFile:
-    """Write what a version changes.
+    """Write what a version changes, or all of it, part by part.
 
     Args:
         path: The file; it appears whole or not at all.
         label: What it says of itself.
-        changes: As `Snapshot.advance` returned them.
-        tensors: The version's tensors, of which some travel whole.
+        shapes: Of the tensors of which it holds something, by name.
+        layout: What it holds (`Update.choose`).
+        parts: The same, in any order. They may be left in the middle by an error.
         mode: Permissions of published directories; the file gets the same without the right to enter.
 
     Raises:
         OSError: The file system refused.
     """
-    parts: dict[str, Tensor] = {}
-    for name, change in changes.items():
-        whole = tensors[name]
-        if change.values is None or change.indices is None:
-            parts[name] = whole
-            continue
-        gaps = pack_indices(change.indices)
-        if gaps.nbytes + change.values.nbytes >= whole.nbytes:
-            parts[name] = whole
-        else:
-            parts[f"{name}:gaps"], parts[f"{name}:values"] = gaps, change.values
-    shapes = {name: tuple(tensors[name].shape) for name in changes}
-    return _write(path, label, shapes, parts, mode)
-
-
-def write_whole(path: Path, label: Label, tensors: Mapping[str, Tensor], *, mode: int) -> PublishedFile:
-    """Write all of a version; see `write_delta`."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return _write(path, label, shapes, tensors, mode)
-
-
-def _write(
-    path: Path, label: Label, shapes: Mapping[str, tuple[int, ...]], parts: Mapping[str, Tensor], mode: int
-) -> PublishedFile:
     # Wide numbers come first, so that every tensor is aligned.
-    ordered = dict(sorted(parts.items(), key=lambda part: -part[1].dtype.itemsize))
-    layout = {name: StoredTensor(part.dtype, tuple(part.shape)) for name, part in ordered.items()}
+    ordered = dict(sorted(layout.items(), key=lambda part: -part[1].dtype.itemsize))
     metadata = {"format": FORMAT, "shapes": json.dumps(shapes, separators=(",", ":"))}
     metadata |= {name: str(value) for name, value in asdict(label).items()}
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    with TensorFile(partial, layout, make_header(metadata, layout)) as file:
-        for name, part in ordered.items():
+    with TensorFile(partial, ordered, make_header(metadata, ordered)) as file:
+        for name, part in parts:
             file.write(name, part)
+            del part  # before the next one is made
     partial.chmod(mode & 0o666)
     with partial.open("rb") as written:
         sha256 = hashlib.file_digest(written, "sha256").hexdigest()
     partial.replace(path)
-    return PublishedFile(
-        name=path.name,
-        size=path.stat().st_size,
-        sha256=sha256,
-        changed=sum(part.numel() for name, part in parts.items() if not name.endswith(":gaps")),
-    )
+    return PublishedFile(name=path.name, size=path.stat().st_size, sha256=sha256)
+
+
+def read_version(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a version, one at a time.
+
+    Args:
+        paths: A file with all of a version, and those with what each one after it changed.
+
+    Raises:
+        OSError: One of them cannot be read.
+    """
+    whole, *deltas = [open_weights(path) for path in paths]
+    for name in whole.tensors:
+        tensor = _read(whole, name)
+        for delta in deltas:
+            if name in delta.tensors:
+                tensor = _read(delta, name)
+            elif f"{name}:gaps" in delta.tensors:
+                places = unpack_indices(_read(delta, f"{name}:gaps"))
+                bits(tensor).view(-1)[places] = bits(_read(delta, f"{name}:values"))
+        yield name, tensor
+        del tensor
+
+
+def _read(file: WeightFile, name: str) -> Tensor:
+    stored = file.tensors[name]
+    content = bytearray().join(file.read(name))
+    if not content:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    return torch.frombuffer(content, dtype=stored.dtype).view(stored.shape)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.model.weight_stream import dtype_name
-from trainer.publish.delta.bits import bits, differing, element_sum, model_checksum, tensor_sum, wrapped
+from trainer.publish.delta.bits import bits, differing, element_sum, tensor_sum, wrapped
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class Change:
     """What a version changes in one tensor."""
 
     indices: Tensor | None
-    """Flat places in ascending order [N], int64. None: most of it changed, and it travels whole."""
+    """Places in the whole tensor, flat, ascending [N], int64. None: most changed, and it travels whole."""
     values: Tensor | None
     """The numbers at these places [N]."""
     moved: int
@@ -26,36 +24,24 @@ class Change:
 
 
 class Snapshot:
-    """Holds a copy of every published tensor. Not for several threads at a time.
+    """Holds a copy of every published tensor, or of this process's part. Not for several threads at a time.
 
     Args:
         device: Where the copy is. None: beside each weight.
+        starts: Of what this process holds a part: the place of the part's first number in the whole tensor.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, starts: Mapping[str, int] | None = None) -> None:
         self.tensors: dict[str, Tensor] = {}
         """In the order of the model, contiguous."""
         self.version: int | None = None
         """The version that they are; None before the first, and after a failure half-way."""
-        self.checksum = ""
-        """Of the version whose changes were summed up last."""
         self.sums: dict[str, int] = {}
+        """Of the version whose changes were summed up last, of this process's numbers."""
         self._summed: int | None = None
         """The version that the sums are of."""
         self._device = device
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def dtype_name(self) -> str:
-        """The type that most of the numbers have."""
-        sizes: Counter[torch.dtype] = Counter()
-        for tensor in self.tensors.values():
-            sizes[tensor.dtype] += tensor.numel()
-        return dtype_name(max(sizes, key=lambda dtype: sizes[dtype]))
+        self._starts = starts or {}
 
     def advance(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Change] | None:
         """Go on to a version.
@@ -79,18 +65,24 @@ class Snapshot:
         self.version = version
         return None if first else changes
 
-    def sum_up(self, changes: dict[str, Change] | None) -> None:
-        """Bring the sums and the checksum up to this version, by what `advance` has returned."""
+    def start(self, name: str) -> int:
+        """Return the place of the first number that this process holds of a tensor."""
+        return self._starts.get(name, 0)
+
+    def sum_up(self, changes: Mapping[str, Change] | None) -> None:
+        """Bring the sums up to this version, by what `advance` has returned."""
         if changes is None or not self.sums:
-            self.sums = {name: tensor_sum(tensor) for name, tensor in self.tensors.items()}
+            self.sums = {name: self._sum(name) for name in self.tensors}
         else:
             for name, change in changes.items():
                 if change.indices is None:
-                    self.sums[name] = tensor_sum(self.tensors[name])
+                    self.sums[name] = self._sum(name)
                 else:
                     self.sums[name] = wrapped(self.sums[name] + change.moved)
-        self.checksum = model_checksum(self.sums, self.tensors)
         self._summed = self.version
+
+    def _sum(self, name: str) -> int:
+        return tensor_sum(self.tensors[name], self.start(name))
 
     def _take(self, name: str, tensor: Tensor) -> Change | None:
         before = self.tensors[name]
@@ -106,5 +98,6 @@ class Snapshot:
             return None
         values, former = new[indices], old[indices]
         old[indices] = values
-        moved = element_sum(indices, values) - element_sum(indices, former)
-        return Change(indices.cpu(), values.view(before.dtype).cpu(), moved)
+        places = indices + self.start(name)
+        moved = element_sum(places, values) - element_sum(places, former)
+        return Change(places.cpu(), values.view(before.dtype).cpu(), moved)

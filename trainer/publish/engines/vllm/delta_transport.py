@@ -5,7 +5,9 @@
     <directory>/v000004                     the same for servers without the extension, as `disk` writes it
 
 The trainer keeps a copy of the bits that it published last. A new version is compared with it, and the copy
-goes on to it, so that a full version can be written at any time.
+goes on to it, so that a full version can be written at any time. Of weights that are spread over processes
+each keeps its own rows; then every version is written, and a full one that a server needs in between is put
+together from the files since the last.
 
 At a server: it reads and checks the file while it still serves the old weights, and answers with sums of what
 it will then hold, which have to be the trainer's. Only then is it paused, for the writing. A server that does
@@ -18,7 +20,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +30,17 @@ from torch import Tensor
 from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.config import PublishSettings
 from trainer.errors import CheckpointError
-from trainer.publish.delta.bits import wrapped
+from trainer.publish.delta.bits import tensor_sum, wrapped
 from trainer.publish.delta.file_server import FileServer
 from trainer.publish.delta.files import (
     Label,
     PublishedFile,
     delta_name,
+    read_version,
     whole_name,
-    write_delta,
-    write_whole,
+    write_file,
 )
-from trainer.publish.delta.snapshot import Change, Snapshot
+from trainer.publish.delta.update import Update
 from trainer.publish.engines.vllm.routes import VllmRoutes
 from trainer.publish.errors import Phase, StagingFailed
 from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
@@ -54,10 +56,7 @@ class _Version:
     """What servers may be given of one version."""
 
     label: Label
-    sums: Mapping[str, int]
-    """Of each tensor's bits."""
-    sizes: Mapping[str, int]
-    """Numbers in each tensor."""
+    update: Update
     delta: PublishedFile | None
 
 
@@ -66,7 +65,7 @@ class DeltaTransport(WeightTransport):
 
     Args:
         directory: Where the files go; one trainer at a time owns it.
-        weights: Goes through the live model's weights, by their names in the checkpoint.
+        compare: Compares the live model with what it was asked for last; gets the version's number.
         write_directory: Writes tensors as an ordinary model directory, for servers without the extension.
         settings: Section `publish` of the configuration.
         mode: Permissions of what is written.
@@ -77,30 +76,31 @@ class DeltaTransport(WeightTransport):
     def __init__(
         self,
         directory: Path,
-        weights: Callable[[], Iterator[tuple[str, Tensor]]],
-        write_directory: Callable[[Path, Sequence[tuple[str, Tensor]]], object],
+        compare: Callable[[int], Update],
+        write_directory: Callable[[Path, Iterable[tuple[str, Tensor]]], object],
         settings: PublishSettings,
         *,
         mode: int = PRIVATE_DIRECTORY,
     ) -> None:
         delta = settings.delta
         self._directory = directory.absolute()
-        self._weights = weights
+        self._compare = compare
         self._settings = settings
         self._mode = mode
-        self._snapshot = Snapshot(torch.device("cpu") if delta.snapshot == "cpu" else None)
         self._lock = threading.RLock()  # over the snapshot, and what is known of its version
         self._version: _Version | None = None
         self._staged: StagedWeights | None = None
         self._whole: PublishedFile | None = None
         self._since_whole = 0
+        self._chain: list[PublishedFile] = []
+        """Of spread weights: the last full version's file, and those of what changed since."""
         self._held: dict[str, tuple[int | None, str | None]] = {}
         """Servers whose workers take deltas, with the version and the checksum that they hold."""
         self._chosen: dict[str, PublishedFile] = {}
         """The file that each server is ready to apply."""
         self._disk = DiskTransport(
             directory,
-            lambda: lambda path: write_directory(path, list(self._snapshot.tensors.items())),
+            lambda: lambda path: write_directory(path, self._tensors()),
             keep=settings.keep,
             mode=mode,
         )
@@ -118,15 +118,16 @@ class DeltaTransport(WeightTransport):
         """
         with self._lock:
             staged = self._staged
-            if staged is not None and staged.version == version == self._snapshot.version:
+            if staged is not None and staged.version == version:
                 return lambda: staged
-            base = self._version
+            base, chain = self._version, self._chain
+            self._staged = self._version = self._whole = None
+            self._chain = []
             try:
-                changes = self._snapshot.advance(version, self._weights())
+                update = self._compare(version)
             except CheckpointError as error:
                 raise StagingFailed(f"version {version} cannot be published: {error}") from error
-            self._staged = self._version = self._whole = None
-        return lambda: self._stage(version, base, changes)
+        return lambda: self._stage(version, base, chain, update)
 
     def connect(self, server: InferenceServer) -> WeightTransport:
         """Find out whether its workers take deltas; otherwise it gets directories."""
@@ -185,9 +186,10 @@ class DeltaTransport(WeightTransport):
         found = [(int(name[1]), file) for name, file in files if name is not None]
         newest = sorted({version for version, _ in found if version <= served})[-self._settings.keep :]
         with self._lock:
-            kept = {*newest, self._snapshot.version}
+            kept = {*newest, *((self._version.label.version,) if self._version else ())}
+            chain = {file.name for file in self._chain}
         for version, file in found:
-            if version not in kept:
+            if version not in kept and file.name not in chain:
                 try:
                     file.unlink(missing_ok=True)
                 except OSError as error:
@@ -198,33 +200,67 @@ class DeltaTransport(WeightTransport):
         if self._files is not None:
             self._files.close()
 
-    def _stage(self, number: int, base: _Version | None, changes: dict[str, Change] | None) -> StagedWeights:
-        snapshot = self._snapshot
+    def _stage(
+        self, number: int, base: _Version | None, chain: list[PublishedFile], update: Update
+    ) -> StagedWeights:
         with self._lock:
-            snapshot.sum_up(changes)
-            label = Label(version=number, checksum=snapshot.checksum)
-            delta = None
             try:
+                update.sum_up()
                 make_run_directory(self._directory, mode=self._mode)
-                anchor = self._since_whole + 1 >= self._settings.delta.anchor_every
-                held = base is not None and (base.label.version, base.label.checksum) in self._held.values()
-                if changes is not None and base is not None and held and not anchor:
+                delta = whole = None
+                if base is not None and self._may_be_delta(base, chain, update):
                     label = Label(
                         version=number,
-                        checksum=snapshot.checksum,
+                        checksum=update.checksum,
                         base_version=base.label.version,
                         base_checksum=base.label.checksum,
                     )
-                    path = self._directory / delta_name(number)
-                    delta = write_delta(path, label, changes, snapshot.tensors, mode=self._mode)
-                sizes = {name: tensor.numel() for name, tensor in snapshot.tensors.items()}
-                self._version = _Version(label, dict(snapshot.sums), sizes, delta)
-                self._since_whole = 0 if delta is None else self._since_whole + 1
-                size = snapshot.nbytes if delta is None else delta.size
-                self._staged = StagedWeights(version=number, dtype=snapshot.dtype_name, weight_bytes=size)
+                    delta = self._write(delta_name(number), label, update, whole=False)
+                else:
+                    label = Label(version=number, checksum=update.checksum)
+                    if update.spread.sharded:  # rows of other processes are not there later
+                        whole = self._write(whole_name(number), label, update, whole=True)
             except OSError as error:
                 raise StagingFailed(f"version {number} could not be written: {error}") from error
+            finally:
+                update.finish()  # the other processes send their rows to the end
+            if update.spread.sharded:
+                self._chain = [file for file in (*(chain if delta else ()), delta, whole) if file]
+            self._whole = whole
+            self._version = _Version(label, update, delta)
+            self._since_whole = 0 if delta is None else self._since_whole + 1
+            size = update.nbytes if delta is None else delta.size
+            self._staged = StagedWeights(version=number, dtype=update.dtype_name, weight_bytes=size)
             return self._staged
+
+    def _may_be_delta(self, base: _Version, chain: list[PublishedFile], update: Update) -> bool:
+        if update.first or self._since_whole + 1 >= self._settings.delta.anchor_every:
+            return False
+        if update.spread.sharded:  # the files since the last full version take no more than another one
+            return bool(chain) and sum(file.size for file in chain[1:]) < update.nbytes
+        return (base.label.version, base.label.checksum) in self._held.values()
+
+    def _write(self, name: str, label: Label, update: Update, *, whole: bool) -> PublishedFile:
+        layout = update.choose(whole=whole)
+        return write_file(self._directory / name, label, update.shapes, layout, update.parts, mode=self._mode)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The newest version's tensors, one at a time.
+
+        Raises:
+            OSError: They cannot be read, or are not what was written.
+        """
+        if self._version is None:
+            return
+        update = self._version.update
+        if not update.spread.sharded:
+            yield from update.held()
+            return
+        for name, tensor in read_version([self._directory / file.name for file in self._chain]):
+            if tensor_sum(tensor) != update.sums[name]:
+                raise OSError(f"{name} in {self._chain[0].name} and the files after it is damaged")
+            yield name, tensor
+            del tensor
 
     def _version_of(self, server: InferenceServer, staged: StagedWeights) -> _Version:
         """What is known of a version, as long as it is the newest.
@@ -245,7 +281,9 @@ class DeltaTransport(WeightTransport):
                 label = Label(version=staged.version, checksum=version.label.checksum)
                 path = self._directory / whole_name(staged.version)
                 try:
-                    self._whole = write_whole(path, label, self._snapshot.tensors, mode=self._mode)
+                    layout = version.update.tensors
+                    shapes = {name: tensor.shape for name, tensor in layout.items()}
+                    self._whole = write_file(path, label, shapes, layout, self._tensors(), mode=self._mode)
                 except OSError as error:
                     raise server.failure(Phase.LOAD, f"{path} could not be written: {error}") from error
             return self._whole
@@ -268,12 +306,14 @@ class DeltaTransport(WeightTransport):
         for state in states:
             if state.error is not None:
                 return state.error
-        for name, size in version.sizes.items():
+        sums = version.update.sums
+        for name, tensor in version.update.tensors.items():
+            size = torch.Size(tensor.shape).numel()
             held = [state.sums.get(name, (0, 0)) for state in states if state.sums is not None]
             count = sum(each[1] for each in held)
             copies = count // size if size else 0
             if count != copies * size or wrapped(sum(each[0] for each in held)) != wrapped(
-                copies * version.sums[name]
+                copies * sums[name]
             ):
                 return f"with {file.name} it would hold another {name} than the trainer has"
         self._chosen[server.url] = file
