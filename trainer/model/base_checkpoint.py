@@ -90,7 +90,7 @@ class WeightFile:
         while offset < end:
             piece = os.pread(self.descriptor, min(end - offset, 1 << 24), offset)
             if not piece:
-                raise OSError(f"{name} was cut off in its file while the run lasted")
+                raise OSError(f"{name} was cut off while the run lasted")
             yield piece
             offset += len(piece)
 
