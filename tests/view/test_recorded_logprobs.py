@@ -44,6 +44,11 @@ def test_a_run_records_what_the_page_shows_beside_the_sampler(
                 differences.append(abs(trainer - sampler))
     # An untrained model finds each of 259 bytes about equally likely; the rollouts say -4 to -7.
     assert sum(differences) / len(differences) < 2.5
+    of_batch = next(each["groups"] for each in reader.batches()["batches"] if each["batch"] == 1)
+    marked = {each["group"] for each in of_batch if each["recorded"]}
+    assert (
+        marked == {row["group"] for row in rows if row["batch"] == 1} < {each["group"] for each in of_batch}
+    )
     every = [row for row in rows if row["batch"] == 1 and row["group"] == of_first]
     assert len(every) == len(shown["sequences"])
 
@@ -54,6 +59,8 @@ def test_records_of_a_batch_are_found_also_when_the_file_became_the_older_one(tm
     records = RecordedLogprobs(tmp_path)
     assert records.of_group(3, 1) == {0: [-0.5]}
     assert records.of_group(3, 0) == {}
+    assert list(records.groups(3)) == [1]
+    assert not records.groups(4)
     path.rename(path.with_suffix(".older.jsonl"))
     path.write_text('{"batch": 4, "step": 4, "group": 0, "sequence": 2, "logprobs": [-1.5]}\n{"batch": 4, ')
     assert records.of_group(3, 1) == {0: [-0.5]}

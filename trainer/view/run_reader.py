@@ -193,7 +193,10 @@ class RunReader:
             self._summaries[key] = summarize(reply, self._set_aside.of_batch(entry.number))
             if len(self._summaries) > _SUMMARIES:
                 self._summaries.popitem(last=False)
-        record["groups"] = self._summaries.get(key, [])
+        recorded = self._logprobs.groups(entry.number)
+        record["groups"] = [
+            {**each, "recorded": each["group"] in recorded} for each in self._summaries.get(key, [])
+        ]
         return record
 
     def group(self, batch: int, place: int, *, most_tokens: int = MOST_TOKENS) -> dict[str, Any]:

@@ -41,7 +41,7 @@ const Rollouts = (() => {
   const summary = el("p", { class: "quiet note", role: "status" });
   const more = el("button", { type: "button", text: "Read older batches", hidden: true, click: () => load(next) });
   const search = el("input", {
-    type: "search", placeholder: "Filter: environment, batch, reason", "aria-label": "Filter the groups",
+    type: "search", placeholder: "Filter: environment, batch, reason, log-probs", "aria-label": "Filter the groups",
     input: () => { words = search.value.toLowerCase(); drawList(); },
   });
   const pane = el("div", { class: "pane", tabindex: "-1" });
@@ -90,7 +90,7 @@ const Rollouts = (() => {
   function matches(group) {
     if (onlyReasons && !group.reason) return false;
     if (!words) return true;
-    const said = `environment ${group.environment} batch ${group.batch} step ${group.step} ${group.outcome} ${group.reason || ""}`;
+    const said = `environment ${group.environment} batch ${group.batch} step ${group.step} ${group.outcome} ${group.reason || ""} ${group.recorded ? "log-probs" : ""}`;
     return words.split(/\s+/).every((word) => said.toLowerCase().includes(word));
   }
 
@@ -116,6 +116,7 @@ const Rollouts = (() => {
         el("b", { text: `Batch ${group.batch}` }), ` · group ${group.group}`,
         group.step ? el("span", { class: "quiet", text: ` · step ${group.step}` }) : null),
       group.reason ? el("span", { class: "chip bad", text: "set aside" })
+        : group.recorded ? el("span", { class: "chip", text: "log-probs", title: "the trainer's own log-probs of this group were recorded" })
         : group.outcome === "trained" ? null
           : el("span", { class: "chip", text: group.outcome === "received" ? "waiting" : group.outcome.replace("_", " ") }),
       group.scores ? strip(group) : el("span"),
