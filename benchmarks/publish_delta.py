@@ -104,6 +104,9 @@ def compare(
                         numbers = report.metrics().items()
                         row = {key.removeprefix("publish/"): number for key, number in numbers}
                         rows.append({"transport": transport, "learning_rate": learning_rate, **row})
+    delta, full = (middle(rows, "weight_bytes", transport=transport) for transport in ("delta", "disk"))
+    if delta >= full:
+        raise SystemExit("no delta was taken by its server (see above), so there is nothing to compare")
     return rows
 
 

@@ -163,10 +163,9 @@ class _Notes(TorchFunctionMode):
         name = self._names.get(source.untyped_storage()._cdata)
         if name is None:
             raise RefusedError("the model's loader computes weights instead of copying them")
-        if held.shape != source.shape or held.dtype != source.dtype:
+        if held.shape != source.shape:
             raise RefusedError(
-                f"{name}: the server holds {held.dtype} {list(held.shape)}, the checkpoint has "
-                f"{source.dtype} {list(source.shape)}; publish in the type that the server computes in"
+                f"{name}: the server holds {list(held.shape)}, the checkpoint has {list(source.shape)}"
             )
         if source.numel():
             self.pieces[name].append(Piece(held.detach(), source.storage_offset(), source.stride()))
@@ -328,7 +327,8 @@ class Receiver:
             for piece in self._pieces[each]:
                 if piece.held.dtype != stored[each].values.dtype:
                     raise RefusedError(
-                        f"{each} is {stored[each].values.dtype} in {name}, and was {piece.held.dtype}"
+                        f"{each} is {stored[each].values.dtype} in {name}, and the server holds "
+                        f"{piece.held.dtype}: publish in the type that the server computes in"
                     )
             sums[each] = _plan(self._pieces[each], stored[each], shape, sums.get(each, (0, 0)), changes)
         packed = pack_ahead(self._model, changes)
@@ -349,7 +349,9 @@ class Receiver:
             pieces = note_pieces(self._model, {name: (tuple(tensor.shape), tensor.dtype)})[name]
             flat = tensor.contiguous().reshape(-1)
             for piece in pieces:
-                if not torch.equal(bits(piece.held), bits(piece.of(flat)).to(piece.held.device)):
+                # A checkpoint of another type was converted when it was loaded.
+                expected = piece.of(flat).to(piece.held.device, piece.held.dtype)
+                if not torch.equal(bits(piece.held), bits(expected)):
                     raise RefusedError(f"{name} is not held as the checkpoint {path} has it")
                 filled.add(_address(piece.held))
         for name, weight in self._model.named_parameters():

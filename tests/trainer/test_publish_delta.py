@@ -136,10 +136,18 @@ class Trainer:
 
 
 class Worker:
-    """One worker of a server that was started with some tensors."""
+    """One worker of a server that was started with some tensors; `computes_in`, if not in their type."""
 
-    def __init__(self, started_with: dict[str, Tensor], rank: int = 0, ranks: int = 1) -> None:
-        self.model = Served(started_with, rank, ranks)
+    def __init__(
+        self,
+        started_with: dict[str, Tensor],
+        rank: int = 0,
+        ranks: int = 1,
+        *,
+        computes_in: torch.dtype | None = None,
+    ) -> None:
+        held = {name: tensor.to(computes_in or tensor.dtype) for name, tensor in started_with.items()}
+        self.model = Served(held, rank, ranks)
         self.model.load_weights(started_with.items())
         self.path = "started/with"
 
@@ -316,6 +324,23 @@ def test_a_layout_that_is_not_the_checkpoints_is_refused(trainer: Trainer) -> No
     worker = Worker(a_model())
     worker.model.experts.copy_(worker.model.experts.flip(1))  # as kernels want them
     assert "is not held as" in str(worker.take(trainer.whole()))
+
+
+def test_a_server_that_computes_in_another_type_than_its_base_follows_deltas_in_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SOURCE, str(tmp_path))
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(each.shape, generator=generator) for name, each in a_model().items()}
+    trainer = Trainer(tmp_path, {name: tensor.to(torch.bfloat16) for name, tensor in base.items()})
+    worker = Worker(base, computes_in=torch.bfloat16)
+    assert worker.take(trainer.whole()) is None
+    assert worker.take(trainer.step()) is None
+    assert worker.holds(trainer.live)
+    base["q"] += 0.01
+    other = Worker(base, computes_in=torch.bfloat16)
+    base["q"] -= 0.01
+    assert "is not held as the checkpoint" in str(other.take(trainer.whole()))
 
 
 def test_a_type_that_is_not_the_servers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
