@@ -114,8 +114,12 @@ class Piece:
         """The same part of another tensor in the checkpoint's layout."""
         return flat.as_strided(self.held.shape, self.strides, self.offset)
 
-    def locate(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Find which of a checkpoint's flat indices are in this part, and where in the model's storage."""
+    def locate(self, indices: Tensor) -> tuple[Tensor | slice, Tensor]:
+        """Find which ascending indices of a checkpoint are in this part, and where in the model's storage."""
+        if self.held.is_contiguous() and self.strides == self.held.stride():  # whole rows, as they are
+            ends = torch.tensor([self.offset, self.offset + self.held.numel()], device=indices.device)
+            run = slice(*torch.searchsorted(indices, ends).tolist())
+            return run, indices[run] + (int(self.held.storage_offset()) - self.offset)
         left, inside = indices - self.offset, indices >= self.offset
         places = torch.full_like(indices, int(self.held.storage_offset()))
         shape, steps = self.held.shape, self.held.stride()
