@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 from tokenizers import Tokenizer
 
 from tests.view.browser import WatchedPage, started_browser
@@ -25,6 +26,8 @@ from tests.view.test_site import served
 from trainer.cli import main
 
 pytestmark = pytest.mark.slow
+
+expect.set_options(timeout=60_000)  # what a page does follows a click or a key; the machine may be busy
 
 HOSTILE = (
     "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\u202e\x1b[31m"
@@ -81,13 +84,13 @@ def test_charts_show_the_numbers_of_the_run_and_what_comes_meanwhile(watched: Wa
         assert reward["values"] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
         assert reward["ink"] > 3000  # a canvas without ink is shorter
         page.wait_for_selector("table.numbers td")
-        assert page.locator("table.numbers tbody tr").count() == 5
-        assert "✓ proven" in page.locator("table.numbers tbody tr").first.inner_text()
+        expect(page.locator("table.numbers tbody tr")).to_have_count(5)
+        expect(page.locator("table.numbers tbody tr").first).to_contain_text("✓ proven")
         page.locator("figure[data-chart=Reward] .u-over").hover()
-        assert "step" in page.locator("figure[data-chart=Reward] .values").inner_text()
+        expect(page.locator("figure[data-chart=Reward] .values")).to_contain_text("step")
         write_metrics(run, [step_row(6, reward_mean=0.5)])
         page.wait_for_function("() => Charts.shown()[0].plot.data[0].length === 6")
-        assert "6" in page.locator(".tile b").first.inner_text()
+        expect(page.locator(".tile b").first).to_contain_text("6")
 
 
 def test_zoom_log_and_smoothing_change_the_chart(watched: WatchedPage, run: Path) -> None:
@@ -105,7 +108,7 @@ def test_zoom_log_and_smoothing_change_the_chart(watched: WatchedPage, run: Path
         page.get_by_role("button", name="Whole run").click()
         page.wait_for_function("() => Charts.shown()[0].plot.data[0].length >= 5")
         page.locator("figure[data-chart=Reward] button").click()
-        assert page.locator("figure[data-chart=Reward] button").get_attribute("aria-pressed") == "true"
+        expect(page.locator("figure[data-chart=Reward] button")).to_have_attribute("aria-pressed", "true")
         page.locator("#smoothing").fill("0.5")
         raw, smooth = drawn(page, "Reward")["values"], drawn(page, "Reward", 2)["values"]
         assert smooth[1] == pytest.approx((0.5 * raw[0] + raw[1]) / 1.5)
@@ -129,12 +132,10 @@ def test_a_rollout_opens_with_its_tokens_and_their_numbers_and_is_copied(
         assert texts == ["4", "four", "(4)", "5!"]  # the best first
         assert page.locator(".answer").last.locator(".t").first.get_attribute("class") == "t down5"
         page.locator(".answer").last.locator(".t").nth(1).hover()
-        card = page.locator("#token-card").inner_text()
-        assert "−0.75" in card
-        assert "−2" in card
-        assert "13.5 %" in card
+        for number in ("−0.75", "−2", "13.5 %"):
+            expect(page.locator("#token-card")).to_contain_text(number)
         page.get_by_role("button", name="Log-prob").click()
-        assert "rare" in str(page.locator(".answer .t").first.get_attribute("class"))
+        expect(page.locator(".answer .t").first).to_have_class(re.compile("rare"))
         page.get_by_role("button", name="Copy text").click()
         page.wait_for_selector("#notice:visible")
         copied = page.evaluate("navigator.clipboard.readText()")
@@ -161,8 +162,8 @@ def test_the_keyboard_reaches_everything(watched: WatchedPage, run: Path) -> Non
         page.locator(".answer .tokens").first.focus()
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowRight")
-        assert page.locator("#token-card").is_visible()
-        assert page.locator(".t.here").count() == 1
+        expect(page.locator("#token-card")).to_be_visible()
+        expect(page.locator(".t.here")).to_have_count(1)
         page.keyboard.press("Escape")
         page.wait_for_function("() => location.hash === '#/rollouts'")
         page.keyboard.press("Tab")
@@ -181,10 +182,10 @@ def test_a_narrow_window_shows_one_thing_after_the_other(browser: Browser, run: 
         page.get_by_role("link", name="Rollouts").click()
         page.locator(".group").first.click()
         page.wait_for_selector(".answer")
-        assert not page.locator(".side").is_visible()
+        expect(page.locator(".side")).to_be_hidden()
         assert watched.overflow() == 0
         page.get_by_role("link", name="← All groups").click()
-        assert page.locator(".side").is_visible()
+        expect(page.locator(".side")).to_be_visible()
     watched.context.close()
     assert watched.problems == []
 
@@ -233,7 +234,7 @@ def test_a_report_is_one_file_that_needs_no_server_and_lets_no_text_act(
     page.goto(report.as_uri())
     page.wait_for_selector("figure[data-chart=Reward] canvas")
     assert drawn(page, "Reward")["values"][:3] == pytest.approx([0.2, 0.4, 0.6])
-    assert "report of" in page.locator("#status").inner_text()
+    expect(page.locator("#status")).to_contain_text("report of")
     page.get_by_role("link", name="Rollouts").click()
     page.wait_for_function("() => document.querySelectorAll('.group').length === 4")
     page.locator(".group").first.click()
