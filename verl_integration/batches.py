@@ -27,11 +27,18 @@ from trainer.samples.sample import Sample
 from verl_integration.losses import StepFacts
 
 
-def make_rows(batch: PreparedBatch, *, multiple: int = 1, pad_token: int = 0) -> TensorDict:
-    """Turn the samples of a step into rows.
+def make_rows(
+    real: Sequence[Sample],
+    denominators: Sequence[float] | None = None,
+    *,
+    multiple: int = 1,
+    pad_token: int = 0,
+) -> TensorDict:
+    """Turn samples into rows.
 
     Args:
-        batch: With at least one sample.
+        real: At least one.
+        denominators: Of each; None: 1.
         multiple: Rows of two tokens that nothing is trained on follow until this divides their number: verl
             deals rows out evenly.
         pad_token: What those consist of.
@@ -42,21 +49,18 @@ def make_rows(batch: PreparedBatch, *, multiple: int = 1, pad_token: int = 0) ->
         `denominators` and `temperature` [B] float32. `returns`, `rm_scores` and `num_turns` are for the
         metrics of verl.
     """
-    return rows_of_samples(batch.samples, batch.denominators, multiple=multiple, pad_token=pad_token)
-
-
-def rows_of_samples(
-    real: Sequence[Sample], denominators: Sequence[float], *, multiple: int = 1, pad_token: int = 0
-) -> TensorDict:
-    """Turn samples with their denominators into rows; see `make_rows`."""
     padding = -len(real) % multiple
-    samples = [*real, *[_padding(pad_token)] * padding]
+    samples = [*real, *[bare_sample([pad_token] * 2, trained=False)] * padding]
     starts = [_first_trained(sample) for sample in samples]
 
     def responses(column: Callable[[Sample], Tensor | None]) -> Tensor:
-        return _jagged(
-            [_response(sample, column, start) for sample, start in zip(samples, starts, strict=True)]
-        )
+        """Return a column; 0 where nothing is trained, whatever filler the environment sent there."""
+        rows = []
+        for sample, start in zip(samples, starts, strict=True):
+            values = column(sample)
+            values = torch.zeros_like(sample.loss_mask) if values is None else values
+            rows.append(values.masked_fill(sample.loss_mask == 0, 0.0)[start:])
+        return _jagged(rows)
 
     mask = responses(lambda sample: sample.loss_mask).long()
     advantages = responses(lambda sample: sample.advantages)
@@ -71,15 +75,32 @@ def rows_of_samples(
         "returns": advantages.clone(),
         "old_log_probs": responses(lambda sample: sample.inference_logprobs),
         "rm_scores": _jagged(
-            [_score_at_the_end(each, start) for each, start in zip(samples, starts, strict=True)]
+            [_score_at_the_end(row, start) for row, start in zip(samples, starts, strict=True)]
         ),
-        "denominators": torch.tensor([*denominators, *[1.0] * padding]),
+        "denominators": torch.tensor([*(denominators or [1.0] * len(real)), *[1.0] * padding]),
         "temperature": torch.tensor([sample.temperature for sample in samples]),
         "num_turns": torch.tensor([_turns(sample) for sample in samples]),
     }
     if all(sample.ref_logprobs is not None for sample in real):
         columns["ref_log_prob"] = responses(lambda sample: sample.ref_logprobs)
     return TensorDict(columns, batch_size=[len(samples)])
+
+
+def bare_sample(tokens: Sequence[int], *, trained: bool) -> Sample:
+    """Make a sequence of which only the tokens matter, and whether all that can be are trained."""
+    loss_mask = torch.full((len(tokens),), float(trained))
+    loss_mask[0] = 0.0
+    return Sample(
+        tokens=torch.tensor(tokens),
+        loss_mask=loss_mask,
+        advantages=torch.zeros(len(tokens)),
+        inference_logprobs=None,
+        ref_logprobs=None,
+        temperature=1.0,
+        score=0.0,
+        env_id=None,
+        group_index=-1,
+    )
 
 
 def step_facts(batch: PreparedBatch, loss: LossSettings, *, staleness: int | None = None) -> StepFacts:
@@ -110,18 +131,18 @@ def step_facts(batch: PreparedBatch, loss: LossSettings, *, staleness: int | Non
 
 
 def update_info(
-    batch: PreparedBatch, facts: StepFacts, *, rows: int, use_temperature: bool
+    batch: PreparedBatch, loss: LossSettings, *, rows: int, staleness: int | None = None
 ) -> dict[str, Any]:
     """Return what verl's update wants beside the rows: one optimizer step over all of them.
 
     Args:
-        batch: The step.
-        facts: See `step_facts`.
+        batch: The step, with at least one sample.
+        loss: Section `loss`.
         rows: How many there are, those that fill up included.
-        use_temperature: Divide logits by each row's temperature; without, by 1.
+        staleness: Age of the batch in versions; None: not known.
     """
     info: dict[str, Any] = {
-        "atropos": facts,
+        "atropos": step_facts(batch, loss, staleness=staleness),
         # verl's own reductions over sequences divide by it: padding does not count.
         "global_batch_size": len(batch.samples),
         "mini_batch_size": rows,
@@ -131,7 +152,7 @@ def update_info(
         "calculate_entropy": False,
         "compute_loss": True,
     }
-    if not use_temperature:
+    if not loss.uses_temperature:
         info["temperature"] = 1.0
     elif len(temperatures := {sample.temperature for sample in batch.samples}) == 1:
         info["temperature"] = temperatures.pop()  # one for all takes verl's faster way
@@ -148,14 +169,6 @@ def _first_trained(sample: Sample) -> int:
     return int(trained[0]) if len(trained) else len(sample.tokens) - 1
 
 
-def _response(sample: Sample, column: Callable[[Sample], Tensor | None], start: int) -> Tensor:
-    """A column of the response; 0 where nothing is trained, whatever filler the environment sent there."""
-    values = column(sample)
-    if values is None:
-        values = torch.zeros_like(sample.loss_mask)
-    return values.masked_fill(sample.loss_mask == 0, 0.0)[start:]
-
-
 def _score_at_the_end(sample: Sample, start: int) -> Tensor:
     scores = torch.zeros(len(sample.tokens) - start)
     scores[-1] = sample.score
@@ -166,17 +179,3 @@ def _turns(sample: Sample) -> int:
     """Runs of trained tokens."""
     trained = sample.loss_mask != 0
     return int((trained[1:] & ~trained[:-1]).sum())
-
-
-def _padding(token: int) -> Sample:
-    return Sample(
-        tokens=torch.tensor([token, token]),
-        loss_mask=torch.zeros(2),
-        advantages=torch.zeros(2),
-        inference_logprobs=torch.zeros(2),
-        ref_logprobs=torch.zeros(2),
-        temperature=1.0,
-        score=0.0,
-        env_id=None,
-        group_index=-1,
-    )

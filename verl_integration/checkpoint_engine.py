@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
+from verl.checkpoint_engine import CheckpointEngineRegistry, ColocatedCheckpointEngine
 
 from atropos_client.private_files import make_run_directory
 from trainer.errors import CheckpointError, ConfigurationError
@@ -22,15 +22,15 @@ from trainer.export.hf_model import write_model_directory
 from trainer.model.base_checkpoint import read_base
 from trainer.model.pretrained import load_structure
 from trainer.model.weight_stream import WeightStream
+from verl_integration.settings import SERVERS_BESIDE
 
-BACKEND: Final = "atropos"
 EXPORT_NAME: Final = "export"
 """Where rank 0 leaves the weights, in the directory of versions."""
 
 
-@CheckpointEngineRegistry.register(BACKEND)
-class DirectoryCheckpointEngine(CheckpointEngine):
-    """Writes what verl exports to `<directory>/export`.
+@CheckpointEngineRegistry.register(SERVERS_BESIDE)
+class DirectoryCheckpointEngine(ColocatedCheckpointEngine):
+    """Writes what verl exports to `<directory>/export`; nobody is connected, and nothing receives.
 
     Args:
         bucket_size: Of verl; not needed.
@@ -44,8 +44,7 @@ class DirectoryCheckpointEngine(CheckpointEngine):
     def __init__(
         self, bucket_size: int, is_master: bool, *, directory: str, model_path: str, dtype: str, mode: int
     ) -> None:
-        del bucket_size
-        self._is_master = is_master
+        super().__init__(bucket_size, is_master)
         self._directory = Path(directory)
         self._model_path = model_path
         self._dtype: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
@@ -60,50 +59,17 @@ class DirectoryCheckpointEngine(CheckpointEngine):
         Raises:
             CheckpointError: The file system refused, or verl exports other weights than the base has.
         """
-        del global_steps  # the publisher names the version
         exported = iter(weights)
         try:
-            if self._is_master:
-                self._write(exported)
+            if self.is_master:
+                make_run_directory(self._directory, mode=self._mode)
+                stream = self._stream = self._stream or _layout_of(self._model_path, self._dtype)
+                path, renamed = self._directory / EXPORT_NAME, _in_layout(exported, stream)
+                write_model_directory(path, stream, renamed, replace=True, durable=False, mode=self._mode)
         finally:
             for _ in exported:  # the other ranks wait for this one
                 pass
         return {}
-
-    def _write(self, exported: Iterator[tuple[str, Tensor]]) -> None:
-        make_run_directory(self._directory, mode=self._mode)
-        stream = self._stream = self._stream or _layout_of(self._model_path, self._dtype)
-        path = self._directory / EXPORT_NAME
-        weights = _in_layout(exported, stream)
-        write_model_directory(path, stream, weights, replace=True, durable=False, mode=self._mode)
-
-    async def receive_weights(self, global_steps: int | None = None) -> Any:
-        """Nothing receives here: servers read the directory.
-
-        Raises:
-            ConfigurationError: Always.
-        """
-        raise ConfigurationError(
-            "the checkpoint engine atropos is for servers beside verl, which load a directory; for those "
-            "that verl starts itself (rollout.nnodes above 0) use one of verl's own, e.g. nccl"
-        )
-
-    def prepare(self) -> dict[str, Any]:
-        """Nothing to prepare."""
-        return {}
-
-    def init_process_group(self, **kwargs: Any) -> None:
-        """There is none."""
-
-    def finalize(self) -> None:
-        """Nothing to give back."""
-
-    @classmethod
-    def build_topology(
-        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
-    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """Return no topology: nobody is connected."""
-        return {}, {}
 
 
 def _layout_of(model_path: str, dtype: torch.dtype | None) -> WeightStream:

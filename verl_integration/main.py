@@ -8,8 +8,6 @@ from pathlib import Path
 
 from trainer.errors import ConfigurationError
 
-USAGE = "usage: python -m verl_integration.main config.yaml [key=value ...]"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the configuration, see that verl knows us, and hand over to verl.
@@ -19,11 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0].startswith("-"):
-        sys.stderr.write(f"{USAGE}\n")
+        sys.stderr.write("usage: python -m verl_integration.main config.yaml [key=value ...]\n")
         return 2
     # Here, because they take seconds to import.
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
-    from verl.utils.config import validate_config
     from verl.utils.device import auto_set_device
 
     from verl_integration.plugin import require_loaded
@@ -36,7 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     auto_set_device(config)
-    validate_config(config=config, use_reference_policy=False, use_critic=False)
     run_ppo(config, task_runner_class=TaskRunnerV1)
     return 0
 

@@ -7,7 +7,6 @@ Verl says nothing where a plugin cannot be imported (a line at level DEBUG), and
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Any
 
 from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
@@ -15,7 +14,7 @@ from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from trainer.errors import ConfigurationError
-from verl_integration.checkpoint_engine import BACKEND, DirectoryCheckpointEngine
+from verl_integration.checkpoint_engine import DirectoryCheckpointEngine
 from verl_integration.losses import POLICY_LOSS_PREFIX, POLICY_LOSSES, register_policy_losses
 from verl_integration.settings import SERVERS_BESIDE
 from verl_integration.trainer import AtroposTrainer
@@ -24,13 +23,8 @@ GROUP = "verl.plugins"
 NAME = "atropos"
 
 
-def _no_replica() -> Any:
-    """Give verl's manager of rollout servers a class; it makes none of it."""
-    return object
-
-
 register_policy_losses()
-RolloutReplicaRegistry.register(SERVERS_BESIDE, _no_replica)
+RolloutReplicaRegistry.register(SERVERS_BESIDE, lambda: object)  # verl asks for a class, and makes none of it
 
 
 def require_loaded() -> None:
@@ -49,8 +43,8 @@ def require_loaded() -> None:
             POLICY_LOSS_PREFIX + name in POLICY_LOSS_REGISTRY for name in POLICY_LOSSES
         ),
         f"the trainer {NAME}": TRAINER_REGISTRY.get(NAME) is AtroposTrainer,
-        f"the checkpoint engine {BACKEND}": (
-            CheckpointEngineRegistry.get(BACKEND) is DirectoryCheckpointEngine
+        f"the checkpoint engine {SERVERS_BESIDE}": (
+            CheckpointEngineRegistry.get(SERVERS_BESIDE) is DirectoryCheckpointEngine
         ),
     }
     missing = [what for what, is_known in known.items() if not is_known]

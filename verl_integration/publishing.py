@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 import verl.utils.tensordict_utils as tu
 
 from trainer.config import TrainerConfig
@@ -29,55 +28,75 @@ from trainer.publish import (
 from trainer.publish.interfaces import StagedWeights
 from trainer.run.build import PUBLISHED_MODES, build_servers
 from trainer.run.places import publish_directory
-from trainer.samples.sample import Sample
-from verl_integration.batches import rows_of_samples
-from verl_integration.checkpoint_engine import BACKEND, EXPORT_NAME
+from verl_integration.batches import bare_sample, make_rows
+from verl_integration.checkpoint_engine import EXPORT_NAME
+from verl_integration.settings import SERVERS_BESIDE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def publisher_to_servers_beside(
-    config: TrainerConfig, workers: Any, tokenizer: PreTrainedTokenizerBase, *, ranks: int
+def make_publisher(
+    config: TrainerConfig,
+    workers: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    ranks: int,
+    started: LoadedByVerl | None = None,
 ) -> Publisher | None:
-    """Publish over a directory to the servers of `publish.servers`; None with `publish.transport` none.
+    """Publish to the servers that verl started, or over a directory to those of `publish.servers`, if any.
 
     Args:
         config: Ours.
         workers: Verl's group of training workers.
         tokenizer: The model's.
         ranks: Ranks of data parallelism.
+        started: The servers that verl started; None: none.
 
     Raises:
         ConfigurationError: A probe is unusable.
     """
     settings = config.publish
-    if settings.transport == "none":
+    if started is not None:
+        urls = [f"http://{address}" for address in started.addresses]
+        settings = settings.model_copy(update={"transport": "disk", "servers": urls})
+    elif settings.transport == "none":
         return None
+    probes = make_probes(tokenizer, settings.probes, context=config.atropos.max_token_length)
+    return Publisher(
+        settings,
+        transport=started or _over_directory(config, workers),
+        servers=build_servers(settings),
+        probes=replace(probes, passage=[], cuts=()),
+        score=lambda asked: score_by_verl(workers, asked, ranks=ranks),
+    )
+
+
+def _over_directory(config: TrainerConfig, workers: Any) -> WeightTransport:
     directory = publish_directory(config).absolute()
 
     def capture() -> Callable[[Path], object]:
         # Written at once: what verl trains next changes the weights. Nothing of it waits for a server.
-        ray.get(workers.update_weights(mode=BACKEND))
+        ray.get(workers.update_weights(mode=SERVERS_BESIDE))
         return (directory / EXPORT_NAME).rename
 
-    transport = DiskTransport(
-        directory, capture, keep=settings.keep, mode=PUBLISHED_MODES[settings.readable_by]
-    )
-    return _publisher(config, transport, build_servers(settings), workers, tokenizer, ranks=ranks)
+    mode = PUBLISHED_MODES[config.publish.readable_by]
+    return DiskTransport(directory, capture, keep=config.publish.keep, mode=mode)
 
 
 class LoadedByVerl(WeightTransport):
     """For servers that verl started: verl brings the weights, the proof is ours.
 
     Args:
-        update: Has verl bring the current weights into its servers.
+        addresses: `host:port` of each.
+        update: Has verl bring the current weights into them.
     """
 
     overlaps = False
     pauses = False
 
-    def __init__(self, update: Callable[[], object]) -> None:
+    def __init__(self, addresses: Sequence[str], update: Callable[[], object]) -> None:
+        self.addresses = addresses
         self._update = update
 
     def capture(self, version: int) -> Callable[[], StagedWeights]:
@@ -98,51 +117,6 @@ class LoadedByVerl(WeightTransport):
         return True
 
 
-def publisher_to_servers_of_verl(
-    config: TrainerConfig,
-    workers: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    ranks: int,
-    addresses: Sequence[str],
-    update: Callable[[], object],
-) -> Publisher:
-    """Prove what verl brings into the servers that it started itself.
-
-    Args:
-        config: Ours.
-        workers: Verl's group of training workers.
-        tokenizer: The model's.
-        ranks: Ranks of data parallelism.
-        addresses: `host:port` of each server.
-        update: Has verl bring the current weights into them.
-    """
-    urls = [f"http://{address}" for address in addresses]
-    settings = config.publish.model_copy(update={"transport": "disk", "servers": urls})
-    servers = build_servers(settings)
-    ours = config.model_copy(update={"publish": settings})
-    return _publisher(ours, LoadedByVerl(update), servers, workers, tokenizer, ranks=ranks)
-
-
-def _publisher(
-    config: TrainerConfig,
-    transport: WeightTransport,
-    servers: Sequence[InferenceServer],
-    workers: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    ranks: int,
-) -> Publisher:
-    probes = make_probes(tokenizer, config.publish.probes, context=config.atropos.max_token_length)
-    return Publisher(
-        config.publish,
-        transport=transport,
-        servers=servers,
-        probes=replace(probes, passage=[], cuts=()),
-        score=lambda asked: score_by_verl(workers, asked, ranks=ranks),
-    )
-
-
 def score_by_verl(workers: Any, probes: Probes, *, ranks: int) -> ProbeScores:
     """Have verl's engine score the probes with the weights as they are, at temperature 1.
 
@@ -151,28 +125,10 @@ def score_by_verl(workers: Any, probes: Probes, *, ranks: int) -> ProbeScores:
         probes: Without a passage.
         ranks: Ranks of data parallelism.
     """
-    samples = [_probe(tokens) for tokens in probes.texts]
-    rows = rows_of_samples(samples, [1.0] * len(samples), multiple=ranks)
+    rows = make_rows([bare_sample(tokens, trained=True) for tokens in probes.texts], multiple=ranks)
+    del rows["temperature"]  # one for all takes verl's faster way
     for name, value in {"temperature": 1.0, "compute_loss": False, "calculate_entropy": False}.items():
-        if name in rows.keys():  # noqa: SIM118 - a TensorDict
-            del rows[name]
         tu.assign_non_tensor_data(rows, name, value)
     output = workers.compute_log_prob(rows)
-    scored = output["log_probs"].unbind()[: len(samples)]  # entry t speaks of token t + 1
+    scored = output["log_probs"].unbind()[: len(probes.texts)]  # entry t speaks of token t + 1
     return ProbeScores(texts=[row[:-1].float().tolist() for row in scored], next_tokens=())
-
-
-def _probe(tokens: Sequence[int]) -> Sample:
-    trained = torch.ones(len(tokens))
-    trained[0] = 0.0
-    return Sample(
-        tokens=torch.tensor(tokens),
-        loss_mask=trained,
-        advantages=torch.zeros(len(tokens)),
-        inference_logprobs=None,
-        ref_logprobs=None,
-        temperature=1.0,
-        score=0.0,
-        env_id=None,
-        group_index=0,
-    )

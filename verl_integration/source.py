@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,12 @@ from trainer.monitoring import Progress
 from trainer.run.batch_tracker import BatchTracker
 from trainer.run.metrics import Row, append_row, drop_later_rows
 from trainer.run.places import journal_directory
+from trainer.run.train_state import BEFORE_THE_FIRST_STEP
 from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import PreparedBatch, prepare_batch
 from trainer.samples.validation import ModelLimits
 from trainer.sources.incoming import IncomingBatch, PreparedStep, poll_batch
 from trainer.sources.live import AtroposSource, journal_limits
-
-STATE_FILE = "data.pt"
-"""What verl calls the file that its data loader's state is in."""
 
 _STATE = "atropos"
 _POLL_SECONDS = 0.5
@@ -67,6 +66,9 @@ class AtroposBatches:
         served_version: Asked in other threads: the version that environments sample from; -1: not known.
     """
 
+    tracker: BatchTracker
+    """Told what became of each batch; there after `start`."""
+
     def __init__(
         self,
         config: TrainerConfig,
@@ -79,37 +81,19 @@ class AtroposBatches:
         self._limits = limits
         self._keep_all = keep_all
         self._served_version = served_version
-        self._from = _ResumePoint(
-            state=CheckpointState(
-                step=0,
-                policy_version=0,
-                batches=0,
-                counters={},
-                normalizer={},
-                stored_dtype="",
-                parameter_names=[],
-            ),
-            normalizer=AdvantageNormalizer(config.data.advantage_normalization),
-        )
-        self._incoming: IncomingBatch | None = None
-        self._prepared: PreparedBatch | None = None
+        normalizer = AdvantageNormalizer(config.data.advantage_normalization)
+        self._from = _ResumePoint(state=BEFORE_THE_FIRST_STEP, normalizer=normalizer)
         self._journal: Journal
         self._source: AtroposSource
-        self._tracker: BatchTracker
+        self._at_end = ExitStack()
 
     # For verl's checkpoints.
 
     def state_dict(self) -> dict[str, str]:
         """Return what the weights of this moment were trained on."""
-        tracker = self._tracker
-        state = self._from.state.model_copy(
-            update={
-                "step": tracker.step,
-                "policy_version": tracker.step,
-                "normalizer": tracker.normalizer,
-                **vars(tracker.settled),
-            }
-        )
+        step = self.tracker.step
+        update = {"step": step, "policy_version": step, "normalizer": self.tracker.normalizer}
+        state = self._from.state.model_copy(update={**update, **vars(self.tracker.settled)})
         return {_STATE: state.model_dump_json()}
 
     def load_state_dict(self, state: dict[str, str]) -> None:
@@ -120,7 +104,7 @@ class AtroposBatches:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that batches were trained in, those before this start included."""
+        """Optimizer steps that batches were trained in before this start."""
         return self._from.state.step
 
     def start(self) -> None:
@@ -130,7 +114,7 @@ class AtroposBatches:
             JournalError: The journal does not go on from the checkpoint, or another run has it.
             AtroposClientError: The API did not answer within atropos.ready_timeout.
         """
-        output = self._config.train.output_dir
+        metrics = self._config.train.output_dir / "metrics.jsonl"
         state = self._from.state
         self._journal = Journal.open(
             journal_directory(self._config),
@@ -138,61 +122,49 @@ class AtroposBatches:
             wait=self._config.journal.shutdown_timeout + _LOCK_SECONDS,
             accept_loss=self._config.journal.accept_loss,
         )
+        self._at_end.callback(self._journal.close)
         self._source = AtroposSource(
             self._config,
             self._journal,
             after=state.batches,
-            step=lambda: self._tracker.step,
+            step=lambda: self.tracker.step,
             served_version=self._served_version,
             prepare=self._prepare,
         )
-        drop_later_rows(output / "metrics.jsonl", step=state.step, batch=state.batches)
-        self._tracker = BatchTracker(
+        self._at_end.callback(self._source.stop)
+        drop_later_rows(metrics, step=state.step, batch=state.batches)
+        self.tracker = BatchTracker(
             self._config,
             self._from,
             source=self._source,
             ledger=self._journal,
-            rows=_Rows(output / "metrics.jsonl"),
+            rows=_Rows(metrics),
             progress=Progress(),
         )
         self._source.start()
 
-    # For each step.
-
-    def next(self, meanwhile: Callable[[], None]) -> tuple[PreparedBatch, int]:
+    def next(self, meanwhile: Callable[[], None]) -> tuple[IncomingBatch, PreparedBatch]:
         """Wait for a batch that can be trained on; others are passed over, kept and counted.
 
         Args:
             meanwhile: Called every half second of the wait.
 
-        Returns:
-            The batch, and the version that was served when it came; -1: not known.
-
         Raises:
             DeadlineExceeded: No batch came within atropos.batch_timeout; says who is late.
             TooManySkippedBatches, TooManySetAside: What comes cannot be trained on.
         """
+        timeout = self._config.atropos.batch_timeout
+        deadline = running_time() + timeout
         while True:
-            incoming = self._wait(meanwhile)
-            self._tracker.receive(incoming)
-            prepared = self._tracker.sift(incoming, self._prepared_step)
+            meanwhile()
+            incoming = poll_batch(self._source, seconds=_POLL_SECONDS, deadline=deadline, timeout=timeout)
+            if incoming is None:
+                continue
+            self.tracker.receive(incoming)
+            prepared = self.tracker.sift(incoming, self._prepared_step)
             if prepared is not None:
-                self._incoming, self._prepared = incoming, prepared.batch
-                return prepared.batch, incoming.served_version
-
-    def note_trained(self) -> None:
-        """The batch at hand was trained on; a checkpoint from now on counts it."""
-        _, batch = self._at_hand()
-        self._tracker.note_trained(batch)
-
-    def note_not_finite(self) -> None:
-        """The batch at hand gave a gradient that is not finite, and verl left the weights as they were."""
-        incoming, batch = self._at_hand()
-        self._tracker.skip(incoming, batch, "its gradient is not finite", counter="batches_not_finite")
-
-    def metrics(self) -> dict[str, float]:
-        """Return what was counted so far, for verl's loggers."""
-        return {f"atropos/{name}": value for name, value in self._tracker.all_counters().items()}
+                return incoming, prepared.batch
+            deadline = running_time() + timeout
 
     def prune(self, checkpoints: Path) -> None:
         """Let go of bodies that no checkpoint of verl's needs any more.
@@ -200,17 +172,15 @@ class AtroposBatches:
         Args:
             checkpoints: Directory of its `global_step_N`.
         """
-        kept = [path for path in checkpoints.glob("global_step_*") if (path / "actor").is_dir()]
-        states = [path / STATE_FILE for path in sorted(kept, key=_step_of) if (path / STATE_FILE).is_file()]
+        states = [path.parent / "data.pt" for path in checkpoints.glob("global_step_*/actor")]
+        states = sorted((path for path in states if path.is_file()), key=_step_of)
         if self._config.journal.prune and states:
             oldest: dict[str, Any] = torch.load(states[0], weights_only=True)
             self._journal.prune(CheckpointState.model_validate_json(oldest[_STATE]).batches)
 
     def close(self) -> None:
         """Stop fetching; what was fetched and not trained on waits in the journal. Safe without `start`."""
-        if hasattr(self, "_source"):
-            self._source.stop()
-            self._journal.close()
+        self._at_end.close()
 
     def _prepare(self, reply: BatchReply) -> PreparedStep:
         started = time.monotonic()
@@ -227,27 +197,11 @@ class AtroposBatches:
     def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
         """Take what was prepared ahead; a batch that cannot be prepared is kept."""
         if incoming.failure is not None or incoming.prepared is None:
-            self._tracker.set_aside(incoming, str(incoming.failure))
+            self.tracker.set_aside(incoming, str(incoming.failure))
             raise incoming.failure or RuntimeError("a batch came unprepared")
         return incoming.prepared
 
-    def _wait(self, meanwhile: Callable[[], None]) -> IncomingBatch:
-        timeout = self._config.atropos.batch_timeout
-        deadline = running_time() + timeout
-        while True:
-            meanwhile()
-            incoming = poll_batch(self._source, seconds=_POLL_SECONDS, deadline=deadline, timeout=timeout)
-            if incoming is not None:
-                return incoming
-
-    def _at_hand(self) -> tuple[IncomingBatch, PreparedBatch]:
-        incoming, batch = self._incoming, self._prepared
-        if incoming is None or batch is None:
-            raise RuntimeError("no batch is at hand")
-        self._incoming = self._prepared = None
-        return incoming, batch
-
 
 def _step_of(path: Path) -> int:
-    match = re.search(r"(\d+)$", path.name)
+    match = re.search(r"(\d+)$", path.parent.name)
     return int(match[1]) if match else -1

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import uuid
-from collections.abc import Mapping
 from typing import Any
 
 import transfer_queue as tq
@@ -24,14 +23,16 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.llm_server import LLMServerManager
+from verl.workers.utils.padding import response_from_nested
 
 from trainer.errors import CheckpointError
+from trainer.model.load import context_length
 from trainer.publish import Publisher
 from trainer.samples.prepare import PreparedBatch
 from trainer.samples.validation import ModelLimits
-from verl_integration.batches import make_rows, step_facts, update_info
-from verl_integration.losses import EngineLoss
-from verl_integration.publishing import publisher_to_servers_beside, publisher_to_servers_of_verl
+from verl_integration.batches import make_rows, update_info
+from verl_integration.losses import engine_loss
+from verl_integration.publishing import LoadedByVerl, make_publisher
 from verl_integration.settings import SERVERS_BESIDE, is_own_objective, our_config
 from verl_integration.source import AtroposBatches
 
@@ -71,9 +72,7 @@ class AtroposTrainer(PPOTrainer):
         """Put our source where verl has its data loader: its checkpoints save and load its state."""
         model = omega_conf_to_dataclass(self.config.actor_rollout_ref.model)
         text = model.hf_config.get_text_config()
-        longest = self._ours.data.max_sequence_length or int(
-            getattr(text, "max_position_embeddings", 0) or 1 << 30
-        )
+        longest = context_length(text, self._ours.data.max_sequence_length)
         self.train_dataloader = AtroposBatches(
             self._ours,
             limits=ModelLimits(vocabulary_size=text.vocab_size, max_sequence_length=longest),
@@ -97,7 +96,7 @@ class AtroposTrainer(PPOTrainer):
     def on_init_end(self) -> None:
         """Have the servers serve what the run goes on from, and begin to fetch."""
         if is_own_objective(self.config):
-            self.actor_rollout_wg.set_loss_fn(EngineLoss(self._ours.loss))
+            self.actor_rollout_wg.set_loss_fn(engine_loss(self._ours.loss))
         self._ranks = max(self.actor_rollout_wg._query_dispatch_info("actor")) + 1
         self._publisher = self._build_publisher()
         if self._publisher is not None:
@@ -119,17 +118,24 @@ class AtroposTrainer(PPOTrainer):
         """Make one optimizer step of one batch."""
         while True:
             with marked_timer("gen", timing_raw, color="red"):
-                batch, served_version = self.train_dataloader.next(self._tend)
-            rows = self._put(batch, served_version)
+                incoming, batch = self.train_dataloader.next(self._tend)
+            rows = self._put(batch, incoming.served_version)
             rows = self._balance_batch(rows, metrics=metrics)
+            if self.use_reference_policy:
+                with marked_timer("ref", timing_raw, color="olive"):
+                    self._compute_ref_log_prob(rows, metrics)
             with marked_timer("update_actor", timing_raw, color="red"):
                 self._update_actor(rows, metrics)
-            metrics.update(self.train_dataloader.metrics())
-            if math.isfinite(metrics["actor/grad_norm"]):
-                self.train_dataloader.note_trained()
+            tracker = self.train_dataloader.tracker
+            is_finite = math.isfinite(metrics["actor/grad_norm"])
+            if is_finite:
+                tracker.note_trained(batch)
+            else:  # verl left the weights as they were
+                tracker.skip(incoming, batch, "its gradient is not finite", counter="batches_not_finite")
+                tq.kv_clear(keys=rows.keys, partition_id=rows.partition_id)
+            metrics.update({f"atropos/{name}": value for name, value in tracker.all_counters().items()})
+            if is_finite:
                 return rows
-            self.train_dataloader.note_not_finite()
-            tq.kv_clear(keys=rows.keys, partition_id=rows.partition_id)
 
     def on_step_end(self) -> None:
         """Publish the new weights, beside the next step where that is possible."""
@@ -137,7 +143,8 @@ class AtroposTrainer(PPOTrainer):
             return
         with marked_timer("update_weights", self.timing_raw, color="red"):
             self._publisher.begin(self.global_steps)
-        self._pending_sync_metrics = self._publish_metrics()
+        if reports := self._publisher.take_reports():
+            self._pending_sync_metrics = reports[-1].metrics()
 
     def on_sample_end(self) -> None:
         """Nothing sleeps: no engine is on the training GPUs."""
@@ -150,7 +157,8 @@ class AtroposTrainer(PPOTrainer):
 
     def _put(self, batch: PreparedBatch, served_version: int) -> KVBatchMeta:
         version = served_version if served_version >= 0 else self.global_steps - 1
-        rows = make_rows(batch, multiple=self._ranks, pad_token=self.tokenizer.eos_token_id or 0)
+        pad = self.tokenizer.eos_token_id or 0
+        rows = make_rows(batch.samples, batch.denominators, multiple=self._ranks, pad_token=pad)
         prompts, lengths = (
             rows["prompts"].offsets().diff().tolist(),
             rows["input_ids"].offsets().diff().tolist(),
@@ -170,14 +178,8 @@ class AtroposTrainer(PPOTrainer):
             }
             for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         ]
-        loss = self._ours.loss
         staleness = self.global_steps - 1 - served_version if served_version >= 0 else None
-        info = update_info(
-            batch,
-            step_facts(batch, loss, staleness=staleness),
-            rows=len(rows),
-            use_temperature=loss.uses_temperature,
-        )
+        info = update_info(batch, self._ours.loss, rows=len(rows), staleness=staleness)
         if "temperature" in info:
             del rows["temperature"]
         tq.kv_batch_put(keys=keys, partition_id=_PARTITION, fields=rows, tags=tags)
@@ -187,10 +189,25 @@ class AtroposTrainer(PPOTrainer):
         """All rows are one mini-batch, and they are filled up already."""
         return dp_size
 
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
+        """Score the rows with verl's reference, each at its own temperature, which verl's own knows not."""
+        asked = {**batch.extra_info, "compute_loss": False, "no_lora_adapter": self.ref_in_actor}
+        meta = KVBatchMeta(
+            partition_id=batch.partition_id, keys=batch.keys, tags=batch.tags, extra_info=asked
+        )
+        if self.ref_in_actor:
+            self.actor_rollout_wg.compute_log_prob(meta)
+        else:
+            self.ref_policy_wg.compute_ref_log_prob(meta)
+        place = {"keys": batch.keys, "partition_id": batch.partition_id}
+        scored = tq.kv_batch_get(**place, select_fields=["log_probs", "response_mask"])
+        scored["ref_log_prob"] = response_from_nested(scored.pop("log_probs"), scored["response_mask"])
+        tq.kv_batch_put(**place, fields=scored.select("ref_log_prob"))
+        return batch
+
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         actor = self.config.actor_rollout_ref.actor
-        if not is_own_objective(self.config):
-            batch.extra_info["calculate_entropy"] = actor.calculate_entropy or actor.entropy_coeff != 0
+        batch.extra_info["calculate_entropy"] = actor.calculate_entropy or actor.entropy_coeff != 0
         output = self.actor_rollout_wg.update_actor(batch)
         measured: dict[str, Any] = rename_dict(output["metrics"], "actor/")
         measured["perf/mfu/actor"] = measured.pop("actor/mfu")
@@ -201,22 +218,20 @@ class AtroposTrainer(PPOTrainer):
 
     def _build_publisher(self) -> Publisher | None:
         rollout = self.config.actor_rollout_ref.rollout
-        parts: tuple[Any, ...] = (self._ours, self.actor_rollout_wg, self.tokenizer)
-        if rollout.name == SERVERS_BESIDE:
-            return publisher_to_servers_beside(*parts, ranks=self._ranks)
-        servers = LLMServerManager.create(config=self.config)
-        manager = CheckpointEngineManager(
-            config=omega_conf_to_dataclass(rollout.checkpoint_engine),
-            actor_wg=self.actor_rollout_wg,
-            replicas=servers.get_replicas(),
-        )
-        logger.warning("Environments sample from %s", ", ".join(servers.server_addresses))
-        return publisher_to_servers_of_verl(
-            *parts,
-            ranks=self._ranks,
-            addresses=servers.server_addresses,
-            update=lambda: manager.update_weights(self.global_steps),
-        )
+        started = None
+        if rollout.name != SERVERS_BESIDE:
+            servers = LLMServerManager.create(config=self.config)
+            manager = CheckpointEngineManager(
+                config=omega_conf_to_dataclass(rollout.checkpoint_engine),
+                actor_wg=self.actor_rollout_wg,
+                replicas=servers.get_replicas(),
+            )
+            logger.warning("Environments sample from %s", ", ".join(servers.server_addresses))
+            started = LoadedByVerl(
+                servers.server_addresses, lambda: manager.update_weights(self.global_steps)
+            )
+        workers, ranks = self.actor_rollout_wg, self._ranks
+        return make_publisher(self._ours, workers, self.tokenizer, ranks=ranks, started=started)
 
     def _served_version(self) -> int:
         return -1 if self._publisher is None else self._publisher.sampled_version
@@ -224,7 +239,3 @@ class AtroposTrainer(PPOTrainer):
     def _tend(self) -> None:
         if self._publisher is not None:
             self._publisher.tend(self.global_steps - 1)
-
-    def _publish_metrics(self) -> Mapping[str, float]:
-        reports = self._publisher.take_reports() if self._publisher is not None else []
-        return reports[-1].metrics() if reports else {}

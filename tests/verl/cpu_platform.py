@@ -99,7 +99,13 @@ def _init_process_group(backend: str | None = None, **arguments: Any) -> None:
     _REAL_INIT(backend="cpu:gloo" if backend == "cpu:gloo,cpu:gloo" else backend, **arguments)
 
 
+def _pinned_already(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
+    """verl keeps its reference in pinned memory, which only an accelerator has."""
+    return tensor
+
+
 _REAL_INIT = torch.distributed.init_process_group
 torch.distributed.init_process_group = _init_process_group
+torch.Tensor.pin_memory = _pinned_already  # type: ignore[method-assign, assignment]
 set_platform(CpuPlatform())
 os.environ["VERL_ENGINE_DEVICE"] = "cuda"  # its FSDP2 engine is registered for that; it runs on any device

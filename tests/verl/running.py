@@ -8,7 +8,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,9 @@ class Stack:
 class VerlRun:
     """One start of `python -m verl_integration.main`."""
 
-    def __init__(self, stack: Stack, output: Path, *, steps: int, **section: Any) -> None:
+    def __init__(
+        self, stack: Stack, output: Path, *, steps: int, words: Sequence[str] = (), **section: Any
+    ) -> None:
         self.output = output
         output.mkdir(exist_ok=True)
         name = f"start-{len(list(output.glob('start-*.yaml')))}"
@@ -123,7 +125,7 @@ class VerlRun:
         config.write_text(yaml.safe_dump(_config(stack, output, steps, section, name)))
         self.process = ChildProcess(
             "verl",
-            [sys.executable, "-m", "verl_integration.main", str(config)],
+            [sys.executable, "-m", "verl_integration.main", str(config), *words],
             log_path=output / "verl.log",  # a further start appends
             environment=stack.environment,
             may_finish=True,
@@ -165,6 +167,7 @@ def wait(condition: Callable[[], bool], what: str, process: ChildProcess | None 
     deadline = time.monotonic() + DEADLINE
     while not condition():
         said = process.log_tail(60) if process is not None else ""
+        assert process is None or process.returncode in (None, 0), f"it ended and did not {what}:\n{said}"
         assert time.monotonic() < deadline, f"it did not {what}:\n{said}"
         time.sleep(0.5)
 
@@ -202,7 +205,6 @@ def _config(stack: Stack, output: Path, steps: int, section: dict[str, Any], nam
         "atropos": {
             "url": stack.api.url,
             "batch_size": BATCH_SIZE,
-            "loss": {"name": "ppo_clip", "reduction": "sequence"},
             "journal": {"prune": False},
             "publish": {"transport": "disk", "servers": [stack.inference.url], "dtype": "float32"},
             **section,

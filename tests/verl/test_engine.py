@@ -23,8 +23,8 @@ from trainer.config import TrainerConfig
 from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import PreparedBatch, prepare_batch
 from trainer.samples.validation import ModelLimits
-from verl_integration.batches import make_rows, step_facts, update_info
-from verl_integration.losses import POLICY_LOSSES, EngineLoss, register_policy_losses
+from verl_integration.batches import make_rows, update_info
+from verl_integration.losses import POLICY_LOSSES, engine_loss, register_policy_losses
 
 LOSSES = ("weighted_sft", "ppo_clip", "gspo")
 REDUCTIONS = {
@@ -57,9 +57,8 @@ def of_reduction(name: str) -> list[str]:
 
 
 def rows_and_info(config: TrainerConfig, batch: PreparedBatch, *, multiple: int) -> tuple[TensorDict, Any]:
-    rows = make_rows(batch, multiple=multiple)
-    facts = step_facts(batch, config.loss)
-    return rows, update_info(batch, facts, rows=len(rows), use_temperature=config.loss.uses_temperature)
+    rows = make_rows(batch.samples, batch.denominators, multiple=multiple)
+    return rows, update_info(batch, config.loss, rows=len(rows))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -71,7 +70,7 @@ def test_an_engine_loss_makes_the_step_of_our_trainer(
     config = config_for(tiny_model_directory, tmp_path, *settings)
     batch = prepare(config, trap_body())
     rows, info = rows_and_info(config, batch, multiple=7)  # rows that fill up change nothing
-    theirs = verl_step(worker, EngineLoss(config.loss), rows, info)
+    theirs = verl_step(worker, engine_loss(config.loss), rows, info)
     assert_equal_steps(our_step(config, trap_body()), theirs)
 
 
@@ -88,7 +87,7 @@ def test_losses_that_look_beyond_a_token_are_the_same_too(
 ) -> None:
     config = config_for(tiny_model_directory, tmp_path, *options(settings))
     rows, info = rows_and_info(config, prepare(config, trap_body()), multiple=1)
-    loss = pickle.loads(pickle.dumps(EngineLoss(config.loss)))  # noqa: S301 - as it comes to a worker
+    loss = pickle.loads(pickle.dumps(engine_loss(config.loss)))  # noqa: S301 - as it comes to a worker
     assert_equal_steps(our_step(config, trap_body()), verl_step(worker, loss, rows, info))
 
 
@@ -144,7 +143,7 @@ def test_a_row_keeps_the_holes_of_several_turns_and_no_filler(
 ) -> None:
     config = config_for(tiny_model_directory, tmp_path, "--loss.name", "ppo_clip")
     batch = prepare(config, trap_body())
-    rows = make_rows(batch, multiple=5)
+    rows = make_rows(batch.samples, multiple=5)
     assert len(rows) % 5 == 0
     assert len(rows) > len(batch.samples)
     names = ("prompts", "responses", "response_mask", "old_log_probs")

@@ -20,7 +20,7 @@ from tests.verl.engines import config_for, make_worker
 from trainer.errors import CheckpointError
 from trainer.publish import VerificationFailed, make_probes, score_with_model
 from verl_integration.checkpoint_engine import DirectoryCheckpointEngine
-from verl_integration.publishing import LoadedByVerl, publisher_to_servers_of_verl, score_by_verl
+from verl_integration.publishing import LoadedByVerl, make_publisher, score_by_verl
 
 StartServer = Callable[..., RunningInferenceServer]
 
@@ -113,14 +113,14 @@ def test_servers_of_verl_are_proven_and_one_with_old_weights_is_found_out(
 ) -> None:
     server = start_inference_server(tiny_model_directory)
     updates: list[None] = []
-    publisher = publisher_to_servers_of_verl(
+    publisher = make_publisher(
         config_for(tiny_model_directory, tmp_path, "--publish.on_failure", "abort"),
         Workers(worker),
         AutoTokenizer.from_pretrained(tiny_model_directory),
         ranks=1,
-        addresses=[server.url.removeprefix("http://")],
-        update=lambda: updates.append(None),
+        started=LoadedByVerl([server.url.removeprefix("http://")], lambda: updates.append(None)),
     )
+    assert publisher is not None
     with publisher:
         assert publisher.start(0).verified
         assert updates

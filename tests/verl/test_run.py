@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.runs import rows
 from tests.verl.engines import config_for, options
+from tests.verl.numbers import FLOAT32
 from tests.verl.running import Stack, VerlRun, ledger, trained_bodies, wait
 from trainer import RecordedSource
 from trainer.run.build import build_trainer
@@ -23,10 +24,11 @@ pytestmark = [
 STEPS = 3
 
 
-def assert_trained_like_ours(model: Path, output: Path, directory: Path, losses: list[float]) -> None:
+def assert_trained_like_ours(
+    model: Path, output: Path, directory: Path, losses: list[float], settings: list[str]
+) -> None:
     """Our trainer, given the batches in the order of the ledger, makes the same steps and weights."""
-    settings = options(["name=ppo_clip", "reduction=sequence"])
-    config = config_for(model, directory, *settings, "--train.steps", str(len(losses)))
+    config = config_for(model, directory, *options(settings), "--train.steps", str(len(losses)))
     build_trainer(config, source=RecordedSource(trained_bodies(output))).run()
     ours = [row["loss"] for row in rows(directory)]
     assert losses == pytest.approx(ours, rel=1e-5, abs=1e-6)
@@ -38,27 +40,39 @@ def assert_trained_like_ours(model: Path, output: Path, directory: Path, losses:
 
 
 def test_a_run_trains_like_ours_and_proves_each_publish(tiny_model_directory: Path, tmp_path: Path) -> None:
+    loss = {"name": "ppo_clip", "reduction": "sequence"}
     with Stack(tiny_model_directory, tmp_path) as stack:
-        run = VerlRun(stack, tmp_path / "run", steps=STEPS)
+        run = VerlRun(stack, tmp_path / "run", steps=STEPS, loss=loss)
         run.finish()
     steps = run.steps()
     assert len(steps) == STEPS
     assert [entry.step for entry in ledger(run.output) if entry.outcome == "trained"] == [1, 2, 3]
     assert_trained_like_ours(
-        tiny_model_directory, run.output, tmp_path / "ours", [step["actor/loss"] for step in steps]
+        tiny_model_directory,
+        run.output,
+        tmp_path / "ours",
+        [step["actor/loss"] for step in steps],
+        [f"{name}={value}" for name, value in loss.items()],
     )
 
 
 def test_no_batch_is_lost_or_trained_twice_where_the_driver_is_killed(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
+    """With verl's own objective: its loss, its KL to its own reference, its entropy bonus."""
+    actor = "actor_rollout_ref.actor"
+    words = [f"{actor}.use_kl_loss=true", f"{actor}.kl_loss_coef=0.1", f"{actor}.entropy_coeff=0.01"]
+    words += [
+        f"actor_rollout_ref.ref.fsdp_config.mixed_precision.{name}={kind}" for name, kind in FLOAT32.items()
+    ]
+    settings = {"words": words, "objective": "verl"}
     with Stack(tiny_model_directory, tmp_path) as stack:
-        killed = VerlRun(stack, tmp_path / "run", steps=4)
+        killed = VerlRun(stack, tmp_path / "run", steps=4, **settings)
         # The checkpoint of step 2 is there, and batch 3 was trained on, which no checkpoint counts.
         wait(lambda: len(killed.steps()) >= 3, "train on three batches", killed.process)
         killed.process.kill()  # SIGKILL
         losses = [step["actor/loss"] for step in killed.steps()]
-        resumed = VerlRun(stack, tmp_path / "run", steps=4)
+        resumed = VerlRun(stack, tmp_path / "run", steps=4, **settings)
         resumed.finish()
     again = {step["training/global_step"]: step["actor/loss"] for step in resumed.steps()}
     assert sorted(again) == [3, 4]
@@ -66,6 +80,8 @@ def test_no_batch_is_lost_or_trained_twice_where_the_driver_is_killed(
     trained = [entry for entry in ledger(resumed.output) if entry.outcome == "trained"]
     assert [entry.step for entry in trained] == [1, 2, 3, 4]
     assert [entry.number for entry in trained] == [1, 2, 3, 4]
+    same = ["name=ppo_clip", "reduction=token", "dual_clip=3", "reference=base", "kl_estimator=k3"]
+    same += ["kl_coefficient=0.1", "entropy_coefficient=0.01"]
     assert_trained_like_ours(
-        tiny_model_directory, resumed.output, tmp_path / "ours", [*losses[:2], again[3], again[4]]
+        tiny_model_directory, resumed.output, tmp_path / "ours", [*losses[:2], again[3], again[4]], same
     )

@@ -25,6 +25,9 @@ MINIMAL: dict[str, Any] = {
 }
 
 
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+
 def write(path: Path, tree: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -64,12 +67,54 @@ def test_the_examples_are_valid(example: str) -> None:
         (["atropos.loss.reference=base", "atropos.loss.kl_coefficient=0.1"], "atropos.loss.reference"),
         (["atropos.journal.enabled=false"], "atropos.journal.enabled"),
         (["trainer.save_freq=-1"], "trainer.save_freq"),
+        (["atropos.data.tokens_per_micro_batch=99"], "atropos.data.tokens_per_micro_batch"),
+        # What verl has, and nobody would read.
+        (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator has no effect"),
+        (["algorithm.use_kl_in_reward=true"], "algorithm.use_kl_in_reward has no effect"),
+        (["data.train_batch_size=64"], "data.train_batch_size has no effect"),
+        ([f"{ACTOR}.ppo_epochs=2"], "one optimizer step"),
+        ([f"{ACTOR}.ppo_mini_batch_size=7"], "one optimizer step"),
+        ([f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"], "ppo_max_token_len_per_gpu"),
+        ([f"{ACTOR}.loss_agg_mode=seq-mean-token-mean"], "the objective is atropos.loss"),
+        ([f"{ACTOR}.use_kl_loss=true"], "the objective is atropos.loss"),
+        ([f"{ACTOR}.entropy_coeff=0.01"], "the objective is atropos.loss"),
+        ([f"{ACTOR}.policy_loss.loss_mode=gspo"], "the objective is atropos.loss"),
+        ([f"{ACTOR}.checkpoint.async_save=true"], "async_save"),
+        ([f"{ROLLOUT}.name=vllm"], "verl starts no servers"),
+        ([f"{ROLLOUT}.temperature=0.7", f"{ROLLOUT}.nnodes=1"], "temperature has no effect"),
+        ([f"{ROLLOUT}.nnodes=1"], "set rollout.name"),
+        ([f"{ROLLOUT}.nnodes=1", f"{ROLLOUT}.name=vllm"], "checkpoint_engine.backend"),
+        (["trainer.total_epochs=1"], "there are no epochs"),
+        ([f"{ACTOR}.optim.lr_scheduler_type=linear"], "verl refuses"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, words: list[str], said: str) -> None:
     with pytest.raises(ConfigurationError, match=said) as refused:
         read_config(write(tmp_path / "run.yaml", MINIMAL), words)
     assert "secret" not in str(refused.value)
+
+
+def test_what_a_user_of_verl_writes_anyway_is_taken(tmp_path: Path) -> None:
+    usual = ["algorithm.adv_estimator=grpo", f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.n=1"]
+    verl, _ = read_config(write(tmp_path / "run.yaml", MINIMAL), [*usual, "trainer.val_before_train=false"])
+    assert verl.trainer.v1.trainer_mode == "atropos"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([f"{ACTOR}.loss_agg_mode=mean"], "Invalid loss_agg_mode"),
+        ([f"{ACTOR}.policy_loss.loss_mode=atropos_clip_cov"], "Unsupported loss mode"),
+        (["algorithm.rollout_correction.rollout_is=token"], "has no effect"),
+    ],
+)
+def test_with_its_own_objective_verl_checks_its_settings(tmp_path: Path, words: list[str], said: str) -> None:
+    path = write(tmp_path / "run.yaml", {**MINIMAL, "atropos": {"objective": "verl"}})
+    its = [f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.entropy_coeff=0.01", f"{ACTOR}.clip_ratio_high=0.28"]
+    verl, ours = read_config(path, [*its, f"{ACTOR}.policy_loss.loss_mode=atropos_cispo"])
+    assert (verl.actor_rollout_ref.actor.use_kl_loss, ours.loss.needs_inference_logprobs) == (True, True)
+    with pytest.raises(ConfigurationError, match=said):
+        read_config(path, words)
 
 
 def test_a_wrong_configuration_ends_with_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,13 +127,13 @@ def test_verl_finds_us_by_its_entry_point() -> None:
     program = (
         "import verl; from verl.trainer.ppo.v1 import get_trainer_cls; "
         "from verl.trainer.ppo.core_algos import get_policy_loss_fn as f; "
-        "print(get_trainer_cls('atropos').__name__, f('atropos_gspo').__doc__)"
+        "print(get_trainer_cls('atropos').__name__, *f('atropos_gspo').args)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=ROOT
     )
-    assert done.stdout.startswith("AtroposTrainer `gspo`"), done.stderr[-2000:]
+    assert done.stdout.split() == ["AtroposTrainer", "gspo"], done.stderr[-2000:]
 
 
 def test_a_plugin_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

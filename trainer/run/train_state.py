@@ -32,7 +32,7 @@ from trainer.run.processes import JoinedRun, join_run
 from trainer.run.start import Accept, accept_any, find_checkpoint
 from trainer.samples.advantages import AdvantageNormalizer
 
-_BEFORE_THE_FIRST_STEP: Final = CheckpointState(
+BEFORE_THE_FIRST_STEP: Final = CheckpointState(
     step=0, policy_version=0, batches=0, counters={}, normalizer={}, stored_dtype="", parameter_names=[]
 )
 
@@ -68,7 +68,7 @@ class PreparedRun:
     @property
     def state(self) -> CheckpointState:
         """The counts that the run goes on from; all 0 where it starts."""
-        return self.checkpoint.state if self.checkpoint is not None else _BEFORE_THE_FIRST_STEP
+        return self.checkpoint.state if self.checkpoint is not None else BEFORE_THE_FIRST_STEP
 
 
 def prepare_run(
