@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.compose import ROOT
+from tests.trainer.runs import rows
+from tests.trainer.test_multiprocess import run_in_processes
 from tests.vllm.conftest import StartVllm
 from tests.vllm.launching import VllmServer
 from trainer.config import PublishSettings
@@ -184,6 +186,21 @@ def test_after_fifty_deltas_the_server_holds_the_full_checkpoints_bits(run: Run,
         assert routes.delta_states() is not None
         assert [state.version for state in routes.delta_states() or []] == [None]  # no longer ours
     assert run.served() == after_deltas  # the packed copies too, to the last bit
+
+
+def test_two_processes_over_which_the_weights_are_spread_publish_what_changed(
+    run: Run, free_port: int, tmp_path: Path
+) -> None:
+    options = ["--parallel.mode", "sharded", "--publish.transport", "delta"]
+    options += ["--publish.directory", str(run.directory), "--publish.servers", run.server.url]
+    output = tmp_path / "run"
+    run_in_processes(2, run.server.model, output, *options, port=free_port, steps=2, torchrun=True)
+    published = rows(output, "publish")
+    assert [row["version"] for row in published] == [0, 1, 2]
+    assert all(row["publish_verified"] is True for row in published)
+    with VllmConnection(run.server) as routes:
+        assert [state.version for state in routes.delta_states() or []] == [2]
+    assert_held(held_by(run.server, tmp_path / "state"), load_file(output / "final/model.safetensors"))
 
 
 def test_a_lost_repeated_reordered_or_damaged_delta_is_not_served(run: Run) -> None:
