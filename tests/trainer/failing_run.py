@@ -4,7 +4,7 @@ After two steps the process RANK fails where it enters the phase WHERE, or in th
 HOW is "raise" or "kill"; with "kill while" it dies while process 0 is there.
 
 Where weights are spread, WHERE may be in the midst of collectives in which the others wait: "gather" weights,
-"forward" or "backward", with the phase: "gather checkpointing"; "gather copies" is in the thread that sends
+"forward" or "backward", with the phase: "gather checkpointing"; "send copies" is in the thread that sends
 them, "send changes" where that is what has changed. In a publish it fails in the first one. With "write" and
 "refuse" the disk refuses a weight.
 """
@@ -37,7 +37,7 @@ from trainer.run.optimizer_step import StepRunner
 _BEFORE = 2
 """Steps that all processes have done."""
 
-IN_A_THREAD = ("gather copies", "send changes")
+IN_A_THREAD = ("send copies", "send changes")
 
 _GATHERED = 3
 """Weights that are gathered before the process fails."""
@@ -102,16 +102,15 @@ def fail_while_gathering() -> None:
     def failing(spread: Spread, *words: Any) -> Tensor | None:
         global gathered
         gathered += 1
-        if threading.current_thread() is not threading.main_thread():
-            fail_if_due("gather copies")
-        elif gathered > _GATHERED:
+        if gathered > _GATHERED:
             fail_if_due(f"gather {phase_now}")
         return gather(spread, *words)
 
     hand_over = Spread.hand_over
 
     def failing_to_hand_over(*words: Any) -> None:
-        fail_if_due("send changes")
+        for each in IN_A_THREAD:
+            fail_if_due(each)
         hand_over(*words)
 
     Spread._gather = failing  # type: ignore[method-assign]

@@ -82,7 +82,7 @@ def test_the_failure_of_one_process_ends_all(
     "where",
     [
         *("forward training", "backward training", "forward publishing"),
-        *("gather publishing", "gather copies", "gather checkpointing", "write checkpointing"),
+        *("gather publishing", "send copies", "gather checkpointing", "write checkpointing"),
         "send changes",
     ],
 )

@@ -270,7 +270,18 @@ class Spread:
         """
         if not copy.is_part:
             return copy.own if self.rank == 0 else None
-        return self._gather(copy.own, copy.shape, 0, self.background)
+        if self.rank > 0:
+            self.hand_over(copy.own.contiguous(), self.rank)
+            return None
+        # In place: a gather over gloo makes a second whole tensor.
+        whole = copy.own.new_empty(copy.shape)
+        size = -(-copy.shape[0] // self.parts)
+        for rank, rows in enumerate(torch.split(whole, size)):
+            if rank == 0:
+                rows.copy_(copy.own)
+            else:
+                self.hand_over(rows, rank)
+        return whole
 
     def own_part(self, tensor: Tensor) -> Tensor:
         """Return the rows that this process holds of a tensor; process 0 holds what is not spread."""

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,10 @@ def read_version(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 def _read(file: WeightFile, name: str) -> Tensor:
     stored = file.tensors[name]
-    content = bytearray().join(file.read(name))
-    if not content:
-        return torch.empty(stored.shape, dtype=stored.dtype)
-    return torch.frombuffer(content, dtype=stored.dtype).view(stored.shape)
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    numbers: Any = tensor.view(-1).view(torch.uint8).numpy()
+    content, at = memoryview(numbers), 0
+    for piece in file.read(name):
+        content[at : at + len(piece)] = piece
+        at += len(piece)
+    return tensor
