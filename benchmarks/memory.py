@@ -1,12 +1,16 @@
-"""How much memory each process of a run takes at most: whole weights beside weights spread over processes.
+"""How much memory each process of a run takes at most, by phase: whole weights beside spread ones.
 
     python -m benchmarks.memory --json memory.json
 
-Whole runs by torchrun, on the CPU, of a random Llama of 98M float32 parameters: loading, the self-test, two
-steps, a checkpoint after each, the final model; nothing is published. What counts is the peak of the resident
-memory (VmHWM) of the fullest process, less that of a process that only imports. It is compared with 16 bytes
-a parameter (weights, gradients, two moments) over the processes that share a copy, and 4 bytes for each
-parameter of the largest group that is gathered.
+Whole runs by torchrun, on the CPU, of a random Llama: loading with the self-test, two steps, after each a
+publish by `disk` and a checkpoint, the final model. What counts is the peak of the resident memory (VmHWM) of
+the fullest process, less that of a process that only imports. It is compared with 16 bytes a parameter
+(weights, gradients, two moments) over the processes that share a copy, and 4 bytes for each parameter of the
+largest group that is gathered. Beside it stands what the same run takes with a model of nearly no size: what
+does not grow with the model.
+
+The inference server is one that holds nothing and answers with the trainer's own log-probs. So it proves
+nothing, and takes no memory; the trainer does all that it does for a real one.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,27 +33,53 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import trainer.run.build
 from benchmarks._machine import describe, machine
 from benchmarks.step._memory import PeakMemory
 from benchmarks.step._models import write_random_model
 from trainer import RecordedSource, load_config
+from trainer.monitoring import Progress, RunPhase
+from trainer.publish import InferenceServer, Probes, ProbeScores
+from trainer.publish.interfaces import NextToken
 from trainer.run.build import build_trainer
+from trainer.run.publish_part import PublishPart
 
-CASES: Final = ((1, "replicated"), (2, "sharded"), (4, "sharded"))
-"""Processes, and `parallel.mode`. Whole weights take no less where there are more processes."""
 _STEPS: Final = 2
 _MIB: Final = 1 << 20
+_NOTHING: Final = "imports"
+"""A mode in which a process only imports."""
 
 
-def model_config(layers: int = 13) -> LlamaConfig:
+@dataclass(frozen=True)
+class Case:
+    """One run."""
+
+    processes: int
+    mode: str
+    """`parallel.mode`; with one process weights are whole in any."""
+    overlap: bool = False
+    """`publish.overlap`: each process holds a copy of what it publishes while the next step trains."""
+
+    def expected(self, parameters: int, largest: int) -> int:
+        """Bytes of a process by arithmetic."""
+        return 16 * parameters // (self.processes if self.mode == "sharded" else 1) + 4 * largest
+
+
+CASES: Final = (
+    *(Case(1, "replicated"), Case(2, "replicated"), Case(2, "sharded"), Case(4, "sharded")),
+    *(Case(1, "replicated", True), Case(2, "sharded", True), Case(4, "sharded", True)),
+)
+
+
+def model_config(layers: int, hidden: int = 768) -> LlamaConfig:
     """Describe the model: its layers are a little larger than its embedding, which is the head, too."""
     return LlamaConfig(
         vocab_size=8192,
-        hidden_size=768,
-        intermediate_size=2048,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
         num_hidden_layers=layers,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
@@ -59,11 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, default=None, help="write the numbers there")
-    parser.add_argument("--layers", type=int, default=13)
-    parser.add_argument("--measure", nargs=3, metavar=("MODEL", "MODE", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=28, help="7.08M parameters each, and 6.29M beside them")
+    parser.add_argument("--cases", default="", help="some only, for example 2:sharded:overlap,1:replicated")
+    parser.add_argument("--measure", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--mode", default=_NOTHING, help=argparse.SUPPRESS)
+    parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
-        measure_here(*options.measure)
+        measure_here(*options.measure, mode=options.mode, overlap=options.overlap)
         return {}
     config = model_config(options.layers)
     parameters, largest = count_parameters(config)
@@ -75,22 +110,30 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         model = write_random_model(config, Path(scratch) / "model")
-        (imports,) = measure_processes(1, "none", model, Path(scratch) / "imports")
+        tiny = write_random_model(model_config(2, hidden=64), Path(scratch) / "tiny")
+        ((imports,),) = (each.values() for each in measure_processes(Case(1, _NOTHING), model))
         result["imports_bytes"] = imports
-        for processes, mode in CASES:
-            peaks = measure_processes(processes, mode, model, Path(scratch) / f"{mode}-{processes}")
-            sys.stderr.write(f"{processes} {mode}: {max(peaks) / _MIB:.0f} MiB\n")
-            parts = processes if mode == "sharded" else 1
-            expected = 16 * parameters // parts + 4 * largest
-            above = max(peaks) - imports
-            row = {"processes": processes, "mode": mode, "peaks_bytes": peaks, "above_imports_bytes": above}
-            result["rows"].append(row | {"expected_bytes": expected, "ratio": above / expected})
-    console = Console()
-    console.print(_table(result))
+        for case in chosen(options.cases):
+            fixed = max(max(each.values()) for each in measure_processes(case, tiny)) - imports
+            peaks = measure_processes(case, model)
+            above = max(max(each.values()) for each in peaks) - imports
+            expected = case.expected(parameters, largest)
+            row = {"above_imports_bytes": above, "expected_bytes": expected, "ratio": above / expected}
+            result["rows"].append(asdict(case) | row | {"fixed_bytes": fixed, "peaks_bytes": peaks})
+            sys.stderr.write(f"{case}: {above / _MIB:.0f} MiB\n")
+    console = Console(width=140)
+    for table in _tables(result):
+        console.print(table)
     console.print(describe(result["machine"]))
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def chosen(names: str) -> list[Case]:
+    """Return the cases of a comma-separated list, all of them for an empty one."""
+    cases = {f"{each.processes}:{each.mode}{':overlap' * each.overlap}": each for each in CASES}
+    return [cases[name] for name in names.split(",")] if names else list(CASES)
 
 
 def count_parameters(config: LlamaConfig) -> tuple[int, int]:
@@ -102,22 +145,25 @@ def count_parameters(config: LlamaConfig) -> tuple[int, int]:
     return sum(each.numel() for each in model.parameters()), max(layer, end)
 
 
-def measure_processes(processes: int, mode: str, model: Path, output: Path) -> list[int]:
-    """Run them to their end; returns the peak of each in bytes."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    words = [*launcher, "benchmarks.memory", "--measure", str(model), mode, str(output)]
+def measure_processes(case: Case, model: Path) -> list[dict[str, int]]:
+    """Run them to their end; returns the peaks of each by phase, in bytes."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(case.processes), "-m"]
     # glibc keeps much of what was freed, which would be measured in the place of the trainer, and only on a
-    # CPU; pieces of more than 1 MiB it gives back at once then.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(_MIB)}
-    subprocess.run([sys.executable, "-m", *words], check=True, env=environment)  # noqa: S603 - ourselves
-    return [int(Path(f"{output}.{rank}").read_text(encoding="utf-8")) for rank in range(processes)]
+    # CPU; pieces of more than 64 KiB it gives back at once then.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    with tempfile.TemporaryDirectory(dir=model.parent) as directory:
+        output = Path(directory) / "run"
+        words = [*launcher, "benchmarks.memory", "--measure", str(model), str(output), "--mode", case.mode]
+        words += ["--overlap"] * case.overlap
+        subprocess.run([sys.executable, "-m", *words], check=True, env=environment)  # noqa: S603 - ourselves
+        written = [Path(f"{output}.{rank}").read_text(encoding="utf-8") for rank in range(case.processes)]
+    return [json.loads(text) for text in written]
 
 
-def measure_here(model: str, mode: str, output: str) -> None:
-    """Train as one of a run's processes, and write this process's peak; mode `none` only imports."""
-    memory = PeakMemory(torch.device("cpu"))
-    memory.start()
-    if mode != "none":
+def measure_here(model: str, output: str, *, mode: str, overlap: bool) -> None:
+    """Train as one of a run's processes, and write this process's peaks."""
+    peaks = PhasePeaks()
+    if mode != _NOTHING:
         words = [
             *("--model.path", model),
             *("--train.output_dir", output),
@@ -127,13 +173,98 @@ def measure_here(model: str, mode: str, output: str) -> None:
             *("--loss.name", "policy_gradient"),
             *("--checkpoint.every", "1"),
             *("--parallel.mode", mode if os.environ["WORLD_SIZE"] != "1" else "replicated"),
+            *("--publish.transport", "disk"),
+            *("--publish.dtype", "bfloat16"),
+            *("--publish.servers", "http://127.0.0.1:9"),
+            *("--publish.overlap", str(overlap)),
         ]
         config = load_config(None, words, environment={})
-        build_trainer(config, source=RecordedSource([draw_batch(seed) for seed in range(_STEPS)])).run()
-    total = memory.stop().total
-    if total is None:
-        raise SystemExit("this system does not tell a process's peak memory")
-    Path(f"{output}.{os.environ['RANK']}").write_text(str(total), encoding="utf-8")
+        Echo.replace_servers()
+        source = RecordedSource([draw_batch(seed) for seed in range(_STEPS)])
+        build_trainer(config, source=source, progress=peaks).run()
+    Path(f"{output}.{os.environ['RANK']}").write_text(json.dumps(peaks.bytes()), encoding="utf-8")
+
+
+class PhasePeaks(Progress):
+    """Notes the peak of this process's resident memory in each phase of the training thread."""
+
+    def __init__(self) -> None:
+        self._memory = PeakMemory(torch.device("cpu"))
+        self._memory.start()
+        self._peaks: dict[str, int] = {}
+        self._name = "loading"
+        super().__init__()
+
+    def bytes(self) -> dict[str, int]:
+        """The peaks so far."""
+        self._enter(self._name)
+        return self._peaks
+
+    def begin(self, phase: RunPhase, party: str) -> None:
+        """See `Progress`."""
+        super().begin(phase, party)
+        self._enter(phase)
+
+    @contextmanager
+    def phase(self, phase: RunPhase, party: str, details: Callable[[], str] | None = None) -> Iterator[None]:
+        """See `Progress`."""
+        outer = self._name
+        self._enter(phase)
+        with super().phase(phase, party, details):
+            yield
+        self._enter(outer)
+
+    def _enter(self, name: str) -> None:
+        """Count from here for another phase."""
+        total = self._memory.restart().total
+        if total is None:
+            raise SystemExit("this system does not tell a process's peak memory")
+        self._peaks[self._name] = max(total, self._peaks.get(self._name, 0))
+        self._name = str(name)
+
+
+class Echo(InferenceServer):
+    """A server that holds nothing: asked for log-probs, it gives those that the trainer computed last."""
+
+    _probes: Probes
+    _scores: ProbeScores
+
+    @classmethod
+    def replace_servers(cls) -> None:
+        """Let it stand for the servers of the run that this process builds next."""
+        score = PublishPart.score
+
+        def remember(part: PublishPart, probes: Probes) -> ProbeScores:
+            cls._probes, cls._scores = probes, score(part, probes)
+            return cls._scores
+
+        PublishPart.score = remember  # type: ignore[method-assign]
+        trainer.run.build.build_servers = lambda settings: [cls(settings.servers[0], settings)]
+
+    def score(self, token_id_lists: list[list[int]], **_: Any) -> list[list[float]]:
+        """See `InferenceServer`; and so the others."""
+        return self._scores.texts
+
+    def next_token(self, token_ids: list[int], **_: Any) -> NextToken:  # noqa: D102
+        row = self._scores.next_tokens[self._probes.prompts.index(token_ids)]
+        return NextToken(logprobs={0: row[0]})
+
+    def is_paused(self) -> bool:  # noqa: D102
+        return False
+
+    def weight_version(self) -> str | None:  # noqa: D102
+        return None
+
+    def load_directory(self, path: Path, version: int) -> None:  # noqa: D102
+        pass
+
+    def tag(self, version: int) -> None:  # noqa: D102
+        pass
+
+    def _nothing(self) -> None:
+        pass
+
+    wait_until_ready = pause = reset_caches = resume = _nothing
 
 
 def draw_batch(seed: int) -> bytes:
@@ -157,16 +288,31 @@ def draw_batch(seed: int) -> bytes:
     return json.dumps({"batch": groups}).encode()
 
 
-def _table(result: dict[str, Any]) -> Table:
-    settings = result["settings"]
+def _tables(result: dict[str, Any]) -> Iterator[Table]:
+    settings, rows = result["settings"], result["rows"]
     imports = f"imports alone take {result['imports_bytes'] / _MIB:.0f} MiB"
     table = Table(title=f"{settings['parameters'] / 1e6:.0f}M parameters; {imports}")
-    for title in ("processes", "mode", "peak above imports, MiB", "16 P / N + 4 P', MiB", "ratio"):
+    titles = ("peak above imports, MiB", "16 P / N + 4 P', MiB", "ratio", "of it fixed, MiB")
+    for title in ("processes", "mode", "publish.overlap", *titles):
         table.add_column(title, justify="right")
-    for row in result["rows"]:
-        numbers = (f"{row[name] / _MIB:.0f}" for name in ("above_imports_bytes", "expected_bytes"))
-        table.add_row(str(row["processes"]), row["mode"], *numbers, f"{row['ratio']:.2f}")
-    return table
+    for row in rows:
+        names = ("above_imports_bytes", "expected_bytes")
+        above, expected, fixed = (f"{row[name] / _MIB:.0f}" for name in (*names, "fixed_bytes"))
+        table.add_row(*_name(row), above, expected, f"{row['ratio']:.2f}", fixed)
+    yield table
+    phases = list(dict.fromkeys(name for row in rows for each in row["peaks_bytes"] for name in each))
+    table = Table(title="peak above imports by process and phase, MiB")
+    for title in ("processes", "mode", "publish.overlap", "rank", *phases):
+        table.add_column(title, justify="right")
+    for row in rows:
+        for rank, peaks in enumerate(row["peaks_bytes"]):
+            above = [f"{(peaks[name] - result['imports_bytes']) / _MIB:.0f}" for name in phases]
+            table.add_row(*_name(row), str(rank), *above)
+    yield table
+
+
+def _name(row: dict[str, Any]) -> tuple[str, str, str]:
+    return str(row["processes"]), row["mode"], "on" if row["overlap"] else "off"
 
 
 if __name__ == "__main__":

@@ -45,6 +45,15 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated()
             return
         _trim()
+        self._count_from_here()
+
+    def restart(self) -> Peak:
+        """The peak since `start`, on the CPU; count from here, giving nothing back."""
+        peak = self.stop()
+        self._count_from_here()
+        return peak
+
+    def _count_from_here(self) -> None:
         try:
             _CLEAR_REFS.write_text(_RESET_PEAK)
             self._before = _status("VmRSS")

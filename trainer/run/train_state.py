@@ -108,8 +108,10 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
     set_seed(config.train.seed)
     policy = load_trained_policy(config, checkpoint, rows_only=reads_rows_only(config.model, spread))
     policy.loaded.tested.to(accelerator.device)
-    if freeze_unused_parameters(policy.loaded.tested):
-        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator.ddp_handler = DistributedDataParallelKwargs(
+        find_unused_parameters=freeze_unused_parameters(policy.loaded.tested),
+        gradient_as_bucket_view=True,  # no second copy of the gradients while they are used
+    )
     packing = choose_packing(
         policy.loaded.tested,
         config.data.packing,
@@ -135,10 +137,12 @@ def _prepare(config: TrainerConfig, joined: JoinedRun, accept: Accept) -> Prepar
         restore_optimizer(checkpoint, optimizer, policy.model, spread)
         normalizer.load_state_dict(checkpoint.state.normalizer)
     bonus = EntropyBonus(config.loss, checkpoint.state.entropy_bonus if checkpoint is not None else {})
-    # Sharded, it synchronizes gradients itself: without what Accelerate puts around copies.
-    model = accelerator.prepare_model(policy.model, evaluation_mode=spread.sharded)
+    # What Accelerate puts around copies holds buffers as large as all gradients, and is for copies only:
+    # sharded, the model synchronizes gradients itself, and a single process under a launcher has no others.
+    copied = spread.copies > 1 and not spread.sharded
+    model = accelerator.prepare_model(policy.model, evaluation_mode=not copied)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-    if spread.copies > 1 and not spread.sharded:
+    if copied:
         settle_gradient_buckets(model)
     return PreparedRun(
         joined=joined,
