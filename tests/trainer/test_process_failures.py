@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.conftest import RunningInferenceServer
-from tests.forked import forked_ranks
+from tests.forked import Forked, forked_ranks
 from tests.trainer.stoppable_run import long_body
 from tests.trainer.test_stop_signals import ENDED_WITHIN, Run, newest
 from tests.trainer.test_watch import until
@@ -39,43 +42,59 @@ def lines_of(log: str, start: str) -> list[str]:
     return [line for line in log.splitlines() if line.startswith(start)]
 
 
-@pytest.mark.parametrize("where", ["waiting", "preparing", "step", "checkpointing"])
-@pytest.mark.parametrize(("rank", "how"), [(0, "raise"), (0, "kill"), (1, "raise"), (1, "kill")])
-def test_the_failure_of_one_process_ends_all(
-    rank: int, where: str, how: str, tiny_model_directory: Path, tmp_path: Path, free_port: int
-) -> None:
-    output, log = tmp_path / "run", tmp_path / "log"
-    output.mkdir()
-    if rank == 1 and where in ("preparing", "waiting"):  # which only process 0 does, or it alone ends
-        how = "kill while"
-    words = [tiny_model_directory, output, rank, where, how, "--checkpoint.every", "3"]
-    ranks = forked_ranks(2, free_port, MODULE, words, stdout=tmp_path / "out", stderr=log)
+Cell = tuple[int, str]
+"""The process that fails, and how."""
+
+
+@contextmanager
+def failing_runs(
+    where: str, cells: list[Cell], model: Path, directory: Path, *settings: str
+) -> Iterator[dict[Cell, list[Forked]]]:
+    """Runs of two processes, all at once; each has a directory, and a log, with the name of its cell."""
+    runs = {}
+    for rank, how in cells:
+        output = directory / f"{rank}-{how}"
+        output.mkdir()
+        words = [model, output, rank, where, how, "--checkpoint.every", "3", *settings]
+        out, log = output.with_suffix(".out"), output.with_suffix(".log")
+        runs[rank, how] = forked_ranks(2, free_port_now(), MODULE, words, stdout=out, stderr=log)
     try:
-        codes = [process.wait(ENDED_WITHIN) for process in ranks]
+        yield runs
     finally:
-        for process in ranks:
+        for process in (each for ranks in runs.values() for each in ranks):
             process.kill()
-    said = log.read_text()
-    assert "Traceback" not in said
-    assert codes[1 - rank] == 1
-    ends = lines_of(said, "atropos-train run")
-    survivor = "atropos-train run: failed: " if rank == 1 else "atropos-train run [rank 1]: failed: "
-    if how == "raise":
-        of_it = [line for line in ends if "unexpected RuntimeError: nothing works" in line]
-        assert len(of_it) == 1
-        ends.remove(of_it[0])
-    if (rank, how) == (0, "raise"):
-        assert ends == [], "process 0 has said it"
-    else:
-        (told,) = ends
-        found = re.match(re.escape(survivor) + OF_A_RANK + "(.*)", told)
-        assert found, told
-        assert found[1] == str(rank)
-        cause = "failed: RuntimeError: nothing works" if how == "raise" else "has ended without a word"
-        assert found[2].startswith(cause)
-    if (rank, how) != (0, "kill"):
-        step = newest(output).state.step
-        assert step == (3 if where == "checkpointing" else 2) or how == "kill while"
+
+
+@pytest.mark.parametrize("where", ["waiting", "preparing", "step", "checkpointing"])
+def test_the_failure_of_one_process_ends_all(where: str, tiny_model_directory: Path, tmp_path: Path) -> None:
+    cells = [(0, "raise"), (0, "kill"), (1, "raise"), (1, "kill")]
+    if where in ("preparing", "waiting"):  # which only process 0 does, or it alone ends
+        cells = [*cells[:2], (1, "kill while")]
+    with failing_runs(where, cells, tiny_model_directory, tmp_path) as runs:
+        codes = {cell: [process.wait(ENDED_WITHIN) for process in ranks] for cell, ranks in runs.items()}
+    for rank, how in cells:
+        output = tmp_path / f"{rank}-{how}"
+        said = output.with_suffix(".log").read_text()
+        assert "Traceback" not in said
+        assert codes[rank, how][1 - rank] == 1
+        ends = lines_of(said, "atropos-train run")
+        survivor = "atropos-train run: failed: " if rank == 1 else "atropos-train run [rank 1]: failed: "
+        if how == "raise":
+            of_it = [line for line in ends if "unexpected RuntimeError: nothing works" in line]
+            assert len(of_it) == 1
+            ends.remove(of_it[0])
+        if (rank, how) == (0, "raise"):
+            assert ends == [], "process 0 has said it"
+        else:
+            (told,) = ends
+            found = re.match(re.escape(survivor) + OF_A_RANK + "(.*)", told)
+            assert found, told
+            assert found[1] == str(rank)
+            cause = "failed: RuntimeError: nothing works" if how == "raise" else "has ended without a word"
+            assert found[2].startswith(cause)
+        if (rank, how) != (0, "kill"):
+            step = newest(output).state.step
+            assert step == (3 if where == "checkpointing" else 2) or how == "kill while"
 
 
 @pytest.mark.parametrize(
@@ -93,30 +112,22 @@ def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
     cells = [(rank, how) for rank in (0, 1) for how in ("raise", "kill")]
     if where.startswith("write"):
         cells = [(0, "refuse"), (1, "refuse")]
-    settings = ["--parallel.mode", "sharded", "--checkpoint.every", "3"]
+    settings = ["--parallel.mode", "sharded"]
     if where.endswith(("publishing", "copies", "changes")):
         transport = "delta" if where == "send changes" else "disk"
         settings += ["--publish.transport", transport, "--publish.servers", shared_inference_server.url]
         settings += ["--publish.overlap", str(not where.endswith("publishing"))]
-    runs = {}
-    for rank, how in cells:
-        output = tmp_path / f"{rank}-{how}"
-        output.mkdir()
-        words = [shared_inference_server.model_directory, output, rank, where, how, *settings]
-        out, log = tmp_path / f"{output.name}.out", tmp_path / f"{output.name}.log"
-        runs[output] = forked_ranks(2, free_port_now(), MODULE, words, stdout=out, stderr=log)
-    try:
-        for output, ranks in runs.items():
+    model = shared_inference_server.model_directory
+    with failing_runs(where, cells, model, tmp_path, *settings) as runs:
+        for (rank, how), ranks in runs.items():
+            failing, log = tmp_path / f"{rank}-{how}" / "failing", tmp_path / f"{rank}-{how}.log"
             begins_by = time.monotonic() + ENDED_WITHIN
-            while not (output / "failing").exists():
-                assert time.monotonic() < begins_by, (tmp_path / f"{output.name}.log").read_text()[-3000:]
+            while not failing.exists():
+                assert time.monotonic() < begins_by, log.read_text()[-3000:]
                 time.sleep(0.05)
-            ends_at = (output / "failing").stat().st_mtime + 30
+            ends_at = failing.stat().st_mtime + 30
             codes = [process.wait(max(0.1, ends_at - time.time())) for process in ranks]
             assert set(codes) <= {1, -signal.SIGKILL}
-    finally:
-        for process in (each for ranks in runs.values() for each in ranks):
-            process.kill()
     for rank, how in cells:
         said = (tmp_path / f"{rank}-{how}.log").read_text()
         assert "Traceback" not in said
@@ -208,10 +219,11 @@ def test_the_death_of_a_process_on_another_node_is_said_on_the_first(
 def test_a_launcher_that_is_told_to_stop_leaves_time_to_give_up_a_long_step(
     tiny_model_directory: Path, tmp_path: Path, free_port: int
 ) -> None:
-    """It kills what has not ended after 30 seconds."""
+    """It kills what has not ended after 30 seconds. (With whole weights: `test_stop_signals`.)"""
     output = tmp_path / "run"
     output.mkdir()
     words = [tiny_model_directory, output, "long step", "--checkpoint.grace", "0"]
+    words += ["--parallel.mode", "sharded"]
     launcher = torchrun(
         "--nproc_per_node", 2, "--master_port", free_port, words, module="tests.trainer.stoppable_run"
     )
@@ -231,14 +243,16 @@ def test_health_says_which_process_is_silent(
     tiny_model_directory: Path, tmp_path: Path, free_port: int
 ) -> None:
     output = tmp_path / "run"
-    words = ("--health.file_every", "0.1")
+    words = ("--health.file_every", "0.1", "--health.port", "0")
     run = Run(tiny_model_directory, output, "wait", *words, port=free_port)
     pid = int(run.wait_for("rank 1").split()[-1])
     run.wait_for("now")
-    assert wait_for_step(run, output, 2)["processes"] == 2
+    url = f"{wait_for_step(run, output, 2)['url']}/health"
     os.kill(pid, signal.SIGSTOP)
     try:
         until(lambda: health_file(output)["silent_processes"].get("1", 0) > 4)
+        asked = httpx.get(url, timeout=60, trust_env=False).json()
+        assert (asked["processes"], list(asked["silent_processes"])) == (2, ["1"])
     finally:
         os.kill(pid, signal.SIGCONT)
     until(lambda: health_file(output)["silent_processes"] == {})
