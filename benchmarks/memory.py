@@ -121,12 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             row = {"above_imports_bytes": above, "expected_bytes": expected, "ratio": above / expected}
             result["rows"].append(asdict(case) | row | {"fixed_bytes": fixed, "peaks_bytes": peaks})
             sys.stderr.write(f"{case}: {above / _MIB:.0f} MiB\n")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console = Console(width=140)
     for table in _tables(result):
         console.print(table)
     console.print(describe(result["machine"]))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -306,8 +306,8 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
         table.add_column(title, justify="right")
     for row in rows:
         for rank, peaks in enumerate(row["peaks_bytes"]):
-            above = [f"{(peaks[name] - result['imports_bytes']) / _MIB:.0f}" for name in phases]
-            table.add_row(*_name(row), str(rank), *above)
+            above = {name: f"{(peak - result['imports_bytes']) / _MIB:.0f}" for name, peak in peaks.items()}
+            table.add_row(*_name(row), str(rank), *(above.get(name, "") for name in phases))
     yield table
 
 
