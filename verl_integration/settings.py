@@ -161,9 +161,9 @@ def is_own_objective(config: DictConfig) -> bool:
 
 def _starts_servers(config: DictConfig) -> bool:
     rollout = config.actor_rollout_ref.rollout
-    return bool(
-        rollout.nnodes > 0 and (OmegaConf.is_missing(rollout, "name") or rollout.name != SERVERS_BESIDE)
-    )
+    if not isinstance(rollout.nnodes, int) or rollout.nnodes <= 0:
+        return False
+    return bool(OmegaConf.is_missing(rollout, "name") or rollout.name != SERVERS_BESIDE)
 
 
 def _loss_for_verl(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _open_free_parts(node: Any) -> None:
 
 
 def _refuse_what_is_not_read(given: DictConfig, default: DictConfig, config: DictConfig) -> None:
-    """Refuse what is given, and is not what stands there anyway, where nothing would read it."""
+    """Refuse texts for numbers, and what nothing would read, unless it stands there anyway."""
     not_read = {
         **_NOT_READ,
         **(_NOT_READ_WITH_OUR_LOSS if is_own_objective(config) else {}),
@@ -197,6 +197,8 @@ def _refuse_what_is_not_read(given: DictConfig, default: DictConfig, config: Dic
     usual = {**dict(_leaves_of(default)), **_DEMANDED}
     for name, value in _leaves_of(given):
         short = name.removeprefix("actor_rollout_ref.")
+        if isinstance(usual.get(name), int | float) and isinstance(value, str) and "${" not in value:
+            raise ConfigurationError(f"{name} has to be like {usual[name]}, not {value!r}")
         if short in _READ_ALL_THE_SAME or value == usual.get(name):
             continue
         for reason, places in not_read.items():
@@ -236,7 +238,7 @@ def _refuse_what_verl_does(ours: TrainerConfig, *, starts_servers: bool) -> None
 
 def _prepare(config: DictConfig, ours: TrainerConfig) -> None:
     """Set what batches from elsewhere demand, and refuse what would lose them."""
-    if config.trainer.save_freq <= 0 or not config.trainer.total_training_steps:
+    if (config.trainer.save_freq or 0) <= 0 or not config.trainer.total_training_steps:
         raise ConfigurationError(
             "trainer.save_freq and trainer.total_training_steps must be above 0: a batch is settled by the "
             "checkpoint that counts it"
