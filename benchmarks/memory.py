@@ -4,7 +4,7 @@
 
 Whole runs by torchrun, on the CPU, of a random Llama: loading with the self-test, two steps, after each a
 publish by `disk` and a checkpoint, the final model. What counts is the peak of the resident memory (VmHWM) of
-the fullest process, less that of a process that only imports. It is compared with 16 bytes a parameter
+the fullest process, less what it holds after its imports. It is compared with 16 bytes a parameter
 (weights, gradients, two moments) over the processes that share a copy, and 4 bytes for each parameter of the
 largest group that is gathered. Beside it stands what the same run takes with a model of nearly no size: what
 does not grow with the model.
@@ -46,8 +46,8 @@ from trainer.run.publish_part import PublishPart
 
 _STEPS: Final = 2
 _MIB: Final = 1 << 20
-_NOTHING: Final = "imports"
-"""A mode in which a process only imports."""
+_IMPORTS: Final = "imports"
+"""What a process holds before it loads anything."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--layers", type=int, default=28, help="7.08M parameters each, and 6.29M beside them")
     parser.add_argument("--cases", default="", help="some only, for example 2:sharded:overlap,1:replicated")
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)
-    parser.add_argument("--mode", default=_NOTHING, help=argparse.SUPPRESS)
+    parser.add_argument("--mode", help=argparse.SUPPRESS)
     parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
@@ -111,12 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         model = write_random_model(config, Path(scratch) / "model")
         tiny = write_random_model(model_config(2, hidden=64), Path(scratch) / "tiny")
-        ((imports,),) = (each.values() for each in measure_processes(Case(1, _NOTHING), model))
-        result["imports_bytes"] = imports
         for case in chosen(options.cases):
-            fixed = max(max(each.values()) for each in measure_processes(case, tiny)) - imports
+            fixed = max(map(above_imports, measure_processes(case, tiny)))
             peaks = measure_processes(case, model)
-            above = max(max(each.values()) for each in peaks) - imports
+            above = max(map(above_imports, peaks))
             expected = case.expected(parameters, largest)
             row = {"above_imports_bytes": above, "expected_bytes": expected, "ratio": above / expected}
             result["rows"].append(asdict(case) | row | {"fixed_bytes": fixed, "peaks_bytes": peaks})
@@ -145,6 +143,11 @@ def count_parameters(config: LlamaConfig) -> tuple[int, int]:
     return sum(each.numel() for each in model.parameters()), max(layer, end)
 
 
+def above_imports(peaks: dict[str, int]) -> int:
+    """Return what one process takes at most, above its imports, in bytes."""
+    return max(peaks.values()) - peaks[_IMPORTS]
+
+
 def measure_processes(case: Case, model: Path) -> list[dict[str, int]]:
     """Run them to their end; returns the peaks of each by phase, in bytes."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(case.processes), "-m"]
@@ -163,25 +166,24 @@ def measure_processes(case: Case, model: Path) -> list[dict[str, int]]:
 def measure_here(model: str, output: str, *, mode: str, overlap: bool) -> None:
     """Train as one of a run's processes, and write this process's peaks."""
     peaks = PhasePeaks()
-    if mode != _NOTHING:
-        words = [
-            *("--model.path", model),
-            *("--train.output_dir", output),
-            *("--train.steps", str(_STEPS)),
-            *("--train.device", "cpu"),
-            *("--train.mixed_precision", "no"),
-            *("--loss.name", "policy_gradient"),
-            *("--checkpoint.every", "1"),
-            *("--parallel.mode", mode if os.environ["WORLD_SIZE"] != "1" else "replicated"),
-            *("--publish.transport", "disk"),
-            *("--publish.dtype", "bfloat16"),
-            *("--publish.servers", "http://127.0.0.1:9"),
-            *("--publish.overlap", str(overlap)),
-        ]
-        config = load_config(None, words, environment={})
-        Echo.replace_servers()
-        source = RecordedSource([draw_batch(seed) for seed in range(_STEPS)])
-        build_trainer(config, source=source, progress=peaks).run()
+    words = [
+        *("--model.path", model),
+        *("--train.output_dir", output),
+        *("--train.steps", str(_STEPS)),
+        *("--train.device", "cpu"),
+        *("--train.mixed_precision", "no"),
+        *("--loss.name", "policy_gradient"),
+        *("--checkpoint.every", "1"),
+        *("--parallel.mode", mode if os.environ["WORLD_SIZE"] != "1" else "replicated"),
+        *("--publish.transport", "disk"),
+        *("--publish.dtype", "bfloat16"),
+        *("--publish.servers", "http://127.0.0.1:9"),
+        *("--publish.overlap", str(overlap)),
+    ]
+    config = load_config(None, words, environment={})
+    Echo.replace_servers()
+    source = RecordedSource([draw_batch(seed) for seed in range(_STEPS)])
+    build_trainer(config, source=source, progress=peaks).run()
     Path(f"{output}.{os.environ['RANK']}").write_text(json.dumps(peaks.bytes()), encoding="utf-8")
 
 
@@ -192,7 +194,8 @@ class PhasePeaks(Progress):
         self._memory = PeakMemory(torch.device("cpu"))
         self._memory.start()
         self._peaks: dict[str, int] = {}
-        self._name = "loading"
+        self._name = _IMPORTS
+        self._enter("loading")
         super().__init__()
 
     def bytes(self) -> dict[str, int]:
@@ -290,8 +293,7 @@ def draw_batch(seed: int) -> bytes:
 
 def _tables(result: dict[str, Any]) -> Iterator[Table]:
     settings, rows = result["settings"], result["rows"]
-    imports = f"imports alone take {result['imports_bytes'] / _MIB:.0f} MiB"
-    table = Table(title=f"{settings['parameters'] / 1e6:.0f}M parameters; {imports}")
+    table = Table(title=f"{settings['parameters'] / 1e6:.0f}M parameters")
     titles = ("peak above imports, MiB", "16 P / N + 4 P', MiB", "ratio", "of it fixed, MiB")
     for title in ("processes", "mode", "publish.overlap", *titles):
         table.add_column(title, justify="right")
@@ -301,13 +303,13 @@ def _tables(result: dict[str, Any]) -> Iterator[Table]:
         table.add_row(*_name(row), above, expected, f"{row['ratio']:.2f}", fixed)
     yield table
     phases = list(dict.fromkeys(name for row in rows for each in row["peaks_bytes"] for name in each))
-    table = Table(title="peak above imports by process and phase, MiB")
+    table = Table(title="peak by process and phase, MiB")
     for title in ("processes", "mode", "publish.overlap", "rank", *phases):
         table.add_column(title, justify="right")
     for row in rows:
         for rank, peaks in enumerate(row["peaks_bytes"]):
-            above = {name: f"{(peak - result['imports_bytes']) / _MIB:.0f}" for name, peak in peaks.items()}
-            table.add_row(*_name(row), str(rank), *(above.get(name, "") for name in phases))
+            said = {name: f"{peak / _MIB:.0f}" for name, peak in peaks.items()}
+            table.add_row(*_name(row), str(rank), *(said.get(name, "") for name in phases))
     yield table
 
 
