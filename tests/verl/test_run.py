@@ -64,6 +64,9 @@ def test_no_batch_is_lost_or_trained_twice_where_the_driver_is_killed(
     """With verl's own objective: its loss, its KL to its own reference, its entropy bonus."""
     actor = "actor_rollout_ref.actor"
     words = [f"{actor}.use_kl_loss=true", f"{actor}.kl_loss_coef=0.1", f"{actor}.entropy_coeff=0.01"]
+    words += [
+        f"actor_rollout_ref.ref.fsdp_config.mixed_precision.{name}={kind}" for name, kind in FLOAT32.items()
+    ]
     settings = {"words": words, "objective": "verl"}
     with Stack(tiny_model_directory, tmp_path) as stack:
         killed = VerlRun(stack, tmp_path / "run", steps=4, **settings)

@@ -28,12 +28,6 @@ MINIMAL: dict[str, Any] = {
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 
-ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-
-
-ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-
-
 def write(path: Path, tree: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -101,52 +95,6 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, words: list[str], 
     with pytest.raises(ConfigurationError, match=said) as refused:
         read_config(write(tmp_path / "run.yaml", MINIMAL), words)
     assert "secret" not in str(refused.value)
-
-
-def test_what_a_user_of_verl_writes_anyway_is_taken(tmp_path: Path) -> None:
-    usual = ["algorithm.adv_estimator=grpo", f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.n=1"]
-    verl, _ = read_config(write(tmp_path / "run.yaml", MINIMAL), [*usual, "trainer.val_before_train=false"])
-    assert verl.trainer.v1.trainer_mode == "atropos"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([f"{ACTOR}.loss_agg_mode=mean"], "Invalid loss_agg_mode"),
-        ([f"{ACTOR}.policy_loss.loss_mode=atropos_clip_cov"], "Unsupported loss mode"),
-        (["algorithm.rollout_correction.rollout_is=token"], "has no effect"),
-    ],
-)
-def test_with_its_own_objective_verl_checks_its_settings(tmp_path: Path, words: list[str], said: str) -> None:
-    path = write(tmp_path / "run.yaml", {**MINIMAL, "atropos": {"objective": "verl"}})
-    its = [f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.entropy_coeff=0.01", f"{ACTOR}.clip_ratio_high=0.28"]
-    verl, ours = read_config(path, [*its, f"{ACTOR}.policy_loss.loss_mode=atropos_cispo"])
-    assert (verl.actor_rollout_ref.actor.use_kl_loss, ours.loss.needs_inference_logprobs) == (True, True)
-    with pytest.raises(ConfigurationError, match=said):
-        read_config(path, words)
-
-
-def test_what_a_user_of_verl_writes_anyway_is_taken(tmp_path: Path) -> None:
-    usual = ["algorithm.adv_estimator=grpo", f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.n=1"]
-    verl, _ = read_config(write(tmp_path / "run.yaml", MINIMAL), [*usual, "trainer.val_before_train=false"])
-    assert verl.trainer.v1.trainer_mode == "atropos"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([f"{ACTOR}.loss_agg_mode=mean"], "Invalid loss_agg_mode"),
-        ([f"{ACTOR}.policy_loss.loss_mode=atropos_clip_cov"], "Unsupported loss mode"),
-        (["algorithm.rollout_correction.rollout_is=token"], "has no effect"),
-    ],
-)
-def test_with_its_own_objective_verl_checks_its_settings(tmp_path: Path, words: list[str], said: str) -> None:
-    path = write(tmp_path / "run.yaml", {**MINIMAL, "atropos": {"objective": "verl"}})
-    its = [f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.entropy_coeff=0.01", f"{ACTOR}.clip_ratio_high=0.28"]
-    verl, ours = read_config(path, [*its, f"{ACTOR}.policy_loss.loss_mode=atropos_cispo"])
-    assert (verl.actor_rollout_ref.actor.use_kl_loss, ours.loss.needs_inference_logprobs) == (True, True)
-    with pytest.raises(ConfigurationError, match=said):
-        read_config(path, words)
 
 
 def test_what_a_user_of_verl_writes_anyway_is_taken(tmp_path: Path) -> None:
