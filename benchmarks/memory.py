@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             sys.stderr.write(f"{case}: {above / _MIB:.0f} MiB\n")
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    console = Console(width=140)
+    console = Console(width=180)
     for table in _tables(result):
         console.print(table)
     console.print(describe(result["machine"]))
