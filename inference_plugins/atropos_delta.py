@@ -47,6 +47,8 @@ _FILE_NAME = re.compile(r"v\d{6,}\.(delta|whole)\.safetensors")
 _FETCH_SECONDS = 60.0  # without a byte
 _PIECE = 1 << 20
 _NUMBERS = 1 << 15  # hashed at once
+_OTHER_WRITERS = ("reload_weights", "reset_weights", "start_weight_update", "update_weights")
+"""Methods of vLLM's workers that change weights."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -68,9 +70,20 @@ class AtroposDelta:
 
 def _receiver(worker: Any) -> Receiver:
     if "_atropos_receiver" not in vars(worker):
-        worker._atropos_receiver = Receiver(worker.get_model(), own_checkpoint(worker))
-    receiver: Receiver = worker._atropos_receiver
-    return receiver
+        receiver = worker._atropos_receiver = Receiver(worker.get_model(), own_checkpoint(worker))
+        for name in _OTHER_WRITERS:
+            if (write := getattr(worker, name, None)) is not None:
+                setattr(worker, name, _forgetting(receiver, write))
+    made: Receiver = worker._atropos_receiver
+    return made
+
+
+def _forgetting(receiver: Receiver, write: Callable[..., Any]) -> Callable[..., Any]:
+    def forget_and_write(*args: Any, **kwargs: Any) -> Any:
+        receiver.forget()
+        return write(*args, **kwargs)
+
+    return forget_and_write
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ def own_checkpoint(worker: Any) -> OwnCheckpoint:
         from vllm.model_executor.model_loader import get_model_loader  # type: ignore[import-not-found]
 
         if getattr(config.model_config, "use_mla", False):
-            raise RefusedError("its attention keeps numbers that are computed from weights")
+            raise UnfitError("its attention keeps numbers that are computed from weights")
         loader: Any = get_model_loader(config.load_config)
         yield from loader.get_all_weights(config.model_config, worker.get_model())
 
@@ -97,7 +110,11 @@ def own_checkpoint(worker: Any) -> OwnCheckpoint:
 
 
 class RefusedError(Exception):
-    """A file or a server does not fit; nothing was touched."""
+    """A file does not fit, or cannot be had; nothing was touched."""
+
+
+class UnfitError(RefusedError):
+    """A server's weights are laid out in another way than a checkpoint's: no file fits, now or later."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +183,9 @@ class _Notes(TorchFunctionMode):
         held, source = args[0], args[1]
         name = self._names.get(source.untyped_storage()._cdata)
         if name is None:
-            raise RefusedError("the model's loader computes weights instead of copying them")
+            raise UnfitError("the model's loader computes weights instead of copying them")
         if held.shape != source.shape:
-            raise RefusedError(
+            raise UnfitError(
                 f"{name}: the server holds {list(held.shape)}, the checkpoint has {list(source.shape)}"
             )
         if source.numel():
@@ -196,7 +213,7 @@ def note_pieces(
     except RefusedError:
         raise
     except Exception as error:
-        raise RefusedError(f"the model's loader takes no tensors without data: {error!r}") from error
+        raise UnfitError(f"the model's loader takes no tensors without data: {error!r}") from error
     return notes.pieces
 
 
@@ -253,7 +270,9 @@ class Receiver:
         self._checksum: str | None = None
         self._ready: _Ready | None = None
         self._error: str | None = None
+        self._unfit = False
         self._asked = ""
+        self._forgotten = 0  # how often somebody else has written
         self._thread: threading.Thread | None = None
 
     def state(self) -> dict[str, Any]:
@@ -266,22 +285,33 @@ class Receiver:
             "checksum": self._checksum,
             "asked": self._asked,
             "error": self._error,
+            "unfit": self._unfit,
             "ready": None if ready is None else ready.name,
             "sums": None if ready is None else {name: list(each) for name, each in ready.sums.items()},
         }
+
+    def forget(self) -> None:
+        """Hold no version any more: somebody else is about to write weights."""
+        self._forgotten += 1
+        self._ready = self._version = self._checksum = None
+        self._pieces, self._sums = {}, {}
 
     def prepare(self, name: str, sha256: str, size: int) -> dict[str, Any]:
         """See `AtroposDelta.atropos_delta_prepare`."""
         if self._thread is not None and self._thread.is_alive():  # waiting would stop the engine
             return {"error": f"{self._asked} is still being read"}
-        self._ready, self._error, self._asked = None, None, name
+        self._ready, self._error, self._unfit, self._asked = None, None, False, name
+        forgotten = self._forgotten
 
         def run() -> None:
             try:
                 with torch.no_grad():
-                    self._ready = self._check(name, sha256, size)
+                    ready = self._check(name, sha256, size)
+                if self._forgotten != forgotten:
+                    raise RefusedError("somebody else loaded weights meanwhile")  # noqa: TRY301
+                self._ready = ready
             except (RefusedError, OSError) as error:
-                self._error = str(error)
+                self._error, self._unfit = str(error), isinstance(error, UnfitError)
             except Exception as error:  # noqa: BLE001 - told to whoever asked; the server goes on serving
                 self._error = repr(error)
 
@@ -293,7 +323,7 @@ class Receiver:
         """See `AtroposDelta.atropos_delta_apply`."""
         ready, self._ready = self._ready, None
         if ready is None or ready.name != name:
-            return {"error": f"{name} is not ready; ask for it first"}
+            return {"error": f"{name} is not ready, or not any more; ask for it first"}
         self._version = self._checksum = None  # until all of it is written
         try:
             with torch.no_grad():
@@ -330,7 +360,7 @@ class Receiver:
         for each, shape in told.shapes.items():
             for piece in self._pieces[each]:
                 if piece.held.dtype != stored[each].values.dtype:
-                    raise RefusedError(
+                    raise UnfitError(
                         f"{each} is {stored[each].values.dtype} in {name}, and the server holds "
                         f"{piece.held.dtype}: publish in the type that the server computes in"
                     )
@@ -347,6 +377,10 @@ class Receiver:
         path = self._own.path()
         if path == self._loaded_from:
             return
+        if Path(path).is_absolute() and not Path(path).exists():
+            raise RefusedError(
+                f"the checkpoint {path}, which it loaded last, is gone, and cannot be compared"
+            )
         self._version = self._checksum = None
         filled: set[int] = set()
         for name, tensor in self._own.tensors():
@@ -356,11 +390,11 @@ class Receiver:
                 # A checkpoint of another type was converted when it was loaded.
                 expected = piece.of(flat).to(piece.held.device, piece.held.dtype)
                 if not torch.equal(bits(piece.held), bits(expected)):
-                    raise RefusedError(f"{name} is not held as the checkpoint {path} has it")
+                    raise UnfitError(f"{name} is not held as the checkpoint {path} has it")
                 filled.add(_address(piece.held))
         for name, weight in self._model.named_parameters():
             if weight.numel() and _address(weight) not in filled:
-                raise RefusedError(f"no tensor of the checkpoint {path} fills the model's {name}")
+                raise UnfitError(f"no tensor of the checkpoint {path} fills the model's {name}")
         self._loaded_from = path
 
 

@@ -277,6 +277,8 @@ class DeltaState(_Message):
     """Of the whole model's bits in that version, as the trainer computes it."""
     error: str | None
     """Why the file that it was asked for last is not to be applied."""
+    unfit: bool
+    """Whether no other file would do: its weights are laid out in another way than a checkpoint's."""
     ready: str | None
     """The file that it has checked and could apply."""
     sums: dict[str, tuple[int, int]] | None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from inference_plugins import atropos_delta
 from inference_plugins.atropos_delta import SOURCE, OwnCheckpoint, Receiver
-from trainer.model.base_checkpoint import DTYPES
+from trainer.model.base_checkpoint import DTYPES, StoredTensor
 from trainer.publish.delta.bits import bits, element_sum, pack_indices, tensor_sum, wrapped
 from trainer.publish.delta.files import (
     Label,
@@ -320,10 +320,68 @@ def test_weights_that_somebody_else_has_loaded_are_no_base_for_a_delta(trainer: 
     assert "holds None" in str(worker.take(trainer.step()))
 
 
+@pytest.mark.parametrize("name", ["reload_weights", "update_weights"])
+def test_a_worker_whose_weights_vllm_itself_changes_holds_no_version_any_more(
+    name: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = a_model()
+    served = Served(base, 0, 1)
+    served.load_weights(base.items())
+
+    class VllmWorker(atropos_delta.AtroposDelta):
+        def get_model(self) -> Served:
+            return served
+
+        def reload_weights(self) -> None:  # from the path that it has: nothing else tells
+            served.load_weights(base.items())
+
+        update_weights = reload_weights
+
+    own = OwnCheckpoint(lambda: "started/with", lambda: iter(base.items()))
+    monkeypatch.setattr(atropos_delta, "own_checkpoint", lambda _: own)
+    worker = VllmWorker()
+
+    def prepare(file: PublishedFile) -> dict[str, Any]:
+        worker.atropos_delta_prepare(file.name, file.sha256, file.size)
+        worker._atropos_receiver._thread.join()  # type: ignore[attr-defined]
+        return worker.atropos_delta_state()
+
+    first = trainer.whole()
+    assert prepare(first)["error"] is None
+    assert worker.atropos_delta_apply(first.name)["error"] is None
+    second = trainer.step()
+    assert prepare(second)["ready"] == second.name
+    getattr(worker, name)()
+    assert worker.atropos_delta_state()["version"] is None
+    assert "not any more" in worker.atropos_delta_apply(second.name)["error"]
+    assert "holds None" in prepare(second)["error"]
+    whole = trainer.whole()
+    assert prepare(whole)["error"] is None
+    assert worker.atropos_delta_apply(whole.name)["error"] is None
+    expected = Served(trainer.live, 0, 1)
+    expected.load_weights(trainer.live.items())
+    assert torch.equal(bits(served.qkv), bits(expected.qkv))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    layout = {"x": StoredTensor(torch.float32, (4,))}
+
+    def parts() -> Iterator[tuple[str, Tensor]]:
+        yield "x", torch.zeros(4)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_file(
+            tmp_path / whole_name(1), Label(version=1, checksum=""), {"x": (4,)}, layout, parts(), mode=MODE
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_layout_that_is_not_the_checkpoints_is_refused(trainer: Trainer) -> None:
     worker = Worker(a_model())
     worker.model.experts.copy_(worker.model.experts.flip(1))  # as kernels want them
     assert "is not held as" in str(worker.take(trainer.whole()))
+    assert worker.receiver.state()["unfit"]
 
 
 def test_a_server_that_computes_in_another_type_than_its_base_follows_deltas_in_its_own(

@@ -63,8 +63,12 @@ class DeltaServer(StandIn):
     def start_again(self) -> None:
         self.label, self.path = "default", "started/with"
         self.model = Held(self.started_with)
-        own = OwnCheckpoint(lambda: self.path, lambda: iter(self.started_with.items()))
-        self.receiver = Receiver(self.model, own)
+        self.receiver = Receiver(self.model, OwnCheckpoint(lambda: self.path, self._own_tensors))
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Read what was loaded last: what it was started with, or a directory."""
+        file = Path(self.path) / "model.safetensors"
+        return iter((load_file(file) if file.exists() else self.started_with).items())
 
     @property
     def weights(self) -> Weights:
@@ -304,6 +308,50 @@ def test_a_server_that_holds_its_weights_in_another_layout_gets_directories(
         next_version(run, publisher, 1)
     assert run.holds(server)
     assert "norm is not held as the checkpoint started/with has it" in caplog.text
+
+
+def test_a_server_that_could_not_read_for_a_while_gets_deltas_again(
+    run: Run, server: DeltaServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with run.publishing(server, keep=3) as publisher:
+        publisher.start(0)
+        next_version(run, publisher, 1)
+        monkeypatch.setenv(SOURCE, "/nowhere")
+        next_version(run, publisher, 2)
+        assert "gets version 2 as a directory, and a file again with the next" in caplog.text
+        monkeypatch.setenv(SOURCE, str(run.directory))
+        next_version(run, publisher, 3)
+        next_version(run, publisher, 4)
+    assert run.holds(server)
+    assert server.receiver.state()["version"] == 4
+    files = {path.name for path in run.directory.iterdir()}
+    assert files >= {"v000002", "v000003.whole.safetensors", "v000004.delta.safetensors"}
+
+
+def test_a_server_whose_last_directory_is_gone_is_told_so_and_follows_from_the_next_version(
+    run: Run, server: DeltaServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.path = str(tmp_path / "of-an-earlier-run")
+    with run.publishing(server) as publisher:
+        publisher.start(0)
+        next_version(run, publisher, 1)
+        assert (
+            f"the checkpoint {tmp_path / 'of-an-earlier-run'}, which it loaded last, is gone" in caplog.text
+        )
+        next_version(run, publisher, 2)
+    assert run.holds(server)
+    assert server.receiver.state()["version"] == 2
+
+
+def test_half_written_files_of_a_killed_trainer_go(run: Run, server: DeltaServer) -> None:
+    run.directory.mkdir()
+    left = run.directory / ".v000001.whole.safetensors.partial"
+    with run.publishing(server) as publisher:
+        publisher.start(0)
+        left.touch()
+        next_version(run, publisher, 2)
+        next_version(run, publisher, 3)
+    assert not left.exists()
 
 
 def test_files_travel_over_http_with_the_token_and_not_without(

@@ -84,14 +84,18 @@ def write_file(
     metadata |= {name: str(value) for name, value in asdict(label).items()}
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    with TensorFile(partial, ordered, make_header(metadata, ordered)) as file:
-        for name, part in parts:
-            file.write(name, part)
-            del part  # before the next one is made
-    partial.chmod(mode & 0o666)
-    with partial.open("rb") as written:
-        sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-    partial.replace(path)
+    try:
+        with TensorFile(partial, ordered, make_header(metadata, ordered)) as file:
+            for name, part in parts:
+                file.write(name, part)
+                del part  # before the next one is made
+        partial.chmod(mode & 0o666)
+        with partial.open("rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return PublishedFile(name=path.name, size=path.stat().st_size, sha256=sha256)
 
 

@@ -48,7 +48,7 @@ from trainer.publish.transports.disk import DiskTransport
 
 logger = logging.getLogger(__name__)
 
-_FILE = re.compile(r"v(\d{6,})\.(delta|whole)\.safetensors")
+_FILE = re.compile(r"(\.?)v(\d{6,})\.(delta|whole)\.safetensors(\.partial)?")
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,20 @@ class DeltaTransport(WeightTransport):
                 if refused is None:
                     return
                 logger.warning("%s gets all of version %d: %s", server.url, staged.version, refused)
-            refused = self._offer(server, version, self._write_whole(server, staged))
+            if server.url in self._held:
+                refused = self._offer(server, version, self._write_whole(server, staged))
             if refused is None:
                 return
-            self._give_directories(server, refused)
+            if server.url in self._held:
+                self._held[server.url] = None, None
+                logger.warning(
+                    "%s gets version %d as a directory, and a file again with the next: %s. What to do if it "
+                    "cannot read files: let its ATROPOS_DELTA_SOURCE name the published directory or the "
+                    "trainer's URL, and its ATROPOS_DELTA_TOKEN be publish.delta.token",
+                    server.url,
+                    staged.version,
+                    refused,
+                )
         self._write_directory(server, staged)
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
@@ -183,7 +193,12 @@ class DeltaTransport(WeightTransport):
         if not self._directory.is_dir():
             return
         files = [(_FILE.fullmatch(file.name), file) for file in self._directory.iterdir()]
-        found = [(int(name[1]), file) for name, file in files if name is not None]
+        # A later version's file may be half written just now; one of a killed trainer stays so.
+        found = [
+            (int(name[2]), file)
+            for name, file in files
+            if name is not None and (not name[1] or int(name[2]) <= served)
+        ]
         newest = sorted({version for version, _ in found if version <= served})[-self._settings.keep :]
         with self._lock:
             kept = {*newest, *((self._version.label.version,) if self._version else ())}
@@ -221,7 +236,9 @@ class DeltaTransport(WeightTransport):
                     if update.spread.sharded:  # rows of other processes are not there later
                         whole = self._write(whole_name(number), label, update, whole=True)
             except OSError as error:
-                raise StagingFailed(f"version {number} could not be written: {error}") from error
+                raise StagingFailed(
+                    f"version {number} could not be written to {self._directory}: {error}"
+                ) from error
             finally:
                 update.finish()  # the other processes send their rows to the end
             if update.spread.sharded:
@@ -237,8 +254,15 @@ class DeltaTransport(WeightTransport):
         if update.first or self._since_whole + 1 >= self._settings.delta.anchor_every:
             return False
         if update.spread.sharded:  # the files since the last full version take no more than another one
-            return bool(chain) and sum(file.size for file in chain[1:]) < update.nbytes
+            whole_again = sum(file.size for file in chain[1:]) >= update.nbytes
+            return bool(chain) and not whole_again and all(map(self._is_there, chain))
         return (base.label.version, base.label.checksum) in self._held.values()
+
+    def _is_there(self, file: PublishedFile) -> bool:
+        try:
+            return (self._directory / file.name).stat().st_size == file.size
+        except OSError:
+            return False
 
     def _write(self, name: str, label: Label, update: Update, *, whole: bool) -> PublishedFile:
         layout = update.choose(whole=whole)
@@ -285,7 +309,13 @@ class DeltaTransport(WeightTransport):
                     shapes = {name: tensor.shape for name, tensor in layout.items()}
                     self._whole = write_file(path, label, shapes, layout, self._tensors(), mode=self._mode)
                 except OSError as error:
-                    raise server.failure(Phase.LOAD, f"{path} could not be written: {error}") from error
+                    self._chain = []  # so that the next version is a full one
+                    raise server.failure(
+                        Phase.LOAD,
+                        f"{path} could not be written: {error}",
+                        remedy="see that the published directory is whole and has room; the next version "
+                        "will be a full one, and so will the first of a run that is started again",
+                    ) from error
             return self._whole
 
     def _write_directory(self, server: InferenceServer, staged: StagedWeights) -> StagedWeights:
@@ -301,10 +331,15 @@ class DeltaTransport(WeightTransport):
         self._held.pop(server.url, None)
 
     def _offer(self, server: VllmRoutes, version: _Version, file: PublishedFile) -> str | None:
-        """Let a server check a file; return why it is not to be applied, None if it is."""
+        """Let a server check a file; return why it is not to be applied, None if it is.
+
+        One whose weights no file fits gets directories from now on.
+        """
         states = server.delta_prepare(file.name, file.sha256, file.size)
         for state in states:
             if state.error is not None:
+                if state.unfit:
+                    self._give_directories(server, state.error)
                 return state.error
         sums = version.update.sums
         for name, tensor in version.update.tensors.items():

@@ -171,7 +171,7 @@ class VllmRoutes(AdapterRoutes):
     def delta_states(self) -> list[DeltaState] | None:
         """Ask each worker which version it holds; None where the workers have not our extension."""
         try:
-            return self._ask_workers(DeltaState, "atropos_delta_state", Phase.CONNECT)
+            return self._ask_workers(DeltaState, "atropos_delta_state", Phase.READY)
         except ServerFailure as error:
             if error.status not in UNKNOWN_METHOD:
                 raise
