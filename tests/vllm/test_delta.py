@@ -200,7 +200,10 @@ def test_two_processes_over_which_the_weights_are_spread_publish_what_changed(
     assert all(row["publish_verified"] is True for row in published)
     with VllmConnection(run.server) as routes:
         assert [state.version for state in routes.delta_states() or []] == [2]
-    assert_held(held_by(run.server, tmp_path / "state"), load_file(output / "final/model.safetensors"))
+        assert_held(held_by(run.server, tmp_path / "state"), load_file(output / "final/model.safetensors"))
+        assert run.server.post("/collective_rpc", {"method": "reload_weights"}).status_code == 200
+        # From the path that it has, which nothing else tells.
+        assert [state.version for state in routes.delta_states() or []] == [None]
 
 
 def test_a_lost_repeated_reordered_or_damaged_delta_is_not_served(run: Run) -> None:
@@ -224,7 +227,7 @@ def test_a_lost_repeated_reordered_or_damaged_delta_is_not_served(run: Run) -> N
 
         def refusal(file: PublishedFile) -> str:
             (state,) = routes.delta_prepare(file.name, file.sha256, file.size)
-            assert routes.delta_apply(file.name) == f"{file.name} is not ready; ask for it first"
+            assert routes.delta_apply(file.name) == f"{file.name} is not ready, or not any more; ask for it first"
             return str(state.error)
 
         def take(file: PublishedFile) -> None:
