@@ -15,6 +15,8 @@ from tests.forked import run_module
 from tests.trainer.batches import make_bodies, make_body, make_group
 from tests.trainer.runs import assert_equal_tensors, rows, run, weights
 from trainer.errors import ConfigurationError, TooManySkippedBatches
+from trainer.publish.errors import PublishError
+from trainer.run.publish_schedule import PublishSchedule
 
 
 def test_a_run_changes_the_weights_and_leaves_metrics_checkpoints_and_a_final_model(
@@ -88,6 +90,22 @@ def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
     name = "optimizer.safetensors"
     assert_equal_tensors(load_file(halves / newest / name), load_file(whole / newest / name))
     assert [row["loss"] for row in rows(halves)] == [row["loss"] for row in rows(whole)]
+
+
+def test_a_step_whose_publish_ends_the_run_has_its_row(
+    tiny_model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_at_the_third(_: PublishSchedule, step: int) -> None:
+        if step == 3:
+            raise PublishError("version 2 is not served")
+
+    bodies = make_bodies(4)
+    with monkeypatch.context() as patched, pytest.raises(PublishError):
+        patched.setattr(PublishSchedule, "publish", fails_at_the_third)
+        run(tiny_model_directory, tmp_path, bodies)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+    run(tiny_model_directory, tmp_path, bodies)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_adapters_resume_bit_for_bit_and_merge_into_an_ordinary_model(

@@ -227,7 +227,10 @@ def test_a_lost_repeated_reordered_or_damaged_delta_is_not_served(run: Run) -> N
 
         def refusal(file: PublishedFile) -> str:
             (state,) = routes.delta_prepare(file.name, file.sha256, file.size)
-            assert routes.delta_apply(file.name) == f"{file.name} is not ready, or not any more; ask for it first"
+            assert (
+                routes.delta_apply(file.name)
+                == f"{file.name} is not ready, or not any more; ask for it first"
+            )
             return str(state.error)
 
         def take(file: PublishedFile) -> None:
