@@ -131,7 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 def chosen(names: str) -> list[Case]:
     """Return the cases of a comma-separated list, all of them for an empty one."""
     cases = {f"{each.processes}:{each.mode}{':overlap' * each.overlap}": each for each in CASES}
-    return [cases[name] for name in names.split(",")] if names else list(CASES)
+    wanted = names.split(",") if names else list(cases)
+    if unknown := set(wanted) - set(cases):
+        raise SystemExit(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(cases)}")
+    return [cases[name] for name in wanted]
 
 
 def count_parameters(config: LlamaConfig) -> tuple[int, int]:

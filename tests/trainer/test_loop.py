@@ -100,9 +100,10 @@ def test_a_step_whose_publish_ends_the_run_has_its_row(
             raise PublishError("version 2 is not served")
 
     bodies = make_bodies(4)
-    with monkeypatch.context() as patched, pytest.raises(PublishError):
+    with monkeypatch.context() as patched:
         patched.setattr(PublishSchedule, "publish", fails_at_the_third)
-        run(tiny_model_directory, tmp_path, bodies)
+        with pytest.raises(PublishError):
+            run(tiny_model_directory, tmp_path, bodies)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
     run(tiny_model_directory, tmp_path, bodies)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]

@@ -29,7 +29,10 @@ class DeltaSettings(Section):
     @model_validator(mode="after")
     def _port_has_a_token(self) -> Self:
         if self.port is not None and self.token is None:
-            raise ValueError("port is set, and token is not: whoever reaches the port could read the weights")
+            raise ValueError(
+                "port is set, and token is not: whoever reaches the port could read the weights. Set it in "
+                "the environment, as ATROPOS_TRAINER_PUBLISH__DELTA__TOKEN"
+            )
         return self
 
 
