@@ -296,30 +296,7 @@ class Trainer:
 
         `waited` and `trained` are seconds: for the batch, and from then to its new weights.
         """
-        started = time.monotonic()
-        try:
-            self._publishes.publish(self.step)
-        finally:  # the step counts, also where the failure of a publish before it ends the run here
-            row = self._row(incoming, prepared, result, waited=waited, trained=trained)
-            row["publishing_seconds"] = time.monotonic() - started  # the rest goes on beside the next step
-            self._rows.write(row, step=self.step)
-            self._rows.write_rollouts(prepared.batch, step=self.step)
-        self._publishes.write_rows(self.step)
-        # After the row: a resumed run drops the rows that its checkpoint does not count, and misses none.
-        if self.step % self._config.checkpoint.every == 0:
-            self._checkpoints.write()
-        self._steps.begin_idling()  # publish and checkpoint are no idleness
-
-    def _row(
-        self,
-        incoming: IncomingBatch,
-        prepared: PreparedStep,
-        result: StepResult,
-        *,
-        waited: float,
-        trained: float,
-    ) -> Row:
-        return {
+        row: Row = {
             "kind": "step",
             "step": self.step,
             "policy_version": self.step,
@@ -337,6 +314,18 @@ class Trainer:
             "total_tokens_per_second": sum(each.sequence_tokens for each in prepared.micro_batches) / trained,
             **self._tracker.all_counters(),
         }
+        started = time.monotonic()
+        try:
+            self._publishes.publish(self.step)
+        finally:  # the step counts, also where the failure of a publish before it ends the run here
+            row["publishing_seconds"] = time.monotonic() - started  # the rest goes on beside the next step
+            self._rows.write(row, step=self.step)
+            self._rows.write_rollouts(prepared.batch, step=self.step)
+        self._publishes.write_rows(self.step)
+        # After the row: a resumed run drops the rows that its checkpoint does not count, and misses none.
+        if self.step % self._config.checkpoint.every == 0:
+            self._checkpoints.write()
+        self._steps.begin_idling()  # publish and checkpoint are no idleness
 
     def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
         """Take what was prepared ahead, or prepare it now; a batch that cannot be prepared is kept."""
