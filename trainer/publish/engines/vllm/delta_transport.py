@@ -280,9 +280,13 @@ class DeltaTransport(WeightTransport):
         if not update.spread.sharded:
             yield from update.held()
             return
-        for name, tensor in read_version([self._directory / file.name for file in self._chain]):
+        chain = self._chain
+        if not chain:
+            raise OSError("the files that it is put together from are damaged")
+        for name, tensor in read_version([self._directory / file.name for file in chain]):
             if tensor_sum(tensor) != update.sums[name]:
-                raise OSError(f"{name} in {self._chain[0].name} and the files after it is damaged")
+                self._chain = []  # so that the next version is a full one
+                raise OSError(f"{name} in {chain[0].name} and the files after it is damaged")
             yield name, tensor
             del tensor
 
@@ -309,12 +313,11 @@ class DeltaTransport(WeightTransport):
                     shapes = {name: tensor.shape for name, tensor in layout.items()}
                     self._whole = write_file(path, label, shapes, layout, self._tensors(), mode=self._mode)
                 except OSError as error:
-                    self._chain = []  # so that the next version is a full one
                     raise server.failure(
                         Phase.LOAD,
                         f"{path} could not be written: {error}",
-                        remedy="see that the published directory is whole and has room; the next version "
-                        "will be a full one, and so will the first of a run that is started again",
+                        remedy="see that the published directory has room, and keeps its files; if they are "
+                        "damaged or gone, the next version is a full one, also of a run started again",
                     ) from error
             return self._whole
 
