@@ -16,7 +16,8 @@ has the token. Callers name a file in it, and nothing outside can be read. A wor
 takes nothing but a full version from then on.
 
 On the CPU vLLM computes with packed copies of the weights and gives the weights away. They are kept here, and
-packed anew while the old ones serve, which takes up to twice their size in memory.
+packed anew while the old ones serve, which takes up to twice their size in memory. There places and sums are
+computed by numpy, in one thread: threads that share their cores with a trainer's wait for each other.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -136,7 +138,8 @@ class Piece:
         if self.held.is_contiguous() and self.strides == self.held.stride():  # whole rows, as they are
             ends = torch.tensor([self.offset, self.offset + self.held.numel()], device=indices.device)
             run = slice(*torch.searchsorted(indices, ends).tolist())
-            return run, indices[run] + (int(self.held.storage_offset()) - self.offset)
+            shift = int(self.held.storage_offset()) - self.offset
+            return run, indices[run] + shift if shift else indices[run]
         left, inside = indices - self.offset, indices >= self.offset
         places = torch.full_like(indices, int(self.held.storage_offset()))
         shape, steps = self.held.shape, self.held.stride()
@@ -230,8 +233,8 @@ class _Change:
     def write_into(self, storage: Tensor) -> bool:
         """Write into the bits of the piece's storage, or a copy; return whether they read the same."""
         if self.places is not None:
-            storage[self.places] = self.values
-            return torch.equal(storage[self.places], self.values)
+            put(storage, self.places, self.values)
+            return torch.equal(take(storage, self.places), self.values)
         held = self.piece.held
         part = storage.as_strided(held.shape, held.stride(), held.storage_offset())
         part.copy_(self.values)
@@ -443,7 +446,7 @@ def _plan(
         inside, places = piece.locate(indices)
         numbers, new = indices[inside], bits(values[inside])
         places, new = places.to(piece.held.device), new.to(piece.held.device)
-        old = _storage(piece.held)[places]
+        old = take(_storage(piece.held), places)
         numbers = numbers.to(piece.held.device)
         moved += element_sum(numbers, new) - element_sum(numbers, old)
         changes.append(_Change(piece, new, places))
@@ -484,11 +487,25 @@ def indices_from_gaps(gaps: Tensor) -> Tensor:
 
     The largest number that the type holds stands for as many unchanged places and no changed one.
     """
-    gaps = gaps.view(torch.uint16) if gaps.dtype is torch.int16 else gaps
-    more = torch.iinfo(gaps.dtype).max
-    wide = gaps.to(torch.int64)
-    ends = wide != more
-    return torch.cumsum(wide + ends, 0)[ends] - 1
+    narrow = gaps.numpy() if gaps.dtype is torch.uint8 else gaps.view(torch.uint16).numpy()
+    ends = narrow != np.iinfo(narrow.dtype).max
+    places = np.cumsum(narrow + ends, dtype=np.int64) - 1
+    return torch.from_numpy(places if ends.all() else places[ends])
+
+
+def take(numbers: Tensor, indices: Tensor) -> Tensor:
+    """Return the bits [N] at these places of a flat tensor of bits."""
+    if numbers.device.type != "cpu":
+        return numbers[indices]
+    return torch.from_numpy(numbers.numpy()[indices.numpy()])
+
+
+def put(numbers: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write bits [N] at these places of a flat tensor of bits."""
+    if numbers.device.type != "cpu":
+        numbers[indices] = values
+    else:
+        numbers.numpy()[indices.numpy()] = values.numpy()
 
 
 def element_sum(indices: Tensor, numbers: Tensor) -> int:
@@ -496,7 +513,7 @@ def element_sum(indices: Tensor, numbers: Tensor) -> int:
 
     Not cryptographic. `indices`: int64 [N]; `numbers`: bits as integers [N].
     """
-    on_cpu = indices.device.type == "cpu"  # there by numpy: it does not wait for cores that others use
+    on_cpu = indices.device.type == "cpu"
     places, values = (indices.numpy(), numbers.numpy()) if on_cpu else (indices, numbers)
     mixed = places * -7046029254386353131
     mixed += values

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.publish.delta.bits import bits, differing, element_sum, tensor_sum, wrapped
+from trainer.publish.delta.bits import bits, differing, element_sum, put, take, tensor_sum, wrapped
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class Snapshot:
             return Change(None, None, 0)
         if not len(indices):
             return None
-        values, former = new[indices], old[indices]
-        old[indices] = values
-        places = indices + self.start(name)
+        values, former = take(new, indices), take(old, indices)
+        put(old, indices, values)
+        start = self.start(name)
+        places = indices + start if start else indices
         moved = element_sum(places, values) - element_sum(places, former)
         return Change(places.cpu(), values.view(before.dtype).cpu(), moved)

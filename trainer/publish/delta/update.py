@@ -13,13 +13,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.model.base_checkpoint import StoredTensor
 from trainer.model.sharding import WHOLE, Spread
 from trainer.model.weight_stream import dtype_name
-from trainer.publish.delta.bits import bits, escapes, model_checksum, pack_indices, packed_layout, wrapped
+from trainer.publish.delta.bits import (
+    bits,
+    escapes,
+    gaps_between,
+    model_checksum,
+    pack_indices,
+    packed_layout,
+    wrapped,
+)
 from trainer.publish.delta.snapshot import Change, Snapshot
 
 _NOTHING, _CHANGED, _ALL = range(3)
@@ -137,8 +146,9 @@ class Update:
             return [*own, 0, 0, 0, 0, 0]
         if change is None or change.indices is None:
             return [*own, -1 if tensor.numel() else 0, 0, 0, 0, 0]
-        places = change.indices
-        return [*own, len(places), int(places[0]), int(places[-1]), *escapes(torch.diff(places) - 1)]
+        places, first = change.indices, int(change.indices[0])
+        inside = gaps_between(places[1:], first)
+        return [*own, len(places), first, int(places[-1]), *escapes(inside)]
 
     def _exchange(self) -> Iterator[tuple[str, Tensor]]:
         for number, (name, kind) in enumerate(zip(self._snapshot.tensors, self._kinds or (), strict=True)):
@@ -179,9 +189,11 @@ class Update:
     def _receive_changed(self, name: str, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Put the changes together in the order of the processes, which is that of their rows."""
         counts = [row[_COUNT] for row in rows]
+        own = (self._changes or {}).get(name)
+        if len(rows) == 1 and own is not None and own.indices is not None and own.values is not None:
+            return own.indices, own.values
         places = torch.empty(sum(counts), dtype=torch.int64)
         values = torch.empty(sum(counts), dtype=self.tensors[name].dtype)
-        own = (self._changes or {}).get(name)
         for rank, (of, numbers) in enumerate(
             zip(*(torch.split(each, counts) for each in (places, values)), strict=True)
         ):
@@ -206,7 +218,7 @@ def _layout(name: str, tensor: StoredTensor, rows: list[list[int]]) -> dict[str,
     escaped, before, count = [0, 0], -1, 0
     for row in rows:
         if row[_COUNT]:
-            between = escapes(torch.tensor([row[_FIRST] - before - 1]))
+            between = escapes(np.array([row[_FIRST] - before - 1]))
             inside = row[_ESCAPED:]
             escaped = [sum(each) for each in zip(escaped, between, inside, strict=True)]
             before, count = row[_LAST], count + row[_COUNT]
