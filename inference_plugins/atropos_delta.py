@@ -608,7 +608,7 @@ def pack_ahead(model: Any, changes: list[_Change]) -> list[tuple[Any, Any]]:
         weight = getattr(layer, "weight", None)
         if not hasattr(layer, "cpu_linear") or weight is None or _address(weight) not in by_storage:
             continue
-        storage = _storage(weight).clone()
+        storage = torch.from_numpy(_storage(weight).numpy().copy())  # in one thread, as all else here
         for change in by_storage[_address(weight)]:
             change.write_into(storage)
         new = storage.view(weight.dtype).as_strided(weight.shape, weight.stride(), weight.storage_offset())

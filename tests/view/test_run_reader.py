@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,16 @@ def test_the_state_is_of_the_newest_row_and_says_when_a_process_is_gone(tmp_path
     assert state["health"]["is_gone"]
     write_metrics(tmp_path / "run", [step_row(6)])
     assert reader.state()["newest"]["step"] == 6
+
+
+def test_the_state_waits_for_no_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    program = (
+        "import pathlib, sys; from trainer.view.run_reader import RunReader; "
+        "assert RunReader(pathlib.Path(sys.argv[1])).state()['steps'] == 100; "
+        "sys.exit(sorted({'torch', 'transformers'} & sys.modules.keys()) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(run)], check=True)
 
 
 def test_a_group_is_shown_as_it_was_trained(tmp_path: Path) -> None:

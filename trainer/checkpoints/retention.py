@@ -16,8 +16,8 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from trainer.checkpoints.format import Checkpoint, verify_checkpoint
 from trainer.checkpoints.manifest import unnamed_files
 from trainer.errors import CheckpointError, DamagedCheckpoint
 from trainer.export.atomic_directory import (
@@ -26,6 +26,9 @@ from trainer.export.atomic_directory import (
     remove_leftovers,
     restore_replaced,
 )
+
+if TYPE_CHECKING:  # it brings torch, for which those who only list or read manifests need not wait
+    from trainer.checkpoints.format import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +62,13 @@ def recover_checkpoints(directory: Path) -> None:
 
 
 def find_newest_whole(
-    directory: Path, read: Callable[[Path], Checkpoint] = verify_checkpoint
+    directory: Path, read: Callable[[Path], Checkpoint] | None = None
 ) -> tuple[Checkpoint | None, dict[Path, DamagedCheckpoint]]:
     """Read checkpoints from the newest on until one is whole; changes nothing.
 
     Args:
         directory: The run's checkpoints.
-        read: How to read one.
+        read: How to read one. None: `verify_checkpoint`.
 
     Returns:
         The checkpoint, None if there are none at all; and the newer ones, with what is wrong with them.
@@ -74,6 +77,10 @@ def find_newest_whole(
         CheckpointError: All are damaged; or one is whole but of a format that this version does not read, or
             may not be read.
     """
+    if read is None:
+        from trainer.checkpoints.format import verify_checkpoint
+
+        read = verify_checkpoint
     damaged: dict[Path, DamagedCheckpoint] = {}
     for path in reversed(list_checkpoints(directory)):
         try:
