@@ -24,7 +24,8 @@ from schemas.inference import CollectiveRpcRequest
 from tests.trainer.inference_stand_in import BASE, PROBES, Answer, Policy, StandIn, Weights, serving
 from tests.trainer.publishing import eventually, settings_for
 from trainer.config import PublishSettings
-from trainer.publish import DeltaTransport, Publisher, PublishReport, VllmRoutes
+from trainer.model.sharding import WHOLE, Spread
+from trainer.publish import DeltaTransport, Publisher, PublishReport, ServerFailure, VllmRoutes
 from trainer.publish.delta.file_server import FileServer
 from trainer.publish.delta.snapshot import Snapshot
 from trainer.publish.delta.update import Update
@@ -105,6 +106,8 @@ class PlainServer(DeltaServer):
 class Run:
     """A trainer's tensors, published into a directory."""
 
+    spread = WHOLE
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors = tensors_of(BASE)
@@ -127,7 +130,7 @@ class Run:
         snapshot = Snapshot(torch.device("cpu"))
 
         def compare(version: int) -> Update:
-            return Update(snapshot, snapshot.advance(version, self.tensors.items()))
+            return Update(snapshot, snapshot.advance(version, self.tensors.items()), self.spread)
 
         def policy() -> Policy:
             return Policy((float(self.tensors["one"][7]), float(self.tensors["other"][7])))
@@ -341,6 +344,28 @@ def test_a_server_whose_last_directory_is_gone_is_told_so_and_follows_from_the_n
         next_version(run, publisher, 2)
     assert run.holds(server)
     assert server.receiver.state()["version"] == 2
+
+
+def test_where_a_file_of_spread_weights_is_damaged_the_next_version_is_a_full_one(
+    run: Run, server: DeltaServer
+) -> None:
+    mesh: Any = object()
+    run.spread = Spread(mesh=mesh)  # over this process alone: what a server needs is put together from files
+    with run.publishing(server) as publisher:
+        publisher.start(0)
+        next_version(run, publisher, 1)
+        whole = run.directory / "v000000.whole.safetensors"
+        whole.write_bytes(whole.read_bytes()[:-1] + b"?")
+        server.start_again()
+        run.step()
+        for found in ("v000000.whole.safetensors and the files after it is damaged", "are damaged"):
+            with pytest.raises(ServerFailure, match=found):
+                publisher.publish(2)
+        next_version(run, publisher, 3)
+        assert (run.directory / "v000003.whole.safetensors").exists()
+        next_version(run, publisher, 4)
+    assert run.holds(server)
+    assert not (run.directory / "v000004.whole.safetensors").exists()
 
 
 def test_half_written_files_of_a_killed_trainer_go(run: Run, server: DeltaServer) -> None:
