@@ -23,7 +23,8 @@ from inference_plugins.atropos_delta import SOURCE, TOKEN, OwnCheckpoint, Receiv
 from schemas.inference import CollectiveRpcRequest
 from tests.trainer.inference_stand_in import BASE, PROBES, Answer, Policy, StandIn, Weights, serving
 from tests.trainer.publishing import eventually, settings_for
-from trainer.config import PublishSettings
+from trainer.check._inference import check_inference_server
+from trainer.config import PublishSettings, load_config
 from trainer.model.sharding import WHOLE, Spread
 from trainer.publish import DeltaTransport, Publisher, PublishReport, ServerFailure, VllmRoutes
 from trainer.publish.delta.file_server import FileServer
@@ -404,6 +405,18 @@ def test_files_travel_over_http_with_the_token_and_not_without(
     assert run.holds(server)
     assert "401" in caplog.text
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(DeltaServer, "its workers take deltas"), (PlainServer, "every version goes there whole")],
+)
+def test_check_says_whether_a_servers_workers_take_deltas(kind: type[DeltaServer], said: str) -> None:
+    with serving(server := kind()):
+        words = ["--model.path", "any", "--publish.transport", "delta", "--publish.servers", server.url]
+        results = check_inference_server(server.url, load_config(None, words), None)
+    assert said in results[-1].found
+    assert results[-1].status == ("ok" if kind is DeltaServer else "warning")
 
 
 def test_a_port_without_a_token_is_refused() -> None:

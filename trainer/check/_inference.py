@@ -11,9 +11,11 @@ import httpx
 
 from atropos_client import AtroposClientError
 from schemas import printable
+from schemas.inference import CollectiveRpcRequest
 from trainer.check._result import CheckResult, failed, passed, warned
 from trainer.config import TrainerConfig
 from trainer.publish.engines.connection import ServerConnection, reason_of
+from trainer.publish.engines.vllm.routes import UNKNOWN_METHOD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +64,8 @@ def _probes(
     yield _check_routes(name, ask)
     yield from _check_environment_route(name, ask)
     yield from _check_tokenizer(name, ask, served, tokenizer)
+    if config.publish.transport == "delta":
+        yield _check_extension(name, ask)
 
 
 def _check_length(name: str, served: dict[str, Any], config: TrainerConfig) -> list[CheckResult]:
@@ -86,6 +90,20 @@ def _check_routes(name: str, ask: Ask) -> CheckResult:
             "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment",
         )
     return passed(name, "has every route that publishing needs")
+
+
+def _check_extension(name: str, ask: Ask) -> CheckResult:
+    """Whether its workers take deltas; whether they can read the files shows in a publish only."""
+    request = CollectiveRpcRequest(method="atropos_delta_state")
+    reply = ask("POST /collective_rpc", json=request.model_dump())
+    if reply.status_code not in UNKNOWN_METHOD:
+        return passed(name, "its workers take deltas; check --publish shows whether they can read the files")
+    return warned(
+        name,
+        "its workers take no deltas, so that every version goes there whole, as a directory",
+        "start vLLM with --worker-extension-cls atropos_delta.AtroposDelta and ATROPOS_DELTA_SOURCE; see "
+        "docs/deltas.md",
+    )
 
 
 def _check_environment_route(name: str, ask: Ask) -> list[CheckResult]:
