@@ -557,7 +557,7 @@ def open_source(name: str, sha256: str, size: int) -> IO[bytes]:
     remote = source.startswith(("http://", "https://"))
     file = _fetch(f"{source.rstrip('/')}/{name}", size) if remote else _open(Path(source), name)
     digest, length = hashlib.sha256(), 0
-    while piece := file.read(_PIECE):
+    while piece := file.read(max(0, min(_PIECE, size + 1 - length))):  # one more shows that it is longer
         digest.update(piece)
         length += len(piece)
     if (digest.hexdigest(), length) != (sha256, size):

@@ -71,6 +71,16 @@ def test_a_group_is_shown_as_it_was_trained(tmp_path: Path) -> None:
     assert "--tokenizer" in shown["tokenizer"]
 
 
+def test_what_the_page_cannot_compute_as_the_run_did_is_said(tmp_path: Path) -> None:
+    data = {"advantage_estimator": "group_center", "advantage_normalization": "global"}
+    write_configuration(tmp_path, data=data | {"advantage_clip": [-0.1, 0.1], "reward_kl_coefficient": 0.1})
+    write_journal(tmp_path, [body_of(group_of([7], [[1], [2]], [1.0, 0.0]))])
+    shown = RunReader(tmp_path).group(1, 0)
+    assert [each["advantage"] for each in shown["sequences"]] == [0.5, -0.5]  # the run clips after dividing
+    assert "deviation of all steps so far, and any clip after it" in shown["advantage_note"]
+    assert "without the KL to the reference" in shown["advantage_note"]
+
+
 def make_group_without_logprobs() -> dict[str, object]:
     return {**group_of([5], [[6], [6]], [0.0, 0.0]), "inference_logprobs": None}
 

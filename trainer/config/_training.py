@@ -14,7 +14,7 @@ class LoraSettings(Section):
     """Low-rank adapters instead of full fine-tuning (needs the package peft)."""
 
     rank: int = Field(default=16, gt=0)
-    """Rank of the adapters."""
+    """Rank of the adapters. Any setting of model.lora switches them on; without one all weights train."""
     alpha: float = Field(default=32.0, gt=0)
     """Adapters are scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)

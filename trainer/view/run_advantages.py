@@ -51,13 +51,15 @@ def batch_advantages(
         normalization = data.advantage_normalization
         if normalization == "batch":
             advantages = AdvantageNormalizer("batch")(advantages, columns.loss_mask)
-        if data.advantage_clip is not None:
+        if data.advantage_clip is not None and normalization != "global":
             advantages = advantages.clamp(*data.advantage_clip)
     except (TrainerError, ValueError) as error:
         return None, f"the advantages cannot be computed: {error}"
     note = f"{name}" + (", over the batch's deviation" if normalization == "batch" else "")
     if normalization == "global":
-        note += ", before the division by the deviation of all steps so far"
+        note += ", before the division by the deviation of all steps so far, and any clip after it"
+    if given.get("reward_kl_coefficient"):
+        note += ", from scores without the KL to the reference that the run takes off"
     if configuration.get("distillation", {}).get("mode", "none") != "none":
         note += ", without the teacher's part"
     values: list[float] = advantages.tolist()
