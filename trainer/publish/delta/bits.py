@@ -44,20 +44,19 @@ def pack_indices(indices: Tensor) -> Tensor:
     wide = np.flatnonzero(gaps >= more)
     times, gaps[wide] = np.divmod(gaps[wide], more)
     packed = np.insert(gaps.astype(dtype), np.repeat(wide, times), more)
-    return torch.from_numpy(packed.view(np.uint8 if dtype is np.uint8 else np.int16))
+    return torch.from_numpy(packed).view(layout.dtype)
 
 
 def unpack_indices(packed: Tensor) -> Tensor:
     """Return the indices [N], int64, that `pack_indices` has packed."""
-    packed = packed if packed.dtype is torch.uint8 else packed.view(torch.uint16)
-    gaps, more = packed.long(), torch.iinfo(packed.dtype).max
-    return torch.cumsum(gaps + (gaps < more), 0)[gaps < more] - 1
+    narrow = packed.numpy() if packed.dtype is torch.uint8 else packed.view(torch.uint16).numpy()
+    ends = narrow != np.iinfo(narrow.dtype).max
+    return torch.from_numpy(np.cumsum(narrow + ends, dtype=np.int64)[ends] - 1)
 
 
 def gaps_between(indices: Tensor, before: int) -> NumpyArray:
     """Return how many places lie between ascending indices [N]; before the first one, from `before` on."""
-    places = indices.numpy()
-    return np.diff(places, prepend=places.dtype.type(before)) - 1
+    return np.diff(indices.numpy(), prepend=before) - 1
 
 
 def escapes(gaps: NumpyArray) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.export.tensor_file import TensorFile
 from trainer.model.base_checkpoint import StoredTensor, WeightFile, make_header, open_weights
-from trainer.publish.delta.bits import bits, unpack_indices
+from trainer.publish.delta.bits import bits, put, unpack_indices
 
 FORMAT = "atropos-delta/1"
 
@@ -116,7 +116,7 @@ def read_version(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
                 tensor = _read(delta, name)
             elif f"{name}:gaps" in delta.tensors:
                 places = unpack_indices(_read(delta, f"{name}:gaps"))
-                bits(tensor).view(-1)[places] = bits(_read(delta, f"{name}:values"))
+                put(bits(tensor).view(-1), places, bits(_read(delta, f"{name}:values")))
         yield name, tensor
         del tensor
 
