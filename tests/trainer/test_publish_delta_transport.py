@@ -408,15 +408,22 @@ def test_files_travel_over_http_with_the_token_and_not_without(
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
-    [(DeltaServer, "its workers take deltas"), (PlainServer, "every version goes there whole")],
+    ("kind", "faults", "said"),
+    [
+        (DeltaServer, {}, "its workers take deltas"),
+        (PlainServer, {}, "every version goes there whole"),
+        (DeltaServer, {"/collective_rpc": (503, None)}, "every version goes there whole"),
+    ],
 )
-def test_check_says_whether_a_servers_workers_take_deltas(kind: type[DeltaServer], said: str) -> None:
+def test_check_says_whether_a_servers_workers_take_deltas(
+    kind: type[DeltaServer], faults: dict[str, Any], said: str
+) -> None:
     with serving(server := kind()):
+        server.faults = faults
         words = ["--model.path", "any", "--publish.transport", "delta", "--publish.servers", server.url]
         results = check_inference_server(server.url, load_config(None, words), None)
     assert said in results[-1].found
-    assert results[-1].status == ("ok" if kind is DeltaServer else "warning")
+    assert results[-1].status == ("ok" if said == "its workers take deltas" else "warning")
 
 
 def test_a_port_without_a_token_is_refused() -> None:

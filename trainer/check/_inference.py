@@ -15,7 +15,6 @@ from schemas.inference import CollectiveRpcRequest
 from trainer.check._result import CheckResult, failed, passed, warned
 from trainer.config import TrainerConfig
 from trainer.publish.engines.connection import ServerConnection, reason_of
-from trainer.publish.engines.vllm.routes import UNKNOWN_METHOD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +95,7 @@ def _check_extension(name: str, ask: Ask) -> CheckResult:
     """Whether its workers take deltas; whether they can read the files shows in a publish only."""
     request = CollectiveRpcRequest(method="atropos_delta_state")
     reply = ask("POST /collective_rpc", json=request.model_dump())
-    if reply.status_code not in UNKNOWN_METHOD:
+    if reply.is_success:
         return passed(name, "its workers take deltas; check --publish shows whether they can read the files")
     return warned(
         name,
