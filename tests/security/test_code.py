@@ -23,6 +23,7 @@ from tests.test_architecture import ROOMS, ROOT
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import run
 from trainer.check._local import check_model
+from trainer.checkpoints.format import verify_checkpoint
 from trainer.checkpoints.manifest import read_manifest, write_manifest
 from trainer.checkpoints.retention import find_newest_whole
 from trainer.config import load_config
@@ -223,7 +224,7 @@ def test_a_pickle_in_a_checkpoint_never_runs(
             if checksums_match and place.name != "manifest.json":
                 renew_manifest(output / "checkpoints/step-000002")
             with suppress(TrainerError, ValueError, OSError):
-                find_newest_whole(output / "checkpoints")
+                find_newest_whole(output / "checkpoints", verify_checkpoint)
             with suppress(TrainerError, ValueError, OSError, pickle.UnpicklingError):
                 if place.suffix == ".safetensors":  # the others end before anything is loaded
                     resume(output, tiny_model_directory, *words)

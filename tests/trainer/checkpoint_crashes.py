@@ -25,7 +25,13 @@ from tests.trainer import directory_crashes
 from tests.trainer.batches import make_bodies
 from tests.trainer.directory_crashes import kill_at
 from tests.trainer.runs import run
-from trainer.checkpoints.format import Checkpoint, CheckpointState, trained_parameter_names, write_checkpoint
+from trainer.checkpoints.format import (
+    Checkpoint,
+    CheckpointState,
+    trained_parameter_names,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from trainer.checkpoints.retention import (
     checkpoint_path,
     find_newest_whole,
@@ -110,14 +116,14 @@ def act(writer: Writer, scenario: str) -> None:
         writer.write(1, 2)
     elif scenario == "recover":
         recover_checkpoints(writer.directory)
-        find_newest_whole(writer.directory)
+        find_newest_whole(writer.directory, verify_checkpoint)
         writer.write(2, 2)
 
 
 def look(directory: Path) -> int:
     """What the next start finds."""
     recover_checkpoints(directory)
-    checkpoint, _ = find_newest_whole(directory)
+    checkpoint, _ = find_newest_whole(directory, verify_checkpoint)
     left = [path.name for path in directory.iterdir() if not path.name.startswith("step-")]
     assert left == [], left
     assert checkpoint is not None, "there is no checkpoint any more"

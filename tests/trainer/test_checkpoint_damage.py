@@ -107,12 +107,12 @@ def test_whatever_happens_to_a_file_the_checkpoint_before_is_used(name: str, che
             assert verify_checkpoint(checkpoints / "step-000004").manifest == whole.manifest
             (checkpoints / "step-000004" / name).write_bytes(content)
             continue
-        found, damaged = find_newest_whole(checkpoints)
+        found, damaged = find_newest_whole(checkpoints, verify_checkpoint)
         assert found is not None, kind
         assert found.state.step == 2, kind
         assert str(damaged[checkpoints / "step-000004"]).startswith(f"{name} "), kind
         (checkpoints / "step-000004" / name).write_bytes(content)
-    found, damaged = find_newest_whole(checkpoints)
+    found, damaged = find_newest_whole(checkpoints, verify_checkpoint)
     assert found is not None
     assert (found.state.step, damaged) == (4, {})
 
@@ -135,7 +135,7 @@ def test_damaged_ones_do_not_count_as_kept_and_get_names_of_their_own(checkpoint
     for _ in range(2):
         shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000009", dirs_exist_ok=True)
         cut(checkpoints / "step-000009/state.json", 0.5)
-        whole, damaged = find_newest_whole(checkpoints)
+        whole, damaged = find_newest_whole(checkpoints, verify_checkpoint)
         assert whole is not None
         set_aside_damaged(damaged, instead=whole)
     prune_checkpoints(checkpoints, keep=1)
@@ -165,7 +165,7 @@ def test_a_whole_one_of_a_later_format_is_refused_and_not_passed_over(checkpoint
     content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="format 99") as caught:
-        find_newest_whole(checkpoints)
+        find_newest_whole(checkpoints, verify_checkpoint)
     assert not isinstance(caught.value, DamagedCheckpoint)
     assert path.exists()
 

@@ -19,7 +19,7 @@ from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, weights
 from tests.trainer.stoppable_run import long_body, settings
 from trainer import RecordedSource
-from trainer.checkpoints.format import Checkpoint
+from trainer.checkpoints.format import Checkpoint, verify_checkpoint
 from trainer.checkpoints.retention import find_newest_whole, recover_checkpoints
 from trainer.cli._run import report
 from trainer.config import load_config
@@ -90,7 +90,7 @@ class Run:
 
 def newest(output: Path) -> Checkpoint:
     recover_checkpoints(output / "checkpoints")
-    checkpoint, _ = find_newest_whole(output / "checkpoints")
+    checkpoint, _ = find_newest_whole(output / "checkpoints", verify_checkpoint)
     assert checkpoint is not None
     return checkpoint
 

@@ -62,13 +62,13 @@ def recover_checkpoints(directory: Path) -> None:
 
 
 def find_newest_whole(
-    directory: Path, read: Callable[[Path], Checkpoint] | None = None
+    directory: Path, read: Callable[[Path], Checkpoint]
 ) -> tuple[Checkpoint | None, dict[Path, DamagedCheckpoint]]:
     """Read checkpoints from the newest on until one is whole; changes nothing.
 
     Args:
         directory: The run's checkpoints.
-        read: How to read one. None: `verify_checkpoint`.
+        read: How to read one, e.g. `verify_checkpoint`.
 
     Returns:
         The checkpoint, None if there are none at all; and the newer ones, with what is wrong with them.
@@ -77,10 +77,6 @@ def find_newest_whole(
         CheckpointError: All are damaged; or one is whole but of a format that this version does not read, or
             may not be read.
     """
-    if read is None:
-        from trainer.checkpoints.format import verify_checkpoint
-
-        read = verify_checkpoint
     damaged: dict[Path, DamagedCheckpoint] = {}
     for path in reversed(list_checkpoints(directory)):
         try:
