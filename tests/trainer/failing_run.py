@@ -6,11 +6,12 @@ HOW is "raise" or "kill"; with "kill while" it dies while process 0 is there.
 Where weights are spread, WHERE may be in the midst of collectives in which the others wait: "gather" weights,
 "forward" or "backward", with the phase: "gather checkpointing"; "send copies" is in the thread that sends
 them, "send changes" where that is what has changed. In a publish it fails in the first one. With "write" and
-"refuse" the disk refuses a weight.
+"refuse" the disk refuses a weight. With `publish.transport nccl` process 0 is the server as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -28,6 +29,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import trainer.monitoring.monitor
 import trainer.run.build
 from tests.trainer import stoppable_run
+from tests.trainer.transfer_stand_in import served_by_process_0
 from trainer.export.tensor_file import TensorFile
 from trainer.launch import launched_rank
 from trainer.model.sharding import Spread
@@ -155,4 +157,9 @@ if __name__ == "__main__":
         register_module_forward_hook(fail_in_layer)
     if launched_rank() == int(rank) and how == "kill while":
         threading.Thread(target=die_at_a_sign, args=(Path(output, "now"),), daemon=True).start()
-    sys.exit(stoppable_run.main(model, output, "steps", *others))
+    with contextlib.ExitStack() as stack:
+        if "nccl" in others:
+            url, _ = stack.enter_context(served_by_process_0(Path(model), Path(output, "url")))
+            others += ["--publish.servers", url, "--publish.group_port", os.environ["MASTER_PORT"]]
+        code = stoppable_run.main(model, output, "steps", *others)
+    sys.exit(code)

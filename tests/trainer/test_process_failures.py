@@ -102,7 +102,7 @@ def test_the_failure_of_one_process_ends_all(where: str, tiny_model_directory: P
     [
         *("forward training", "backward training", "forward publishing"),
         *("gather publishing", "send copies", "gather checkpointing", "write checkpointing"),
-        "send changes",
+        *("send changes", "gather publishing, live"),
     ],
 )
 def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
@@ -117,6 +117,9 @@ def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
         transport = "delta" if where == "send changes" else "disk"
         settings += ["--publish.transport", transport, "--publish.servers", shared_inference_server.url]
         settings += ["--publish.overlap", str(not where.endswith("publishing"))]
+    where, _, live = where.partition(", ")
+    if live:
+        settings += ["--publish.transport", "nccl", "--publish.verify", "false"]
     model = shared_inference_server.model_directory
     with failing_runs(where, cells, model, tmp_path, *settings) as runs:
         for (rank, how), ranks in runs.items():

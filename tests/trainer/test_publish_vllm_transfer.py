@@ -9,12 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests.forked import forked_ranks
 from tests.trainer.inference_stand_in import serving
 from tests.trainer.models import stream_of, tiny_model
 from tests.trainer.transfer_stand_in import NCCLEngine, Receiver, modules
@@ -361,3 +364,22 @@ def test_a_trainer_without_vllm_is_told_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.delattr(sys.modules["vllm.distributed.weight_transfer"], "WeightTransferTrainerFactory")
     with pytest.raises(ConfigurationError, match=r"0\.32 or newer"):
         require_vllm("nccl", torch.device("cuda", 0))
+
+
+@pytest.mark.slow
+def test_weights_spread_over_processes_arrive_after_a_transfer_that_stopped_in_the_middle(
+    tiny_model_directory: Path, tmp_path: Path
+) -> None:
+    runs = {}
+    for fault in ("refused", "hung"):
+        log = tmp_path / f"{fault}.log"
+        words = [tiny_model_directory, tmp_path / fault, free_ports(), fault]
+        runs[log] = forked_ranks(
+            2, free_ports(), "tests.trainer.spread_transfer_run", words, stdout=log, stderr=log
+        )
+    try:
+        for log, ranks in runs.items():
+            assert [rank.wait(100) for rank in ranks] == [0, 0], log.read_text()[-3000:]
+    finally:
+        for rank in chain(*runs.values()):
+            rank.kill()

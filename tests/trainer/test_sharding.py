@@ -485,10 +485,6 @@ def test_another_number_of_processes_and_modes_that_cannot_be_are_refused(
         (["--parallel.processes", "4"], "parallel.processes is 4, but 1 train together"),
         (["--parallel.shard", "2"], "set parallel.mode to 'sharded'"),
         (["--parallel.mode", "sharded", "--parallel.shard", "2"], "has to be the number of processes, 1"),
-        (
-            ["--parallel.mode", "sharded", "--publish.transport", "nccl", "--publish.servers", "http://x:1"],
-            "does not yet publish weights that are spread",
-        ),
         (["--parallel.sequence", "2"], "which does not divide the 1 processes"),
     ):
         with pytest.raises(ConfigurationError, match=message):

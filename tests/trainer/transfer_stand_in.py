@@ -13,17 +13,23 @@ import queue
 import socket
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from tests.trainer.inference_stand_in import Answer, StandIn
+from tests.trainer.inference_stand_in import Answer, StandIn, serving
+from trainer.launch import launched_rank
+from trainer.publish.engines.vllm import nccl_transport
 
 PACKAGE = "vllm.distributed.weight_transfer"
 CARRIED: dict[str, list[torch.Tensor]] = {}
@@ -88,7 +94,7 @@ class NCCLEngine:
     def __init__(self, info: NCCLTrainerInitInfo, client: Any, source: WeightSource) -> None:
         self.info, self.client, self.source = info, client, source
         self.hang: threading.Event | None = None
-        """Where a broadcast waits for ever, or until it is set."""
+        """Where the first broadcast waits for ever, or until it is set."""
         self.left = threading.Event()
         self.built.append(self)
         with ThreadPoolExecutor(1) as pool:
@@ -118,9 +124,9 @@ class NCCLEngine:
         pool = ThreadPoolExecutor(1)
         try:
             receiving = pool.submit(self.client.update_weights, update)
-            if self.hang is not None:
-                self.hang.wait(20)
             for _name, tensor in self.source:
+                if self.hang is not None:
+                    self.hang.wait(20)
                 self.wire.tensors.put(tensor.clone())
             receiving.result()
         finally:
@@ -241,3 +247,24 @@ class Receiver(StandIn):
             place, number = handles["GPU-0"]
             return CARRIED[place][number]
         return Wire.known[self.init_info["master_port"]].tensors.get(timeout=20)
+
+
+@contextmanager
+def served_by_process_0(model: Path, sign: Path) -> Iterator[tuple[str, Receiver | None]]:
+    """A server's URL, in every process of a run, and the server itself, with the model, in the first one.
+
+    It takes weights by this module's classes. `sign` is a file that is not there yet.
+    """
+    sys.modules.update(modules())
+    nccl_transport.require_vllm = lambda *_: None  # type: ignore[assignment]  # there is no GPU
+    if launched_rank():
+        while not sign.exists():
+            time.sleep(0.01)
+        yield sign.read_text(), None
+        return
+    server = Receiver(AutoModelForCausalLM.from_pretrained(model))
+    with serving(server):
+        written = sign.with_suffix(".new")
+        written.write_text(server.url)
+        written.rename(sign)
+        yield server.url, server

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import distribution
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.compose import ROOT
+from tests.trainer.runs import rows
 from tests.trainer.transfer_stand_in import modules
 from tests.vllm.launching import VLLM_PYTHON, VllmServer
 from trainer.config import PublishSettings
@@ -69,13 +69,13 @@ class Sender:
 
 
 def with_accelerate(path: Path) -> Path:
-    """Lend vLLM's environment the one package of ours that it lacks; it is plain Python."""
+    """Lend vLLM's environment the one package that it lacks, plain Python, and the trainer's version."""
     site = path / "site"
     site.mkdir()
-    package = Path(accelerate.__file__).parent
-    metadata = next(package.parent.glob(f"accelerate-{distribution('accelerate').version}.dist-info"))
-    for each in (package, metadata):
-        (site / each.name).symlink_to(each)
+    packages = Path(accelerate.__file__).parent.parent
+    for pattern in ("accelerate", "accelerate-*.dist-info", "atropos_trainer-*.dist-info"):
+        (found,) = packages.glob(pattern)
+        (site / found.name).symlink_to(found)
     return site
 
 
@@ -217,6 +217,23 @@ def test_a_transfer_that_failed_leaves_a_server_that_works_and_takes_the_next(
     began.succeed("connect", seed=4)
     began.succeed("publish", version=5)
     assert distance(receiver, untied, 4) < CLOSE
+
+
+def test_two_processes_over_which_the_weights_are_spread_send_them_too(
+    receiver: VllmServer, untied: Path, free_port: int, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    command = [str(VLLM_PYTHON), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port), "-m", "tests.vllm.spread_run"]
+    command += [str(untied), str(output), "2", "--parallel.mode", "sharded", "--publish.transport", "nccl"]
+    command += ["--publish.servers", receiver.url, "--publish.group_port", str(min(free_port + 1, 65000))]
+    environment = {"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{with_accelerate(tmp_path)}:{ROOT}"}
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=True)
+    published = rows(output, "publish")
+    assert [row["version"] for row in published] == [0, 1, 2]
+    assert all(row["publish_verified"] is True for row in published)
+    assert distance(receiver, output / "final", None) < CLOSE
 
 
 def test_a_server_without_the_flag_is_told_so(

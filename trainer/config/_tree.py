@@ -108,16 +108,6 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _published_weights_are_whole(self) -> Self:
-        if self.publish.transport in ("nccl", "ipc") and self.parallel.mode != "replicated":
-            raise ValueError(
-                f"publish.transport is {self.publish.transport!r}, which does not yet publish weights that "
-                f"are spread over processes (parallel.mode {self.parallel.mode!r}); set publish.transport to "
-                "'disk', 'delta' or 'lora', or parallel.mode to 'replicated'"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _packages_are_installed(self) -> Self:
         wanted = {"peft": "model.lora"} if self.model.lora is not None else {}
         if self.model.dtype == "bfloat16" and self.model.lora is None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from trainer.errors import CheckpointError
 from trainer.model.base_checkpoint import BaseCheckpoint, StoredTensor
 from trainer.model.sharding import WHOLE, Spread, in_turn
+from trainer.model.weight_requests import WeightRequests
 from trainer.model.wrappers import (
     adapted_layers,
     merged_weight,
@@ -85,6 +87,8 @@ class WeightStream:
             None: each has the type that it has in the base.
         bucket_bytes: For whoever sends several weights at once: how many bytes.
         spread: How the weights are spread over processes; they are not gathered when it is made.
+        requests: Asks the other processes for each weight, where process 0 reads at its own pace (`follow`).
+            None: all read at the same time.
 
     Raises:
         CheckpointError: The weights cannot be read one at a time, cannot be brought into the base's layout,
@@ -99,9 +103,11 @@ class WeightStream:
         dtype: torch.dtype | None = None,
         bucket_bytes: int = _BUCKET_BYTES,
         spread: Spread = WHOLE,
+        requests: WeightRequests | None = None,
     ) -> None:
         self.base = base
         self.spread = spread
+        self.requests = requests
         self._inner = unwrap(model)
         tensors = base.tensors
         self._units = _fit(self._inner, _plan(self._inner), tensors)
@@ -160,10 +166,12 @@ class WeightStream:
         """
         live = weights_by_name(self._inner)
         adapted = adapted_layers(self._inner)
-        for unit, owner in self._turns(owners or {}):
+        asking = self.requests.begin() if self.requests is not None else _unasked
+        for number, (unit, owner) in enumerate(self._turns(owners or {})):
             if not self.spread.sends_to(owner):
                 continue
-            made = self._make(unit, live, adapted, owner)
+            with asking(number):
+                made = self._make(unit, live, adapted, owner)
             made_on = _current_stream(self.device)
             while made:
                 name, tensor = made.pop()
@@ -177,6 +185,14 @@ class WeightStream:
         """Take part in reading weights that are spread, for whatever use process 0 has."""
         for _ in self.weights():
             pass
+
+    def follow(self) -> None:
+        """Send the own part of what process 0 asks for, as often as it does; on the others."""
+        if self.requests is None or not self.spread.sends_to(0):
+            return
+        live, adapted = weights_by_name(self._inner), adapted_layers(self._inner)
+        for number in self.requests.heard():
+            self._make(self._units[number], live, adapted, 0)
 
     def _turns(self, owners: Mapping[str, int]) -> list[tuple[WeightUnit, int]]:
         """The units, and who gets each; owners in turn, so that they write at the same time."""
@@ -399,6 +415,10 @@ def _layer_of(name: str) -> str:
     """Everything up to the first number: `model.layers.3`."""
     match = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
     return match.group() if match else ""
+
+
+def _unasked(number: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _current_stream(device: torch.device) -> Any:

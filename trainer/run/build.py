@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from trainer.config import PublishSettings, TrainerConfig
 from trainer.errors import ConfigurationError
 from trainer.export.hf_model import write_model_directory, write_without_copy
 from trainer.export.peft_adapter import CapturedAdapter
+from trainer.model.weight_requests import WeightRequests
 from trainer.monitoring import Progress
 from trainer.publish import (
     DeltaTransport,
@@ -37,9 +38,9 @@ from trainer.run.follower import Follower
 from trainer.run.loop import Trainer
 from trainer.run.metrics import Row
 from trainer.run.optimizer_step import StepRunner
-from trainer.run.orders import Order, together
+from trainer.run.orders import Order, announce, together
 from trainer.run.places import journal_directory, publish_directory
-from trainer.run.processes import JoinedRun
+from trainer.run.processes import JoinedRun, translated_peer_failures
 from trainer.run.publish_part import PublishPart
 from trainer.run.start import Accept, accept_any, accept_journal
 from trainer.run.train_state import PreparedRun, prepare_run
@@ -230,7 +231,8 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
                 f"publish.transport {settings.transport}: the checkpoint layout of this model mixes weights "
                 "of several layers, so it cannot be sent piece by piece; use publish.transport disk"
             )
-        return VllmTransferTransport(settings.transport, stream, settings)
+        sending = partial(_conducted, prepared.joined, part.requests) if part.requests else nullcontext
+        return VllmTransferTransport(settings.transport, stream, settings, sending=sending)
     if settings.transport == "delta":
 
         def compare(version: int) -> Update:
@@ -252,3 +254,19 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
         merged=disk if settings.lora_fallback == "merged" else None,
         mode=mode,
     )
+
+
+@contextmanager
+def _conducted(joined: JoinedRun, requests: WeightRequests) -> Iterator[None]:
+    """Let the others give process 0 their rows of the weights that it reads inside, in whatever thread.
+
+    Raises:
+        AnotherProcessFailed: One of them is gone.
+    """
+    announce(joined, Order.SEND)
+    try:
+        with translated_peer_failures(), requests.session():
+            yield
+    finally:
+        if requests.failure is not None:
+            joined.part()

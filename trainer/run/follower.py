@@ -27,6 +27,7 @@ PROCESS_0: Final = "process 0"
 _PHASES: Final = {
     Order.CAPTURE: RunPhase.PUBLISHING,
     Order.CAPTURE_ADAPTER: RunPhase.PUBLISHING,
+    Order.SEND: RunPhase.PUBLISHING,
     Order.SCORE: RunPhase.PUBLISHING,
     Order.CHECKPOINT: RunPhase.CHECKPOINTING,
     Order.FINAL: RunPhase.STOPPING,
@@ -107,6 +108,9 @@ class Follower:
                 self._joined.any(self._stop.asked)
             elif heard.order is Order.TRAIN:
                 self._train(StepShare.from_bytes(heard.payload))
+            elif heard.order is Order.SEND:
+                with self._progress.phase(_PHASES[heard.order], PROCESS_0):
+                    self._publish_part.stream.follow()
             else:
                 self._take_part(heard.order, heard.value)
 

@@ -39,6 +39,8 @@ class Order(IntEnum):
     """It copies the weights, for a publish."""
     CAPTURE_ADAPTER = auto()
     """It copies the adapter's."""
+    SEND = auto()
+    """It sends weights into a server, from the live model, and asks for each of them."""
     SCORE = auto()
     """It computes the log-probs of the probes."""
     CHECKPOINT = auto()

@@ -18,6 +18,7 @@ from trainer.export.hf_model import capture_model, write_copy
 from trainer.export.peft_adapter import CapturedAdapter, capture_adapter
 from trainer.model.own_weights import OwnWeights
 from trainer.model.weight_copy import WeightCopy
+from trainer.model.weight_requests import WeightRequests
 from trainer.model.weight_stream import WeightStream
 from trainer.publish import Probes, ProbeScores, make_probes, score_probes
 from trainer.publish.delta.snapshot import Snapshot
@@ -58,9 +59,17 @@ class PublishPart:
                 dtype=dtype,
                 bucket_bytes=self._settings.bucket_mebibytes << 20,
                 spread=self._spread,
+                requests=self.requests,
             )
         except CheckpointError as error:
             raise ConfigurationError(f"publish.transport {self._settings.transport}: {error}") from error
+
+    @cached_property
+    def requests(self) -> WeightRequests | None:
+        """How process 0 asks the others for weights that go from the live model into a server."""
+        if not self._spread.sharded or self._settings.transport not in ("nccl", "ipc"):
+            return None
+        return WeightRequests(self._spread)
 
     @cached_property
     def probes(self) -> Probes:

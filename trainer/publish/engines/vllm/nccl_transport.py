@@ -18,6 +18,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from typing import NoReturn, TypeVar
 
@@ -60,6 +61,8 @@ class VllmTransferTransport(WeightTransport):
         stream: The weights.
         settings: Section `publish` of the configuration.
         build: Builds a group's engine; None: vLLM's own.
+        sending: Entered for as long as weights go to one server: what has to happen where they are spread
+            over processes.
 
     Raises:
         ConfigurationError: This machine or this configuration cannot send that way.
@@ -74,6 +77,7 @@ class VllmTransferTransport(WeightTransport):
         settings: PublishSettings,
         *,
         build: Callable[[TransferGroup], TransferEngine] | None = None,
+        sending: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if backend == "ipc":
             _require_one_machine(settings.servers)
@@ -83,6 +87,7 @@ class VllmTransferTransport(WeightTransport):
         self._stream = stream
         self._settings = settings
         self._build = build or build_engine
+        self._sending = sending
         self._groups: dict[str, tuple[SyncClient, TransferEngine]] = {}
         self._turn = threading.Lock()
 
@@ -146,11 +151,12 @@ class VllmTransferTransport(WeightTransport):
             client, engine = self._groups[server.url]
             call = self._call(engine.send_weights, f"send {server.url}")
             client.on_failure = call.fail
-            try:
-                call.start().within(self._settings.load_timeout)
-            except BaseException as error:  # noqa: BLE001 - raised again, by its name
-                self._give_up(client, error)
-                self._raise(error, server, Phase.LOAD)
+            with self._sending():
+                try:
+                    call.start().within(self._settings.load_timeout)
+                except BaseException as error:  # noqa: BLE001 - raised again, by its name
+                    self._give_up(client, error)
+                    self._raise(error, server, Phase.LOAD)
 
     def close(self, servers: Sequence[InferenceServer]) -> None:
         """Leave all groups, and let the workers leave them."""
