@@ -20,6 +20,7 @@ from torch import distributed
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import run
 from trainer.errors import TrainerError
+from trainer.model import sharding
 
 
 def run_one(
@@ -56,4 +57,5 @@ def main(runs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    sharding.GATHERED_BYTES = 1 << 12  # type: ignore[misc] # so that the larger ones come in several pieces
     main(json.loads(Path(sys.argv[1]).read_text()))

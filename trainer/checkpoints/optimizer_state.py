@@ -209,3 +209,4 @@ def _whole(
         whole = spread.whole_on(tensors[name], owner)
         if whole is not None:
             yield name, whole
+        del whole  # before the next one is made

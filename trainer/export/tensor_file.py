@@ -84,6 +84,7 @@ def write_tensors(
                 places[name].write(name, tensor)
         except OSError as error:
             failure = error
+        del tensor  # before the next one is made
     if failure is not None:
         raise failure
     if flush:

@@ -88,7 +88,7 @@ class WeightFile:
         offset = self.starts[name]
         end = offset + self.tensors[name].nbytes
         while offset < end:
-            piece = os.pread(self.descriptor, min(end - offset, 1 << 24), offset)
+            piece = os.pread(self.descriptor, min(end - offset, 1 << 20), offset)
             if not piece:
                 raise OSError(f"{name} was cut off while the run lasted")
             yield piece

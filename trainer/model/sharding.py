@@ -37,6 +37,9 @@ _COPIES, _PARTS = "replicate", "shard"
 _CONTROL_TIMEOUT: Final = timedelta(hours=2)
 """One process may write for long while the others wait for it."""
 
+GATHERED_BYTES: Final = 8 << 20
+"""So much of a tensor is cast and gathered at once, of all processes together; gloo makes a copy of it."""
+
 
 @dataclass(frozen=True)
 class OwnCopy:
@@ -246,17 +249,22 @@ class Spread:
         """Whether this process has rows of what is made whole on `owner`, or is it."""
         return owner // self.parts == self.rank // self.parts
 
-    def whole_on(self, tensor: Tensor, owner: int) -> Tensor | None:
+    def whole_on(self, tensor: Tensor, owner: int, dtype: torch.dtype | None = None) -> Tensor | None:
         """Return a tensor whole on one process, None on the others, which send their rows and keep nothing.
 
         Every process has to call it, in the same order.
+
+        Args:
+            tensor: Own rows of it, or all.
+            owner: The process that gets it.
+            dtype: It is cast to it before it is gathered. None: not.
         """
         if self.mesh is None or not isinstance(tensor, DTensor):
-            return tensor.detach() if self.rank == owner else None
+            return tensor.detach().to(dtype or tensor.dtype) if self.rank == owner else None
         if not self.sends_to(owner):
             return None
         own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-        return self._gather(own, tensor.shape, owner, self.mesh[_PARTS].get_group())
+        return self._gather(own, tensor.shape, owner, dtype or own.dtype, self.mesh[_PARTS].get_group())
 
     def copy_own(self, tensor: Tensor) -> OwnCopy:
         """Copy what this process holds of a tensor to the CPU, for `whole_of_copies`."""
@@ -316,19 +324,22 @@ class Spread:
         else:
             distributed.recv(raw, sender, group=self.background)
 
-    def _gather(self, own: Tensor, shape: torch.Size, owner: int, group: Any) -> Tensor | None:
-        """Put rows together on one process, in place: it holds nothing beside its own and the whole."""
-        size = -(-shape[0] // self.parts)
-        padded = own.contiguous()
-        if len(own) < size:
-            padded = own.new_zeros((size, *shape[1:]))
-            padded[: len(own)] = own
-        if self.rank != owner:
-            distributed.gather(padded, None, dst=owner, group=group)
-            return None
-        whole = own.new_empty((size * self.parts, *shape[1:]))
-        distributed.gather(padded, list(whole.chunk(self.parts)), dst=owner, group=group)
-        return whole[: shape[0]]
+    def _gather(
+        self, own: Tensor, shape: torch.Size, owner: int, dtype: torch.dtype, group: Any
+    ) -> Tensor | None:
+        """Put rows together on one process, in place, piece by piece; no second whole comes into being."""
+        numbers = -(-shape[0] // self.parts) * shape[1:].numel()
+        wholes = own.new_empty((self.parts, numbers), dtype=dtype) if self.rank == owner else None
+        rows = own.reshape(-1)
+        size = max(1, GATHERED_BYTES // (self.parts * dtype.itemsize))
+        for first in range(0, numbers, size):
+            last = min(first + size, numbers)
+            piece = rows[first:last].to(dtype)
+            if len(piece) < last - first:  # the last processes have fewer rows
+                piece = nn.functional.pad(piece, (0, last - first - len(piece)))
+            pieces = None if wholes is None else list(wholes[:, first:last])
+            distributed.gather(piece, pieces, dst=owner, group=group)
+        return None if wholes is None else wholes.view(-1)[: shape.numel()].view(shape)
 
 
 WHOLE: Final = Spread()

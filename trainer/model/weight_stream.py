@@ -207,9 +207,9 @@ class WeightStream:
     ) -> list[tuple[str, Tensor]]:
         """The unit's weights on their owner, the first one last; nothing on other processes."""
         with torch.no_grad():
-            tensors = {}
-            for name, tensor in self._sources(unit, live, adapted):
-                whole = self.spread.whole_on(tensor, owner)
+            tensors, dtype = {}, self._common_dtype(unit)
+            for name in unit.sources:
+                whole = self.spread.whole_on(self._read(name, live, adapted), owner, dtype)
                 if whole is not None:
                     tensors[name] = whole
             return self.complete(unit, tensors) if tensors else []
@@ -230,10 +230,15 @@ class WeightStream:
         self, unit: WeightUnit, live: Mapping[str, Tensor], adapted: Mapping[str, Any]
     ) -> Iterator[tuple[str, Tensor]]:
         """The unit's tensors as the model has them, merged, and cast where that takes less to convert."""
-        kinds = {self._entries[name].dtype for name in unit.shapes}
-        early = kinds.pop() if len(kinds) == 1 else None
+        dtype = self._common_dtype(unit)
         for name in unit.sources:
-            yield name, self._read(name, live, adapted, early)
+            tensor = self._read(name, live, adapted)
+            yield name, tensor if dtype is None else tensor.to(dtype)
+
+    def _common_dtype(self, unit: WeightUnit) -> torch.dtype | None:
+        """The type of all of the unit's weights; None where they have several."""
+        kinds = {self._entries[name].dtype for name in unit.shapes}
+        return kinds.pop() if len(kinds) == 1 else None
 
     def complete(self, unit: WeightUnit, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         """The unit's weights of its whole tensors, the first one last."""
@@ -252,11 +257,8 @@ class WeightStream:
                 )
         return made
 
-    def _read(
-        self, name: str, live: Mapping[str, Tensor], adapted: Mapping[str, Any], dtype: torch.dtype | None
-    ) -> Tensor:
-        tensor = merged_weight(name, adapted[name]) if name in adapted else live[name]
-        return tensor.detach() if dtype is None else tensor.detach().to(dtype)
+    def _read(self, name: str, live: Mapping[str, Tensor], adapted: Mapping[str, Any]) -> Tensor:
+        return (merged_weight(name, adapted[name]) if name in adapted else live[name]).detach()
 
 
 def stored_names(model: nn.Module, base: BaseCheckpoint) -> dict[str, str]:

@@ -62,6 +62,7 @@ class Snapshot:
                 self.tensors[name] = tensor.detach().to(self._device or tensor.device, copy=True)
             elif (change := self._take(name, tensor.detach())) is not None:
                 changes[name] = change
+            del tensor  # before the next one is made
         self.version = version
         return None if first else changes
 
