@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers import Qwen3Config
 
 from benchmarks._machine import describe, machine
+from local_stack.command import positive
 from trainer.packing import PassCost
 from trainer.packing._arrays import Integers
 from trainer.packing._balancing import step_cost
@@ -220,9 +221,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--processes", type=int, nargs="+", default=[8, 64, 256])
-    parser.add_argument("--tokens", type=int, default=16_384, help="token budget of a pass")
-    parser.add_argument("--batches", type=int, default=3, help="batches of each case, by seeds 0, 1, ...")
+    parser.add_argument("--processes", type=positive, nargs="+", default=[8, 64, 256])
+    parser.add_argument("--tokens", type=positive, default=16_384, help="token budget of a pass")
+    parser.add_argument(
+        "--batches", type=positive, default=3, help="batches of each case, by seeds 0, 1, ..."
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     return parser
 

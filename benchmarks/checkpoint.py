@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from local_stack.command import positive
 from trainer.checkpoints.format import (
     CheckpointState,
     trained_parameter_names,
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--times", type=int, default=3, help="repetitions; medians are shown")
+    parser.add_argument("--times", type=positive, default=3, help="repetitions; medians are shown")
     parser.add_argument("--directory", type=Path, default=None, help="on the file system to measure")
     times = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=times.directory) as scratch:

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
+from local_stack.command import positive
 from trainer.model.lm_head import tiled_scores
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -86,17 +87,19 @@ def _memory_verdict(arguments: argparse.Namespace, large: dict[str, float], smal
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=__doc__)
     parser.add_argument(
-        "--rows", type=int, default=1728, help="trained tokens, each predicted from its own row"
+        "--rows", type=positive, default=1728, help="trained tokens, each predicted from its own row"
     )
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--vocabulary", type=positive, default=49152)
+    parser.add_argument("--hidden", type=positive, default=576)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="bf16: by autocast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument(
         "--ways", default="ours,logits,torch,products", help="comma list of " + ", ".join(WAYS)
     )
-    parser.add_argument("--small-vocabulary", type=int, help="compare our peak memory with that of this one")
+    parser.add_argument(
+        "--small-vocabulary", type=positive, help="compare our peak memory with that of this one"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--way", choices=sorted(WAYS), help=argparse.SUPPRESS)
     return parser

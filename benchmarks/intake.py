@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atropos_client import AtroposClient
+from local_stack.command import positive
 from local_stack.commands import api_command, free_addresses
 from local_stack.models import prepare_demo_model
 from schemas import BatchReply, ScoredGroup
@@ -319,12 +320,12 @@ def show_run(console: Console, result: dict[str, Any]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.intake", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--groups", type=int, default=64)
-    parser.add_argument("--size", type=int, default=8, help="sequences a group")
-    parser.add_argument("--tokens-per-micro-batch", type=int, default=8192)
+    parser.add_argument("--repeats", type=positive, default=7)
+    parser.add_argument("--groups", type=positive, default=64)
+    parser.add_argument("--size", type=positive, default=8, help="sequences a group")
+    parser.add_argument("--tokens-per-micro-batch", type=positive, default=8192)
     parser.add_argument("--model", type=Path, help="of the real run; the demonstration's by default")
-    parser.add_argument("--steps", type=int, default=8, help="of the real run")
+    parser.add_argument("--steps", type=positive, default=8, help="of the real run")
     parser.add_argument("--without-run", action="store_true", help="measure intake alone")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     return parser

@@ -31,6 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks._machine import describe, machine
 from benchmarks.balance import QWEN3_8B
 from benchmarks.step._memory import PeakMemory
+from local_stack.command import positive
 from trainer.model.attention import TILED, register_backends
 from trainer.model.lm_head import LogitTransform
 from trainer.model.sequence_parallel import SequenceGroup, make_sequence_group
@@ -176,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--row", type=int, default=ROWS[0], help="tokens of the row that is measured")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--row", type=positive, default=ROWS[0], help="tokens of the row that is measured")
+    parser.add_argument("--processes", type=positive, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     return parser
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._machine import describe, machine
+from local_stack.command import positive
 from local_stack.report import Report
 
 _DECIDED_BY_PRESETS = {"data": ("advantage_estimator", "advantage_normalization"), "loss": ("name",)}
@@ -142,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--presets", default="grpo,gspo,cispo,dapo", help="values of loss.preset")
     add("--seeds", default="0,1,2")
-    add("--steps", type=int, default=15, help="optimizer steps of a run")
+    add("--steps", type=positive, default=15, help="optimizer steps of a run")
     add("--runs", type=Path, default=Path("runs/objectives"), help="where the runs are, one directory each")
     add("--json", type=Path, help="also write the numbers here")
     add("--picture", type=Path, help="also draw the curves here, as a PNG")

@@ -33,6 +33,7 @@ from rich.table import Table
 from benchmarks._machine import describe, machine
 from benchmarks.publish_delta import compare, draw, measure_large
 from benchmarks.publish_delta import show as show_deltas
+from local_stack.command import positive
 from local_stack.commands import Address, free_addresses, vllm_command, vllm_environment
 from local_stack.models import prepare_demo_model
 from local_stack.processes import ChildProcess
@@ -290,7 +291,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--transport", choices=TRANSPORTS, default="disk")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="of the trainer")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=positive, default=10)
     parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--idle", action="store_true", help="without an environment's load")
     parser.add_argument("--vllm-python", type=Path, default=Path(".venv-vllm/bin/python"))

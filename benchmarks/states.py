@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._machine import describe, machine, package_version
+from local_stack.command import positive
 from local_stack.commands import Address, evaluate_command, free_addresses, inference_command
 from local_stack.health import answers
 from local_stack.records import read_accuracy
@@ -133,8 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kinds", default=",".join(KINDS))
     add("--model", default="demo", help="as of `atropos-train local`; tiny shows that all of it works")
     add("--seed", type=int, default=0)
-    add("--steps", type=int, default=15, help="optimizer steps of a run")
-    add("--samples", type=int, default=16, help="replies to each of the 48 held-out problems")
+    add("--steps", type=positive, default=15, help="optimizer steps of a run")
+    add("--samples", type=positive, default=16, help="replies to each of the 48 held-out problems")
     add("--runs", type=Path, default=Path("runs/states"), help="where the runs are, one directory each")
     add("--json", type=Path, help="also write the numbers here")
     return parser

@@ -24,6 +24,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks._machine import describe, machine
+from local_stack.command import positive
 from local_stack.commands import free_addresses
 from local_stack.health import answers
 
@@ -42,8 +43,8 @@ _DRAWN = "() => document.querySelectorAll('figure[data-chart] canvas').length > 
 def main() -> None:
     """Measure, then print a line for each kind of visit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.view", description=__doc__)
-    parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=positive, default=100_000)
+    parser.add_argument("--repeats", type=positive, default=5)
     arguments = parser.parse_args()
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     first, again = [], []

@@ -33,7 +33,7 @@ class LocalCommand:
             help="demo (SmolLM2-135M-Instruct from a package, no download from a model hub), tiny (random, "
             "for a quick look), a checkpoint directory, or a hub id; default: demo",
         )
-        add("--steps", type=_positive, default=25, help="optimizer steps; default: 25")
+        add("--steps", type=positive, default=25, help="optimizer steps; default: 25")
         add(
             "--engine",
             choices=("embedded", "vllm"),
@@ -99,7 +99,12 @@ def _path(text: str) -> Path:
     return Path(expand_home(text))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a count from the command line.
+
+    Raises:
+        ArgumentTypeError: It is below 1.
+    """
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")

@@ -23,6 +23,7 @@ from benchmarks.step._cases import SHAPES, make_case
 from benchmarks.step._contender import Setting
 from benchmarks.step._models import MODELS, resolve_model
 from benchmarks.step._ours import Ours
+from local_stack.command import positive
 
 _ROWS = 40
 
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--model", default="qwen3-0.6b-random", help=f"a directory, or {', '.join(MODELS)}")
     add("--case", choices=list(SHAPES), default="throughput")
-    add("--micro-batch-tokens", type=int, default=16384)
+    add("--micro-batch-tokens", type=positive, default=16384)
     return parser
 
 

@@ -39,6 +39,7 @@ from benchmarks.step._padding import PlainPadding, float32_gradients
 from benchmarks.step._table import show
 from benchmarks.step._trl import Trl
 from benchmarks.step._work import arithmetic_of, peak_flops_of
+from local_stack.command import positive
 
 PEERS = ("padding", "example-trainer", "example-trainer-stored", "trl")
 CONTENDERS = ("floor", "floor-body", "ours", "recomputing", *PEERS)
@@ -226,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         default=3,
         help="measured steps each, after one to warm up (default: 3; 0: gradients only)",
     )
-    add("--micro-batch-tokens", type=int, default=4096, help="budget of a pass (default: 4096)")
+    add("--micro-batch-tokens", type=positive, default=4096, help="budget of a pass (default: 4096)")
     add("--activation-recomputation", action="store_true", help="recompute activations in every contender")
     add("--optimizer-step", action="store_true", help="ours alone, with clipping and AdamW; tokens/s and MFU")
     add("--peak-tflops", type=float, help="of the device in the dtype, for MFU; known for H100, H200, A100")
