@@ -37,6 +37,7 @@ import trainer.run.build
 from benchmarks._machine import describe, machine
 from benchmarks.step._memory import PeakMemory
 from benchmarks.step._models import write_random_model
+from local_stack.command import positive
 from trainer import RecordedSource, load_config
 from trainer.monitoring import Progress, RunPhase
 from trainer.publish import InferenceServer, Probes, ProbeScores
@@ -71,12 +72,12 @@ CASES: Final = (
 )
 
 
-def model_config(layers: int, hidden: int = 768) -> LlamaConfig:
+def model_config(layers: int, hidden: int = 768, intermediate: int | None = None) -> LlamaConfig:
     """Describe the model: its layers are a little larger than its embedding, which is the head, too."""
     return LlamaConfig(
         vocab_size=8192,
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
+        intermediate_size=intermediate or hidden * 8 // 3,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 64,
@@ -91,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, default=None, help="write the numbers there")
-    parser.add_argument("--layers", type=int, default=28, help="7.08M parameters each, and 6.29M beside them")
+    parser.add_argument(
+        "--layers", type=positive, default=28, help="7.08M parameters each, and 6.29M beside them"
+    )
     parser.add_argument("--cases", default="", help="some only, for example 2:sharded:overlap,1:replicated")
     parser.add_argument("--measure", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)
     parser.add_argument("--mode", help=argparse.SUPPRESS)
@@ -152,23 +155,36 @@ def above_imports(peaks: dict[str, int]) -> int:
 
 
 def measure_processes(case: Case, model: Path) -> list[dict[str, int]]:
-    """Run them to their end; returns the peaks of each by phase, in bytes."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(case.processes), "-m"]
+    """Return the peaks of each process by phase, in bytes."""
+    words = ["--mode", case.mode, *["--overlap"] * case.overlap]
+    return run_processes("benchmarks.memory", case.processes, model, words)
+
+
+def run_processes(module: str, processes: int, model: Path, words: Sequence[str]) -> list[Any]:
+    """Run a module by torchrun with `--measure MODEL OUTPUT` and more; returns what each has written."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module]
     # glibc keeps much of what was freed, which would be measured in the place of the trainer, and only on a
     # CPU; pieces of more than 64 KiB it gives back at once then.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     with tempfile.TemporaryDirectory(dir=model.parent) as directory:
         output = Path(directory) / "run"
-        words = [*launcher, "benchmarks.memory", "--measure", str(model), str(output), "--mode", case.mode]
-        words += ["--overlap"] * case.overlap
+        words = [*launcher, "--measure", str(model), str(output), *words]
         subprocess.run([sys.executable, "-m", *words], check=True, env=environment)  # noqa: S603 - ourselves
-        written = [Path(f"{output}.{rank}").read_text(encoding="utf-8") for rank in range(case.processes)]
+        written = [Path(f"{output}.{rank}").read_text(encoding="utf-8") for rank in range(processes)]
     return [json.loads(text) for text in written]
 
 
 def measure_here(model: str, output: str, *, mode: str, overlap: bool) -> None:
     """Train as one of a run's processes, and write this process's peaks."""
     peaks = PhasePeaks()
+    train_here(model, output, mode, ["--publish.transport", "disk", "--publish.overlap", str(overlap)], peaks)
+    Path(f"{output}.{os.environ['RANK']}").write_text(json.dumps(peaks.bytes()), encoding="utf-8")
+
+
+def train_here(
+    model: str, output: str, mode: str, words: Sequence[str], progress: Progress | None = None
+) -> None:
+    """Train as one of a run's processes, to the end, with more settings."""
     words = [
         *("--model.path", model),
         *("--train.output_dir", output),
@@ -178,16 +194,14 @@ def measure_here(model: str, output: str, *, mode: str, overlap: bool) -> None:
         *("--loss.name", "policy_gradient"),
         *("--checkpoint.every", "1"),
         *("--parallel.mode", mode if os.environ["WORLD_SIZE"] != "1" else "replicated"),
-        *("--publish.transport", "disk"),
         *("--publish.dtype", "bfloat16"),
         *("--publish.servers", "http://127.0.0.1:9"),
-        *("--publish.overlap", str(overlap)),
+        *words,
     ]
     config = load_config(None, words, environment={})
     Echo.replace_servers()
     source = RecordedSource([draw_batch(seed) for seed in range(_STEPS)])
-    build_trainer(config, source=source, progress=peaks).run()
-    Path(f"{output}.{os.environ['RANK']}").write_text(json.dumps(peaks.bytes()), encoding="utf-8")
+    build_trainer(config, source=source, progress=progress).run()
 
 
 class PhasePeaks(Progress):

@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.trainer.models import VOCABULARY, cast_weights, change_adapter, stream_of, tiny_model, with_adapter
 from trainer.errors import CheckpointError
+from trainer.export.hf_model import write_model_directory
+from trainer.model import sharding
+from trainer.model.sharding import Spread
 from trainer.model.weight_stream import WeightStream
 from trainer.model.wrappers import unwrap_training
+from trainer.publish.delta.snapshot import Snapshot
 
 MIB = 1 << 20
 
@@ -160,21 +164,36 @@ def wide_model(*, adapter: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapted"])
-def test_the_memory_beside_the_model_is_one_weight(adapter: bool) -> None:
-    model = wide_model(adapter=adapter)
-    stream = stream_of(model, torch.bfloat16)
+def test_the_memory_beside_the_model_is_one_weight(adapter: bool, tmp_path: Path) -> None:
+    stream = stream_of(wide_model(adapter=adapter), torch.bfloat16)
     whole = stream.total_bytes
     assert whole > 10 * MIB
+    snapshot = Snapshot(torch.device("cpu"))
 
-    def send() -> None:
-        for _name, _tensor in stream.weights():  # the loop's variables keep the last one, as a sender's would
-            pass
-
-    everything = allocated_peak(lambda: collect(stream))
+    everything = allocated_peak(lambda: snapshot.advance(1, stream.weights()))
     assert everything >= whole  # the measurement sees what is held
     largest_in_memory = 2 * stream.largest_bytes  # float32
     merging = 3 * largest_in_memory if adapter else 0  # the difference, its product's own, the sum
-    assert allocated_peak(send) <= 2 * stream.largest_bytes + merging + 4096
+    allowed = stream.largest_bytes + merging + 4096
+    assert allocated_peak(lambda: write_model_directory(tmp_path / "written", stream)) <= allowed
+    assert allocated_peak(lambda: snapshot.advance(2, stream.weights())) <= allowed
+
+
+def test_a_spread_weight_is_cast_and_gathered_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On process 0 of two, whose other one has the same numbers below 0."""
+
+    def gather(piece: Tensor, pieces: list[Tensor], **_: object) -> None:
+        pieces[0].copy_(piece)
+        torch.neg(piece, out=pieces[1])
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(sharding, "GATHERED_BYTES", 1 << 16)
+    own, found = torch.randn(1000, 511), []
+    spread, shape = Spread(parts=2), torch.Size([2000, 511])
+    peak = allocated_peak(lambda: found.append(spread._gather(own, shape, 0, torch.bfloat16, None)))
+    assert found[0] is not None
+    assert torch.equal(found[0], torch.cat([own, -own]).bfloat16())
+    assert peak <= found[0].nbytes + (1 << 16)
 
 
 def test_nothing_is_copied_where_nothing_has_to_be_cast() -> None:
