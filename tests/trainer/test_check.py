@@ -15,6 +15,7 @@ from schemas import ScoredGroup
 from tests.atropos_client.environment_side import push_groups, register_environment
 from tests.atropos_client.test_real_api import RealApi
 from tests.conftest import RunningInferenceServer
+from tests.forked import forked_ranks
 from tests.trainer.test_cli import atropos_train
 from trainer import load_config
 from trainer.check._api import check_api
@@ -57,6 +58,22 @@ def test_every_party_that_is_missing_is_named_with_a_remedy(tmp_path: Path, free
         assert party in done.stdout
     assert done.stdout.count("->") >= 3
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_all_processes_that_a_launcher_started_are_counted_and_one_of_them_speaks(
+    tmp_path: Path, free_port: int
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    words = ["check", "--model.path", tmp_path / "nothing", "--train.device", "cpu"]
+    words += ["--parallel.mode", "sharded", "--train.output_dir", tmp_path / "run"]
+    words += ["--atropos.url", "http://127.0.0.1:9"]
+    ranks = forked_ranks(2, free_port, "trainer.cli", words, stdout=out, stderr=log)
+    try:
+        assert [rank.wait(120) for rank in ranks] == [1, 0], log.read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert out.read_text().count("processes: 2 processes on 1 node, sharded would train, on cpu") == 1
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from tests.trainer.models import forests, make_sample
+from trainer.model.sharding import Spread
 from trainer.packing import MicroBatch, Packing, PassCost, imbalance, pack
 from trainer.packing._balancing import order_for_processes, process_costs
 from trainer.packing._filling import fill_to_common_cost
 from trainer.packing._sorting import sort_samples
 from trainer.packing._units import join, make_unit
+from trainer.run.metrics import packing_metrics
 from trainer.samples.sample import Sample
 
 COST = PassCost(per_token=100.0, per_pair=1.0, per_trained_token=10.0)
@@ -139,6 +143,18 @@ def test_what_counts_is_the_slowest_process_or_the_costliest_micro_batch_of_each
     assert imbalance(costs, 2) == 1.0
     assert imbalance(costs, 2, lock_step=True) == 8 / 5
     assert imbalance([costs[index] for index in order_for_processes(costs, 2, lock_step=True)], 2) == 1.0
+
+
+def test_the_row_of_a_step_says_what_lock_step_costs_where_weights_are_spread() -> None:
+    (batch,) = packed(group(0, 5, [10]), 1, 4096)
+    batches = [replace(batch, cost=cost) for cost in (4.0, 1.0, 1.0, 4.0)]
+    mesh: Any = object()
+    for spread, expected in (
+        (Spread(copies=2), 1.0),
+        (Spread(parts=2, mesh=mesh), 8 / 5),
+        (Spread(parts=2, mesh=mesh, gathered=True), 1.0),
+    ):
+        assert packing_metrics(batches, spread)["imbalance"] == expected
 
 
 def test_in_lock_step_micro_batches_of_about_equal_cost_are_computed_together() -> None:
