@@ -1,7 +1,8 @@
 """A run of which one process fails: `... MODEL OUTPUT RANK WHERE HOW [settings]`, under a launcher.
 
-After two steps the process RANK fails where it enters the phase WHERE, or in the middle of a step ("step").
-HOW is "raise" or "kill"; with "kill while" it dies while process 0 is there.
+After two steps the process RANK fails where it enters the phase WHERE, in the middle of a step ("step"), or,
+before all steps, where it loads the model ("starting"). From that moment on there is a file "failing". HOW is
+"raise" or "kill"; with "kill while" it dies while process 0 is there.
 
 Where weights are spread, WHERE may be in the midst of collectives in which the others wait: "gather" weights,
 "forward" or "backward", with the phase: "gather checkpointing"; "send copies" is in the thread that sends
@@ -28,10 +29,12 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import trainer.monitoring.monitor
 import trainer.run.build
+import trainer.run.train_state
 from tests.trainer import stoppable_run
 from tests.trainer.transfer_stand_in import served_by_process_0
 from trainer.export.tensor_file import TensorFile
 from trainer.launch import launched_rank
+from trainer.model.load import Policy
 from trainer.model.sharding import Spread
 from trainer.monitoring import Progress, RunPhase
 from trainer.run.optimizer_step import StepRunner
@@ -57,7 +60,7 @@ def fail_if_due(where: str) -> None:
     if failed or where != failing_where:
         return
     within_a_publish = " " in where and (phase_now == RunPhase.PUBLISHING or where in IN_A_THREAD)
-    if trained < _BEFORE and not within_a_publish:
+    if trained < _BEFORE and not within_a_publish and where != RunPhase.STARTING:
         return
     failed = True
     ours = launched_rank() == int(rank)
@@ -77,6 +80,14 @@ def fail_if_due(where: str) -> None:
 class FailingProgress(Progress):
     """Fails where a phase is entered."""
 
+    def begin(self, phase: RunPhase, party: str) -> None:
+        """Enter a phase that nothing is outside of."""
+        global phase_now
+        super().begin(phase, party)
+        phase_now = phase
+        if phase is RunPhase.STOPPING:
+            fail_if_due(phase)
+
     @contextmanager
     def phase(self, phase: RunPhase, party: str, details: Callable[[], str] | None = None) -> Iterator[None]:
         """Enter a phase."""
@@ -95,6 +106,17 @@ class FailingSteps(StepRunner):
     def _backward(self, *words: Any) -> Any:
         fail_if_due("step")
         return super()._backward(*words)
+
+
+def fail_while_loading() -> None:
+    """Let the model not be loaded."""
+    load = trainer.run.train_state.load_trained_policy
+
+    def failing(*words: Any, **named: Any) -> Policy:
+        fail_if_due(RunPhase.STARTING)
+        return load(*words, **named)
+
+    trainer.run.train_state.load_trained_policy = failing
 
 
 def fail_while_gathering() -> None:
@@ -144,6 +166,7 @@ def die_at_a_sign(sign: Path) -> None:
     """End this process when the file is there."""
     while not sign.exists():
         time.sleep(0.01)
+    sign.with_name("failing").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -151,6 +174,7 @@ if __name__ == "__main__":
     model, output, rank, where, how, *others = sys.argv[1:]
     trainer.monitoring.monitor.Progress = FailingProgress  # type: ignore[misc]
     trainer.run.build.StepRunner = FailingSteps  # type: ignore[misc]
+    fail_while_loading()
     if " " in where:
         fail_while_gathering()
         fail_while_writing()

@@ -65,13 +65,32 @@ def failing_runs(
             process.kill()
 
 
-@pytest.mark.parametrize("where", ["waiting", "preparing", "step", "checkpointing"])
-def test_the_failure_of_one_process_ends_all(where: str, tiny_model_directory: Path, tmp_path: Path) -> None:
+def codes_of(ranks: list[Forked], failing: Path) -> list[int]:
+    """Exit codes of processes, which have 30 seconds from when one of them fails, as is promised."""
+    begins_by = time.monotonic() + ENDED_WITHIN
+    while not failing.exists():
+        assert time.monotonic() < begins_by, failing.parent.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.05)
+    ends_at = failing.stat().st_mtime + 30
+    return [process.wait(max(0.1, ends_at - time.time())) for process in ranks]
+
+
+@pytest.mark.parametrize(
+    ("where", "steps"),
+    [("starting", 0), ("waiting", 2), ("preparing", 2), ("step", 2), ("checkpointing", 3), ("stopping", 3)],
+)
+def test_the_failure_of_one_process_ends_all(
+    where: str, steps: int, tiny_model_directory: Path, tmp_path: Path
+) -> None:
     cells = [(0, "raise"), (0, "kill"), (1, "raise"), (1, "kill")]
     if where in ("preparing", "waiting"):  # which only process 0 does, or it alone ends
         cells = [*cells[:2], (1, "kill while")]
-    with failing_runs(where, cells, tiny_model_directory, tmp_path) as runs:
-        codes = {cell: [process.wait(ENDED_WITHIN) for process in ranks] for cell, ranks in runs.items()}
+    last = ("--train.steps", "3") if where == "stopping" else ()
+    with failing_runs(where, cells, tiny_model_directory, tmp_path, *last) as runs:
+        codes = {
+            (rank, how): codes_of(ranks, tmp_path / f"{rank}-{how}" / "failing")
+            for (rank, how), ranks in runs.items()
+        }
     for rank, how in cells:
         output = tmp_path / f"{rank}-{how}"
         said = output.with_suffix(".log").read_text()
@@ -92,9 +111,8 @@ def test_the_failure_of_one_process_ends_all(where: str, tiny_model_directory: P
             assert found[1] == str(rank)
             cause = "failed: RuntimeError: nothing works" if how == "raise" else "has ended without a word"
             assert found[2].startswith(cause)
-        if (rank, how) != (0, "kill"):
-            step = newest(output).state.step
-            assert step == (3 if where == "checkpointing" else 2) or how == "kill while"
+        if steps and (rank, how) != (0, "kill"):
+            assert newest(output).state.step == steps or how == "kill while"
 
 
 @pytest.mark.parametrize(
@@ -102,13 +120,13 @@ def test_the_failure_of_one_process_ends_all(where: str, tiny_model_directory: P
     [
         *("forward training", "backward training", "forward publishing"),
         *("gather publishing", "send copies", "gather checkpointing", "write checkpointing"),
-        *("send changes", "gather publishing, live"),
+        *("send changes", "gather publishing, live", "gather stopping"),
     ],
 )
 def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
     where: str, shared_inference_server: RunningInferenceServer, tmp_path: Path
 ) -> None:
-    """Each in each way, four runs at a time; the bound of 30 seconds is what is promised."""
+    """Each in each way, four runs at a time."""
     cells = [(rank, how) for rank in (0, 1) for how in ("raise", "kill")]
     if where.startswith("write"):
         cells = [(0, "refuse"), (1, "refuse")]
@@ -120,17 +138,12 @@ def test_a_process_that_fails_while_others_wait_for_it_in_a_collective_ends_all(
     where, _, live = where.partition(", ")
     if live:
         settings += ["--publish.transport", "nccl", "--publish.verify", "false"]
+    if where == "gather stopping":
+        settings += ["--train.steps", "3"]
     model = shared_inference_server.model_directory
     with failing_runs(where, cells, model, tmp_path, *settings) as runs:
         for (rank, how), ranks in runs.items():
-            failing, log = tmp_path / f"{rank}-{how}" / "failing", tmp_path / f"{rank}-{how}.log"
-            begins_by = time.monotonic() + ENDED_WITHIN
-            while not failing.exists():
-                assert time.monotonic() < begins_by, log.read_text()[-3000:]
-                time.sleep(0.05)
-            ends_at = failing.stat().st_mtime + 30
-            codes = [process.wait(max(0.1, ends_at - time.time())) for process in ranks]
-            assert set(codes) <= {1, -signal.SIGKILL}
+            assert set(codes_of(ranks, tmp_path / f"{rank}-{how}" / "failing")) <= {1, -signal.SIGKILL}
     for rank, how in cells:
         said = (tmp_path / f"{rank}-{how}.log").read_text()
         assert "Traceback" not in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -208,21 +207,6 @@ def test_a_signal_to_any_process_stops_all_of_them_at_the_same_micro_batch(
     checkpoint = newest(tmp_path / "run")
     assert (checkpoint.state.step, checkpoint.state.batches) == (2, 2)
     assert (tmp_path / "run/set_aside/batch-000003.json").read_bytes() == long_body()
-
-
-def test_the_death_of_one_process_costs_the_others_no_whole_step(
-    tiny_model_directory: Path, tmp_path: Path, free_port: int
-) -> None:
-    run = Run(tiny_model_directory, tmp_path / "run", "steps", port=free_port)
-    pid = int(run.wait_for("rank 1").split()[-1])
-    run.wait_for("now")
-    time.sleep(0.5)
-    os.kill(pid, signal.SIGKILL)
-    run.ends_with()
-    log = run.log.read_text()
-    assert log.count(f"rank 1 on {socket.gethostname()} (process {pid}) has ended without a word") == 1
-    assert "Traceback" not in log
-    assert newest(tmp_path / "run").state.step >= 2
 
 
 def test_a_failure_that_all_processes_meet_ends_them_after_process_0_has_saved(
