@@ -54,7 +54,8 @@ def environment(tmp_path: Path, free_port: int) -> dict[str, str]:
         "SLURM_JOB_ID": "7",
         "PORT": str(free_port),
     }
-    return os.environ | {"PATH": path, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **job}
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}  # and nothing that says so: the commands are those of users
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", **no_gpu, **job}
 
 
 def assert_trained_as_one_run(launchers: list[subprocess.Popen[str]], output: Path) -> None:

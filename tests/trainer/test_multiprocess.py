@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ def run_in_processes(
     if torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
         command += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", module, *words, *options]
-        subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, timeout=200, check=True)
+        subprocess.run(command, timeout=200, check=True)
         return
     log = output.with_suffix(".log")
     ranks = forked_ranks(count, port, module, [*words, *options], stdout=log, stderr=log)

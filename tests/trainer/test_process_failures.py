@@ -178,7 +178,7 @@ def test_a_process_that_dies_during_a_publish_leaves_a_server_that_serves(
 def torchrun(*words: object, module: str = MODULE) -> subprocess.Popen[str]:
     """Start a launcher, as users do, whose processes write to its pipes."""
     command = [sys.executable, "-m", "torch.distributed.run", *words[:-1], "-m", module, *words[-1]]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([str(word) for word in command], env=environment, **pipes)
 

@@ -47,7 +47,8 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     require_whole_launch()
     alone = started_by_accelerate_alone()
     take_settings_of_accelerate()
-    on_cpu = config.train.device == "cpu" or launched_on_cpu()
+    # Accelerate looks for the others of a launcher on a CPU only if it is told that it is one.
+    on_cpu = config.train.device == "cpu" or launched_on_cpu() or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else _default_device()
     with _reminded_of_others():
         accelerator = Accelerator(
