@@ -16,6 +16,7 @@ nothing, and takes no memory; the trainer does all that it does for a real one.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -47,6 +48,8 @@ from trainer.run.publish_part import PublishPart
 
 _STEPS: Final = 2
 _MIB: Final = 1 << 20
+_M_MMAP_THRESHOLD: Final = -3
+"""As glibc's malloc.h has it."""
 _IMPORTS: Final = "imports"
 """What a process holds before it loads anything."""
 
@@ -163,9 +166,7 @@ def measure_processes(case: Case, model: Path) -> list[dict[str, int]]:
 def run_processes(module: str, processes: int, model: Path, words: Sequence[str]) -> list[Any]:
     """Run a module by torchrun with `--measure MODEL OUTPUT` and more; returns what each has written."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", module]
-    # glibc keeps much of what was freed, which would be measured in the place of the trainer, and only on a
-    # CPU; pieces of more than 64 KiB it gives back at once then.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(dir=model.parent) as directory:
         output = Path(directory) / "run"
         words = [*launcher, "--measure", str(model), str(output), *words]
@@ -185,6 +186,9 @@ def train_here(
     model: str, output: str, mode: str, words: Sequence[str], progress: Progress | None = None
 ) -> None:
     """Train as one of a run's processes, to the end, with more settings."""
+    # glibc keeps much of what was freed, which would be measured in the place of the trainer, and only on a
+    # CPU; pieces of more than 64 KiB it gives back at once then.
+    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     words = [
         *("--model.path", model),
         *("--train.output_dir", output),
