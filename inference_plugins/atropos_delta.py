@@ -16,13 +16,13 @@ has the token. Callers name a file in it, and nothing outside can be read. A wor
 takes nothing but a full version from then on.
 
 On the CPU vLLM computes with packed copies of the weights and gives the weights away. They are kept here, and
-packed anew while the old ones serve, which takes up to twice their size in memory. There places and sums are
-computed by numpy, in one thread: threads that share their cores with a trainer's wait for each other.
+packed anew after they were written: beside what serves it would take a second copy of both, and longer than
+generation has to stand still for it. There places and sums are computed by numpy, in one thread: threads that
+share their cores with a trainer's wait for each other.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -251,8 +251,6 @@ class _Ready:
     sums: dict[str, tuple[int, int]]
     """What the model will then hold: sum and count of numbers by the checkpoint's names."""
     changes: list[_Change]
-    packed: list[tuple[Any, Any]]
-    """Layers, and the functions that compute with their new packed weights."""
 
 
 class Receiver:
@@ -333,8 +331,7 @@ class Receiver:
                 for change in ready.changes:
                     if not change.write_into(_storage(change.piece.held)):
                         raise RuntimeError("what was written is not what is read")  # noqa: TRY301
-                for layer, computes in ready.packed:
-                    layer.cpu_linear = computes
+                pack_anew(self._model, ready.changes)
         except Exception as error:  # noqa: BLE001 - told to whoever asked, who brings a full version
             return {"error": f"failed half-way, and needs a full version: {error!r}"}
         self._sums |= ready.sums
@@ -368,8 +365,7 @@ class Receiver:
                         f"{piece.held.dtype}: publish in the type that the server computes in"
                     )
             sums[each] = _plan(self._pieces[each], stored[each], shape, sums.get(each, (0, 0)), changes)
-        packed = pack_ahead(self._model, changes)
-        return _Ready(name, told.version, told.checksum, sums, changes, packed)
+        return _Ready(name, told.version, told.checksum, sums, changes)
 
     def _check_layout(self) -> None:
         """See once that the notes are true: by them the model holds what vLLM itself has loaded, and no more.
@@ -598,25 +594,13 @@ def _fetch(url: str, size: int) -> IO[bytes]:
     return file
 
 
-def pack_ahead(model: Any, changes: list[_Change]) -> list[tuple[Any, Any]]:
-    """Pack what layers on the CPU will compute with, from copies: it takes longer than all the rest."""
-    by_storage: dict[int, list[_Change]] = {}
-    for change in changes:
-        by_storage.setdefault(_address(change.piece.held), []).append(change)
-    packed = []
+def pack_anew(model: Any, changes: list[_Change]) -> None:
+    """Let layers on the CPU, which compute with packed copies of their weights, pack what was changed."""
+    changed = {_address(change.piece.held) for change in changes}
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
-        if not hasattr(layer, "cpu_linear") or weight is None or _address(weight) not in by_storage:
-            continue
-        storage = torch.from_numpy(_storage(weight).numpy().copy())  # in one thread, as all else here
-        for change in by_storage[_address(weight)]:
-            change.write_into(storage)
-        new = storage.view(weight.dtype).as_strided(weight.shape, weight.stride(), weight.storage_offset())
-        twin = copy.copy(layer)
-        twin._parameters = layer._parameters | {"weight": torch.nn.Parameter(new, requires_grad=False)}
-        twin.quant_method.process_weights_after_loading(twin)
-        packed.append((layer, twin.cpu_linear))
-    return packed
+        if hasattr(layer, "cpu_linear") and weight is not None and _address(weight) in changed:
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def _keep_weights() -> None:
