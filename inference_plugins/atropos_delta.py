@@ -597,10 +597,15 @@ def _fetch(url: str, size: int) -> IO[bytes]:
 def pack_anew(model: Any, changes: list[_Change]) -> None:
     """Let layers on the CPU, which compute with packed copies of their weights, pack what was changed."""
     changed = {_address(change.piece.held) for change in changes}
+    packed: dict[int, Any] = {}
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and weight is not None and _address(weight) in changed:
+        if not hasattr(layer, "cpu_linear") or weight is None or _address(weight) not in changed:
+            continue
+        if _address(weight) not in packed:
             layer.quant_method.process_weights_after_loading(layer)
+            packed[_address(weight)] = layer.cpu_linear
+        layer.cpu_linear = packed[_address(weight)]  # layers that are tied compute with the same copy
 
 
 def _keep_weights() -> None:
