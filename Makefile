@@ -116,7 +116,7 @@ test-vllm: $(VENV)/.ready $(VLLM_VENV)/.ready
 # namespaces are forbidden, the tests that start Ray are skipped.
 test-verl: $(VENV)/.ready $(VERL_VENV)/.ready
 	alone=; unshare --map-root-user --net true 2>/dev/null && alone="unshare --map-root-user --net"; \
-		REQUIRE_VERL=1 $$alone $(VERL_VENV)/bin/python -m pytest tests/verl
+		OMP_NUM_THREADS=1 REQUIRE_VERL=1 $$alone $(VERL_VENV)/bin/python -m pytest tests/verl
 
 # REQUIRE_DOCKER=1: a missing engine is a failure, not a skip.
 test-docker: $(VENV)/.ready compose-tool
