@@ -13,7 +13,7 @@ trained. Everything per token of the response stands at that token, as verl has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,65 +24,58 @@ from trainer.config import LossSettings
 from trainer.losses import LossInputs
 from trainer.samples.prepare import PreparedBatch
 from trainer.samples.sample import Sample
-from verl_integration.losses import StepFacts
+
+
+def make_step(
+    batch: PreparedBatch, loss: LossSettings, *, multiple: int, staleness: int | None = None
+) -> tuple[TensorDict, dict[str, Any]]:
+    """Turn a batch, so many versions old, into rows and what verl wants beside them for one step over all."""
+    rows = make_rows(batch.samples, batch.denominators, multiple=multiple)
+    statistics = None
+    if loss.bound.step_statistics is not None:
+        sampler, advantages = rows["old_log_probs"].values(), rows["advantages"].values()
+        mask = rows["response_mask"].values()
+        inputs = LossInputs(
+            logprobs=sampler, advantages=advantages, loss_mask=mask, inference_logprobs=sampler
+        )
+        statistics = loss.bound.step_statistics(inputs, loss.bound.options)
+    info: dict[str, Any] = {
+        "statistics": statistics,  # as of `LossInputs`
+        "staleness": staleness,
+        # verl's own reductions over sequences divide by it: rows that fill up do not count.
+        "global_batch_size": len(batch.samples),
+        "mini_batch_size": len(rows),
+    }
+    temperatures = {sample.temperature for sample in batch.samples} if loss.uses_temperature else {1.0}
+    if len(temperatures) == 1:  # one for all takes verl's faster way
+        del rows["temperature"]
+        info["temperature"] = temperatures.pop()
+    return rows, info
 
 
 def make_rows(
-    real: Sequence[Sample],
-    denominators: Sequence[float] | None = None,
-    *,
-    multiple: int = 1,
-    pad_token: int = 0,
+    real: Sequence[Sample], denominators: Sequence[float] | None = None, *, multiple: int
 ) -> TensorDict:
-    """Turn samples into rows.
+    """Turn samples into [B] rows: the columns of `_row` jagged, without log-probs that a sample lacks.
 
-    Args:
-        real: At least one.
-        denominators: Of each; None: 1.
-        multiple: Rows of two tokens that nothing is trained on follow until this divides their number: verl
-            deals rows out evenly.
-        pad_token: What those consist of.
-
-    Returns:
-        [B] rows: jagged `input_ids`, `position_ids`, and of the response alone `responses`, `response_mask`,
-        `loss_mask`, `advantages`, `old_log_probs` and, if every sample has them, `ref_log_prob`;
-        `denominators` and `temperature` [B] float32. `returns`, `rm_scores` and `num_turns` are for the
-        metrics of verl.
+    Rows of two tokens that nothing is trained on follow until `multiple` divides their number: verl deals
+    rows out evenly. `denominators` (None: 1) and `temperature` are [B] float32; `num_turns` [B], the runs of
+    trained tokens, is for the metrics of verl.
     """
     padding = -len(real) % multiple
-    samples = [*real, *[bare_sample([pad_token] * 2, trained=False)] * padding]
-    starts = [_first_trained(sample) for sample in samples]
-
-    def responses(column: Callable[[Sample], Tensor | None]) -> Tensor:
-        """Return a column; 0 where nothing is trained, whatever filler the environment sent there."""
-        rows = []
-        for sample, start in zip(samples, starts, strict=True):
-            values = column(sample)
-            values = torch.zeros_like(sample.loss_mask) if values is None else values
-            rows.append(values.masked_fill(sample.loss_mask == 0, 0.0)[start:])
-        return _jagged(rows)
-
-    mask = responses(lambda sample: sample.loss_mask).long()
-    advantages = responses(lambda sample: sample.advantages)
+    samples = [*real, *[bare_sample([0, 0], trained=False)] * padding]
+    rows = [_row(sample) for sample in samples]
     columns = {
-        "input_ids": _jagged([sample.tokens for sample in samples]),
-        "position_ids": _jagged([torch.arange(len(sample.tokens)) for sample in samples]),
-        "prompts": _jagged([sample.tokens[:start] for sample, start in zip(samples, starts, strict=True)]),
-        "responses": _jagged([sample.tokens[start:] for sample, start in zip(samples, starts, strict=True)]),
-        "response_mask": mask,
-        "loss_mask": mask.clone(),
-        "advantages": advantages,
-        "returns": advantages.clone(),
-        "old_log_probs": responses(lambda sample: sample.inference_logprobs),
-        "rm_scores": _jagged(
-            [_score_at_the_end(row, start) for row, start in zip(samples, starts, strict=True)]
-        ),
-        "denominators": torch.tensor([*(denominators or [1.0] * len(real)), *[1.0] * padding]),
-        "temperature": torch.tensor([sample.temperature for sample in samples]),
-        "num_turns": torch.tensor([_turns(sample) for sample in samples]),
+        name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged)
+        for name in rows[0]
     }
-    if all(sample.ref_logprobs is not None for sample in real):
-        columns["ref_log_prob"] = responses(lambda sample: sample.ref_logprobs)
+    if any(sample.inference_logprobs is None for sample in real):
+        del columns["old_log_probs"]
+    if any(sample.ref_logprobs is None for sample in real):
+        del columns["ref_log_prob"]
+    columns["denominators"] = torch.tensor([*(denominators or [1.0] * len(real)), *[1.0] * padding])
+    columns["temperature"] = torch.tensor([sample.temperature for sample in samples])
+    columns["num_turns"] = torch.tensor([int(sample.loss_mask.diff().clamp(0).sum()) for sample in samples])
     return TensorDict(columns, batch_size=[len(samples)])
 
 
@@ -103,79 +96,28 @@ def bare_sample(tokens: Sequence[int], *, trained: bool) -> Sample:
     )
 
 
-def step_facts(batch: PreparedBatch, loss: LossSettings, *, staleness: int | None = None) -> StepFacts:
-    """Gather what all rows of a step share.
-
-    Args:
-        batch: With at least one sample.
-        loss: Section `loss`; its loss may choose tokens over the whole step.
-        staleness: Age of the batch in versions; None: not known.
-    """
-    columns = [sample.inference_logprobs for sample in batch.samples]
-    known = [column for column in columns if column is not None]
-    masks = torch.cat([sample.loss_mask for sample in batch.samples])
-    statistics = None
-    if loss.bound.step_statistics is not None:
-        sampler = torch.cat(known)
-        advantages = torch.cat([sample.advantages for sample in batch.samples])
-        inputs = LossInputs(
-            logprobs=sampler, advantages=advantages, loss_mask=masks, inference_logprobs=sampler
-        )
-        statistics = loss.bound.step_statistics(inputs, loss.bound.options)
-    return StepFacts(
-        has_sampler=len(known) == len(columns),
-        tokens=float(masks.sum()),
-        statistics=statistics,
-        staleness=staleness,
-    )
-
-
-def update_info(
-    batch: PreparedBatch, loss: LossSettings, *, rows: int, staleness: int | None = None
-) -> dict[str, Any]:
-    """Return what verl's update wants beside the rows: one optimizer step over all of them.
-
-    Args:
-        batch: The step, with at least one sample.
-        loss: Section `loss`.
-        rows: How many there are, those that fill up included.
-        staleness: Age of the batch in versions; None: not known.
-    """
-    info: dict[str, Any] = {
-        "atropos": step_facts(batch, loss, staleness=staleness),
-        # verl's own reductions over sequences divide by it: padding does not count.
-        "global_batch_size": len(batch.samples),
-        "mini_batch_size": rows,
-        "epochs": 1,
-        "seed": 0,
-        "dataloader_kwargs": {"shuffle": False},
-        "calculate_entropy": False,
-        "compute_loss": True,
-    }
-    if not loss.uses_temperature:
-        info["temperature"] = 1.0
-    elif len(temperatures := {sample.temperature for sample in batch.samples}) == 1:
-        info["temperature"] = temperatures.pop()  # one for all takes verl's faster way
-    return info
-
-
-def _jagged(rows: Sequence[Tensor]) -> Tensor:
-    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
-
-
-def _first_trained(sample: Sample) -> int:
-    """Where the response begins: at the first trained token, or, where there is none, the last token."""
-    trained = sample.loss_mask.nonzero()
-    return int(trained[0]) if len(trained) else len(sample.tokens) - 1
-
-
-def _score_at_the_end(sample: Sample, start: int) -> Tensor:
-    scores = torch.zeros(len(sample.tokens) - start)
-    scores[-1] = sample.score
-    return scores
-
-
-def _turns(sample: Sample) -> int:
-    """Runs of trained tokens."""
+def _row(sample: Sample) -> dict[str, Tensor]:
+    """Return the columns of a sequence; `returns` and `rm_scores` are for the metrics of verl."""
     trained = sample.loss_mask != 0
-    return int((trained[1:] & ~trained[:-1]).sum())
+    start = int(trained.nonzero()[0]) if trained.any() else len(trained) - 1
+
+    def response(column: Tensor | None) -> Tensor:
+        """0 where nothing is trained, whatever filler the environment sent there."""
+        values = torch.zeros(len(trained)) if column is None else column
+        return values.masked_fill(~trained, 0.0)[start:]
+
+    score = torch.zeros(len(trained) - start)
+    score[-1] = sample.score
+    return {
+        "input_ids": sample.tokens,
+        "position_ids": torch.arange(len(trained)),
+        "prompts": sample.tokens[:start],
+        "responses": sample.tokens[start:],
+        "response_mask": trained[start:].long(),
+        "loss_mask": trained[start:].long(),
+        "advantages": response(sample.advantages),
+        "returns": response(sample.advantages),
+        "old_log_probs": response(sample.inference_logprobs),
+        "ref_log_prob": response(sample.ref_logprobs),
+        "rm_scores": score,
+    }

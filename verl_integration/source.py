@@ -8,24 +8,19 @@ and nothing is trained twice.
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable
+import logging
+from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
+from functools import partial
 
 from atropos_client.clock import running_time
 from atropos_client.journal import Journal
-from schemas import BatchReply
 from trainer.checkpoints.format import CheckpointState
 from trainer.config import TrainerConfig
 from trainer.monitoring import Progress
+from trainer.publish import Publisher
 from trainer.run.batch_tracker import BatchTracker
-from trainer.run.metrics import Row, append_row, drop_later_rows
+from trainer.run.metrics import Row
 from trainer.run.places import journal_directory
 from trainer.run.train_state import BEFORE_THE_FIRST_STEP
 from trainer.samples.advantages import AdvantageNormalizer
@@ -34,120 +29,88 @@ from trainer.samples.validation import ModelLimits
 from trainer.sources.incoming import IncomingBatch, PreparedStep, poll_batch
 from trainer.sources.live import AtroposSource, journal_limits
 
+logger = logging.getLogger(__name__)
+
 _STATE = "atropos"
-_POLL_SECONDS = 0.5
-_LOCK_SECONDS = 60.0
-"""Seconds to wait for the processes of a run that was killed to let go of the journal."""
-
-
-@dataclass
-class _ResumePoint:
-    state: CheckpointState
-    normalizer: AdvantageNormalizer
-
-
-class _Rows:
-    """Rows of batches that were not trained on, in `metrics.jsonl`; verl has its own loggers for the rest."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, row: Row, *, step: int) -> None:
-        append_row(self._path, row)
 
 
 class AtroposBatches:
     """Gives the batches of an Atropos API to verl's trainer, one an optimizer step.
 
-    Args:
-        config: Ours.
-        limits: Of the model.
-        keep_all: Also hand out samples without a gradient: verl's own objectives count them.
-        served_version: Asked in other threads: the version that environments sample from; -1: not known.
+    With `keep_all` also samples without a gradient: verl's own objectives count them. Verl keeps so many
+    `checkpoints`; None: all. It is also what its `BatchTracker` goes on from (`state`, `normalizer`), and
+    what it writes to.
     """
 
     tracker: BatchTracker
-    """Told what became of each batch; there after `start`."""
+    """Told what became of each batch; there after `start`, as the journal and the source are."""
+    _journal: Journal
+    _source: AtroposSource
+    _publisher: Publisher | None
 
     def __init__(
-        self,
-        config: TrainerConfig,
-        *,
-        limits: ModelLimits,
-        keep_all: bool,
-        served_version: Callable[[], int],
+        self, config: TrainerConfig, *, limits: ModelLimits, keep_all: bool, checkpoints: int | None
     ) -> None:
+        self.state = BEFORE_THE_FIRST_STEP
+        self.normalizer = AdvantageNormalizer(config.data.advantage_normalization)
         self._config = config
-        self._limits = limits
-        self._keep_all = keep_all
-        self._served_version = served_version
-        normalizer = AdvantageNormalizer(config.data.advantage_normalization)
-        self._from = _ResumePoint(state=BEFORE_THE_FIRST_STEP, normalizer=normalizer)
-        self._journal: Journal
-        self._source: AtroposSource
+        self._prepare = partial(
+            prepare_batch,
+            limits=limits,
+            data=config.data,
+            loss=config.loss,
+            normalizer=self.normalizer,
+            keep_all=keep_all,
+        )
+        self._kept: deque[int] = deque(maxlen=checkpoints)
         self._at_end = ExitStack()
 
-    # For verl's checkpoints.
-
     def state_dict(self) -> dict[str, str]:
-        """Return what the weights of this moment were trained on."""
+        """Return what the weights of this moment were trained on, for verl's checkpoint."""
         step = self.tracker.step
         update = {"step": step, "policy_version": step, "normalizer": self.tracker.normalizer}
-        state = self._from.state.model_copy(update={**update, **vars(self.tracker.settled)})
+        state = self.state.model_copy(update={**update, **vars(self.tracker.settled)})
         return {_STATE: state.model_dump_json()}
 
-    def load_state_dict(self, state: dict[str, str]) -> None:
-        """Go on from there; before `start`."""
-        self._from.state = CheckpointState.model_validate_json(state[_STATE])
-        if self._from.state.normalizer:
-            self._from.normalizer.load_state_dict(self._from.state.normalizer)
+    def load_state_dict(self, saved: dict[str, str]) -> None:
+        """Go on from there, before `start`; nothing changes where a loader of verl's saved it."""
+        if _STATE in saved:
+            self.state = CheckpointState.model_validate_json(saved[_STATE])
+            self.normalizer.load_state_dict(self.state.normalizer)
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps that batches were trained in before this start."""
-        return self._from.state.step
-
-    def start(self) -> None:
-        """Open the journal at what the checkpoint counts, and begin to fetch.
+    def start(self, publisher: Publisher | None) -> None:
+        """Open the journal at what the checkpoint counts, and begin to fetch; tend the publisher in waits.
 
         Raises:
             JournalError: The journal does not go on from the checkpoint, or another run has it.
             AtroposClientError: The API did not answer within atropos.ready_timeout.
         """
-        metrics = self._config.train.output_dir / "metrics.jsonl"
-        state = self._from.state
-        self._journal = Journal.open(
-            journal_directory(self._config),
-            limits=journal_limits(self._config),
-            wait=self._config.journal.shutdown_timeout + _LOCK_SECONDS,
-            accept_loss=self._config.journal.accept_loss,
+        config = self._config
+        self._publisher = publisher
+        self._journal = self._at_end.enter_context(
+            Journal.open(
+                journal_directory(config),
+                limits=journal_limits(config),
+                wait=config.journal.shutdown_timeout + 60,  # for a run that was killed to let go of it
+                accept_loss=config.journal.accept_loss,
+            )
         )
-        self._at_end.callback(self._journal.close)
         self._source = AtroposSource(
-            self._config,
+            config,
             self._journal,
-            after=state.batches,
+            after=self.state.batches,
             step=lambda: self.tracker.step,
-            served_version=self._served_version,
-            prepare=self._prepare,
+            served_version=lambda: -1 if publisher is None else publisher.sampled_version,
+            prepare=lambda reply: PreparedStep(batch=self._prepare(reply), micro_batches=[], seconds=0),
         )
         self._at_end.callback(self._source.stop)
-        drop_later_rows(metrics, step=state.step, batch=state.batches)
         self.tracker = BatchTracker(
-            self._config,
-            self._from,
-            source=self._source,
-            ledger=self._journal,
-            rows=_Rows(metrics),
-            progress=Progress(),
+            config, self, source=self._source, ledger=self._journal, rows=self, progress=Progress()
         )
         self._source.start()
 
-    def next(self, meanwhile: Callable[[], None]) -> tuple[IncomingBatch, PreparedBatch]:
+    def next(self) -> tuple[IncomingBatch, PreparedBatch]:
         """Wait for a batch that can be trained on; others are passed over, kept and counted.
-
-        Args:
-            meanwhile: Called every half second of the wait.
 
         Raises:
             DeadlineExceeded: No batch came within atropos.batch_timeout; says who is late.
@@ -156,8 +119,9 @@ class AtroposBatches:
         timeout = self._config.atropos.batch_timeout
         deadline = running_time() + timeout
         while True:
-            meanwhile()
-            incoming = poll_batch(self._source, seconds=_POLL_SECONDS, deadline=deadline, timeout=timeout)
+            if self._publisher is not None:
+                self._publisher.tend(self.tracker.step)
+            incoming = poll_batch(self._source, seconds=0.5, deadline=deadline, timeout=timeout)
             if incoming is None:
                 continue
             self.tracker.receive(incoming)
@@ -166,33 +130,19 @@ class AtroposBatches:
                 return incoming, prepared.batch
             deadline = running_time() + timeout
 
-    def prune(self, checkpoints: Path) -> None:
-        """Let go of bodies that no checkpoint of verl's needs any more.
+    def write(self, row: Row, *, step: int) -> None:
+        """Say that a batch was not trained on; the ledger says it too, and verl has loggers for the rest."""
+        logger.warning("batch %s was not trained on: %s", row["batch"], row["reason"])
 
-        Args:
-            checkpoints: Directory of its `global_step_N`.
-        """
-        states = [path.parent / "data.pt" for path in checkpoints.glob("global_step_*/actor")]
-        states = sorted((path for path in states if path.is_file()), key=_step_of)
-        if self._config.journal.prune and states:
-            oldest: dict[str, Any] = torch.load(states[0], weights_only=True)
-            self._journal.prune(CheckpointState.model_validate_json(oldest[_STATE]).batches)
+    def note_checkpoint(self) -> None:
+        """Let go of bodies that none of the checkpoints that verl keeps needs any more."""
+        self._kept.append(self.tracker.settled.batches)
+        if self._config.journal.prune and len(self._kept) == self._kept.maxlen:
+            self._journal.prune(self._kept[0])
 
     def close(self) -> None:
         """Stop fetching; what was fetched and not trained on waits in the journal. Safe without `start`."""
         self._at_end.close()
-
-    def _prepare(self, reply: BatchReply) -> PreparedStep:
-        started = time.monotonic()
-        batch = prepare_batch(
-            reply,
-            limits=self._limits,
-            data=self._config.data,
-            loss=self._config.loss,
-            normalizer=self._from.normalizer,
-            keep_all=self._keep_all,
-        )
-        return PreparedStep(batch=batch, micro_batches=[], seconds=time.monotonic() - started)
 
     def _prepared_step(self, incoming: IncomingBatch) -> PreparedStep:
         """Take what was prepared ahead; a batch that cannot be prepared is kept."""
@@ -200,8 +150,3 @@ class AtroposBatches:
             self.tracker.set_aside(incoming, str(incoming.failure))
             raise incoming.failure or RuntimeError("a batch came unprepared")
         return incoming.prepared
-
-
-def _step_of(path: Path) -> int:
-    match = re.search(r"(\d+)$", path.parent.name)
-    return int(match[1]) if match else -1

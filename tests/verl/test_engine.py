@@ -5,11 +5,9 @@ from __future__ import annotations
 import pickle
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.workers.config import FSDPActorConfig
 from verl.workers.config.actor import PolicyLossConfig
@@ -23,8 +21,8 @@ from trainer.config import TrainerConfig
 from trainer.samples.advantages import AdvantageNormalizer
 from trainer.samples.prepare import PreparedBatch, prepare_batch
 from trainer.samples.validation import ModelLimits
-from verl_integration.batches import make_rows, update_info
-from verl_integration.losses import POLICY_LOSSES, engine_loss, register_policy_losses
+from verl_integration.batches import make_step
+from verl_integration.losses import POLICY_LOSSES, engine_loss
 
 LOSSES = ("weighted_sft", "ppo_clip", "gspo")
 REDUCTIONS = {
@@ -37,7 +35,6 @@ REDUCTIONS = {
 
 @pytest.fixture(scope="module")
 def worker(tiny_model_directory: Path) -> TrainingWorker:
-    register_policy_losses()
     return make_worker(tiny_model_directory)
 
 
@@ -56,11 +53,6 @@ def of_reduction(name: str) -> list[str]:
     return [f"reduction={name}", *(["constant_length=16"] if name == "constant" else [])]
 
 
-def rows_and_info(config: TrainerConfig, batch: PreparedBatch, *, multiple: int) -> tuple[TensorDict, Any]:
-    rows = make_rows(batch.samples, batch.denominators, multiple=multiple)
-    return rows, update_info(batch, config.loss, rows=len(rows))
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_engine_loss_makes_the_step_of_our_trainer(
@@ -69,7 +61,7 @@ def test_an_engine_loss_makes_the_step_of_our_trainer(
     settings = options([f"name={name}", *of_reduction(reduction)])
     config = config_for(tiny_model_directory, tmp_path, *settings)
     batch = prepare(config, trap_body())
-    rows, info = rows_and_info(config, batch, multiple=7)  # rows that fill up change nothing
+    rows, info = make_step(batch, config.loss, multiple=7)  # rows that fill up change nothing
     theirs = verl_step(worker, engine_loss(config.loss), rows, info)
     assert_equal_steps(our_step(config, trap_body()), theirs)
 
@@ -86,7 +78,7 @@ def test_losses_that_look_beyond_a_token_are_the_same_too(
     worker: TrainingWorker, tiny_model_directory: Path, tmp_path: Path, settings: list[str]
 ) -> None:
     config = config_for(tiny_model_directory, tmp_path, *options(settings))
-    rows, info = rows_and_info(config, prepare(config, trap_body()), multiple=1)
+    rows, info = make_step(prepare(config, trap_body()), config.loss, multiple=1)
     loss = pickle.loads(pickle.dumps(engine_loss(config.loss)))  # noqa: S301 - as it comes to a worker
     assert_equal_steps(our_step(config, trap_body()), verl_step(worker, loss, rows, info))
 
@@ -100,7 +92,7 @@ def test_a_policy_loss_within_verls_own_makes_the_step_of_our_trainer(
     settings = [f"name={name}", *of_reduction(reduction), *dual_clip]
     config = config_for(tiny_model_directory, tmp_path, *options(settings))
     batch = prepare(config, trap_body(), keep_all=True)  # verl counts its denominators in what it gets
-    rows, info = rows_and_info(config, batch, multiple=7)
+    rows, info = make_step(batch, config.loss, multiple=7)
     clip = {"low": 3e-4, "high": 4e-4} if name == "gspo" else {"low": 0.2, "high": 0.2}
     actor = FSDPActorConfig(
         strategy="fsdp2",
@@ -118,7 +110,6 @@ def test_a_policy_loss_within_verls_own_makes_the_step_of_our_trainer(
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_every_registered_policy_loss_computes(name: str) -> None:
-    register_policy_losses()
     generator = torch.Generator().manual_seed(0)
     logprobs = -torch.rand(2, 5, generator=generator) - 0.5
     logprobs.requires_grad_()
@@ -143,7 +134,7 @@ def test_a_row_keeps_the_holes_of_several_turns_and_no_filler(
 ) -> None:
     config = config_for(tiny_model_directory, tmp_path, "--loss.name", "ppo_clip")
     batch = prepare(config, trap_body())
-    rows = make_rows(batch.samples, multiple=5)
+    rows, _ = make_step(batch, config.loss, multiple=5)
     assert len(rows) % 5 == 0
     assert len(rows) > len(batch.samples)
     names = ("prompts", "responses", "response_mask", "old_log_probs")

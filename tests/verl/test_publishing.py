@@ -19,8 +19,7 @@ from tests.conftest import RunningInferenceServer
 from tests.verl.engines import config_for, make_worker
 from trainer.errors import CheckpointError
 from trainer.publish import VerificationFailed, make_probes, score_with_model
-from verl_integration.checkpoint_engine import DirectoryCheckpointEngine
-from verl_integration.publishing import LoadedByVerl, make_publisher, score_by_verl
+from verl_integration.publishing import DirectoryCheckpointEngine, LoadedByVerl, make_publisher, score_by_verl
 
 StartServer = Callable[..., RunningInferenceServer]
 
@@ -112,18 +111,18 @@ def test_servers_of_verl_are_proven_and_one_with_old_weights_is_found_out(
     start_inference_server: StartServer,
 ) -> None:
     server = start_inference_server(tiny_model_directory)
-    updates: list[None] = []
+    updates: list[int] = []
     publisher = make_publisher(
         config_for(tiny_model_directory, tmp_path, "--publish.on_failure", "abort"),
         Workers(worker),
         AutoTokenizer.from_pretrained(tiny_model_directory),
         ranks=1,
-        started=LoadedByVerl([server.url.removeprefix("http://")], lambda: updates.append(None)),
+        started=LoadedByVerl([server.url.removeprefix("http://")], updates.append),
     )
     assert publisher is not None
     with publisher:
         assert publisher.start(0).verified
-        assert updates
+        assert updates == [0]
         change(worker)  # and verl's update, which here does nothing, did not arrive
         with pytest.raises(VerificationFailed):
             publisher.publish(1)
