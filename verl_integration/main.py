@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> int:
         require_loaded()
         config = read_config(Path(words[0]), words[1:])
     except Exception as error:  # noqa: BLE001 - verl raises all kinds where it refuses a configuration
-        sys.stderr.write(f"{words[0]} cannot be used with verl: {error}\n")
+        sys.stderr.write(f"{words[0]} cannot be run: {error}\n")
         return 2
     auto_set_device(config)
     run_ppo(config, task_runner_class=TaskRunnerV1)

@@ -104,7 +104,7 @@ class AtroposTrainer(PPOTrainer):
 
     def fit(self, agent_loop_manager: Any = None) -> None:
         """Train until `trainer.total_training_steps`; see verl."""
-        with closing(self.train_dataloader), self._publisher or nullcontext():
+        with self._publisher or nullcontext(), closing(self.train_dataloader):
             super().fit(agent_loop_manager)
             if self._publisher is not None:
                 self._publisher.settle()
