@@ -186,11 +186,16 @@ def server(start_vllm: StartVllm, vllm_model_directory: Path) -> VllmServer:
 @pytest.fixture
 def fresh_server(server: VllmServer) -> VllmServer:
     """The server with the weights it was started with."""
-    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(server.model)}}
-    assert server.post("/collective_rpc", reload).status_code == 200
-    assert server.post("/atropos/adapter", {"name": None}).status_code == 200
+    open_directory(server, server.model)
     assert server.post("/update_weight_version", {"new_version": "default"}).status_code == 200
     return server
+
+
+def open_directory(server: VllmServer, directory: Path) -> None:
+    """Let the server itself load a model's weights, and serve them without an adapter."""
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+    assert server.post("/collective_rpc", reload).status_code == 200
+    assert server.post("/atropos/adapter", {"name": None}).status_code == 200
 
 
 @pytest.fixture
@@ -269,12 +274,18 @@ def test_two_steps_with_weights_spread_over_two_processes(
     published = rows(run, "publish")
     assert [row["version"] for row in published] == [0, 1, 2]
     assert all(row["publish_verified"] is True for row in published)
+    trained, base = own_logprobs(run / "final"), own_logprobs(fresh_server.model)
+    assert largest_difference(trained, base) > 1e-2
     with fresh_server.client() as client:
-        reply = served_logprobs(client)
-    assert reply is not None
-    assert reply[0] == "2"
-    assert largest_difference(reply[1], own_logprobs(run / "final")) < 1e-3
-    assert largest_difference(reply[1], own_logprobs(fresh_server.model)) > 1e-2
+        served = served_logprobs(client)
+        open_directory(fresh_server, fresh_server.model)
+        before = served_logprobs(client)
+        open_directory(fresh_server, run / "checkpoints/step-000002/model")
+        opened = served_logprobs(client)
+    for reply, expected in ((served, trained), (before, base), (opened, trained)):
+        assert reply is not None
+        assert reply[0] == "2"
+        assert largest_difference(reply[1], expected) < 1e-3
 
 
 def test_vllm_killed_in_the_middle_of_a_publish(server: VllmServer, start_run: Callable[..., Run]) -> None:
