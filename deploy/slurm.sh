@@ -10,7 +10,8 @@
 #SBATCH --requeue
 
 # One launcher a node, which starts a process for each GPU. Five minutes before the end of the job's time SLURM
-# signals the launchers; they pass it on, and process 0 writes a checkpoint. The same job goes on from it.
+# signals the launchers; they pass it on, and a checkpoint is written, from which the same command goes on. SLURM starts
+# the job again by itself after a preemption or the failure of a node, but not at the end of its time.
 set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --kill-on-bad-exit=1 torchrun \

@@ -30,6 +30,9 @@ ELSEWHERE = {
     "vllm serve": "tests/vllm/launching.py",
     ".venv-vllm/bin/python -m vllm.entrypoints.openai.api_server": "tests/vllm/launching.py",
     "python -m sglang.launch_server": "docs/engines/sglang.md",  # which says that it was not run
+    "accelerate launch": "tests/trainer/test_multiprocess.py",
+    "sbatch": "tests/test_deploy.py",
+    "kubectl": "tests/test_deploy.py",
     "docker-compose": "tests/docker",
     "docker cp": "tests/docker",
     "curl http://127.0.0.1:9100/health": "tests/trainer/test_watch_runs.py",

@@ -15,6 +15,11 @@ from tests.forked import forked_ranks
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, rows, run, weights
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc_per_node {count} --master_addr 127.0.0.1 --master_port {port}",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes {count} --main_process_port {port}",
+}
+
 
 def run_in_processes(
     count: int,
@@ -24,13 +29,13 @@ def run_in_processes(
     port: int,
     steps: int,
     first: int = 0,
-    torchrun: bool = False,
+    launcher: str = "",
 ) -> None:
     """Train `steps` steps, of which the first `first` are done."""
     module, words = "tests.trainer.multiprocess_run", [str(model), str(output), str(first), str(steps)]
-    if torchrun:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(port), "-m", module, *words, *options]
+    if launcher:
+        started = [word.format(count=count, port=port) for word in LAUNCHERS[launcher].split()]
+        command = [sys.executable, "-m", *started, "-m", module, *words, *options]
         subprocess.run(command, timeout=200, check=True)
         return
     log = output.with_suffix(".log")
@@ -67,9 +72,9 @@ def test_two_processes_train_as_one(
     options: tuple[str, ...], tiny_model_directory: Path, tmp_path: Path, free_port: int
 ) -> None:
     run(tiny_model_directory, tmp_path / "one", make_bodies(2), *options, steps=2)
-    torchrun = "--loss.reduction" in options
+    launcher = "accelerate" if "--loss.reduction" in options else ""  # the other one: tests.test_deploy
     run_in_processes(
-        2, tiny_model_directory, tmp_path / "two", *options, port=free_port, steps=2, torchrun=torchrun
+        2, tiny_model_directory, tmp_path / "two", *options, port=free_port, steps=2, launcher=launcher
     )
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(two) == 2

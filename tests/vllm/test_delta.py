@@ -194,7 +194,7 @@ def test_two_processes_over_which_the_weights_are_spread_publish_what_changed(
     options = ["--parallel.mode", "sharded", "--publish.transport", "delta"]
     options += ["--publish.directory", str(run.directory), "--publish.servers", run.server.url]
     output = tmp_path / "run"
-    run_in_processes(2, run.server.model, output, *options, port=free_port, steps=2, torchrun=True)
+    run_in_processes(2, run.server.model, output, *options, port=free_port, steps=2, launcher="torchrun")
     published = rows(output, "publish")
     assert [row["version"] for row in published] == [0, 1, 2]
     assert all(row["publish_verified"] is True for row in published)

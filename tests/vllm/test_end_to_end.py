@@ -270,7 +270,7 @@ def test_two_steps_with_weights_spread_over_two_processes(
     options += ["--publish.transport", transport, "--publish.servers", fresh_server.url]
     options += ["--model.lora.rank", "8"] if transport == "lora" else []
     run = tmp_path / "run"
-    run_in_processes(2, fresh_server.model, run, *options, port=free_port, steps=2, torchrun=True)
+    run_in_processes(2, fresh_server.model, run, *options, port=free_port, steps=2, launcher="torchrun")
     published = rows(run, "publish")
     assert [row["version"] for row in published] == [0, 1, 2]
     assert all(row["publish_verified"] is True for row in published)
