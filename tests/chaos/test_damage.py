@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import pytest
 from atropos_client.journal import WriterLock
 from tests.atropos_client.misbehaving_server import closed_port
 from tests.chaos.killed_run import BATCHES
+from tests.forked import run_module
 from trainer.cli import main
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -75,14 +74,8 @@ def killed_run(tiny_model_directory: Path, tmp_path_factory: pytest.TempPathFact
         *("--train.mismatch_alarm", "null", "--checkpoint.every", "2", "--publish.transport", "none"),
         *("--logging.progress", "false", "--optimizer.learning_rate", "1e-3"),
     ]
-    command = [sys.executable, "-m", "tests.chaos.killed_run", str(directory), *words]
-    done = subprocess.run(
-        [*command, "--train.output_dir", str(directory)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)},
-    )
+    words_there = [directory, *words, "--train.output_dir", directory]
+    done = run_module("tests.chaos.killed_run", *words_there)
     assert done.returncode == -9, done.stderr[-3000:]
     WriterLock.acquire(directory / "journal/lock", wait=60).release()  # its fetching process is gone
     return KilledRun(directory, words)

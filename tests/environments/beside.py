@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.atropos_client.test_real_api import RealApi
+from tests.forked import Forked
 
 
 @contextmanager
@@ -18,13 +17,9 @@ def api_and_environments(module: str, *words: str, log: Path) -> Iterator[str]:
 
     The module must outlive the block: what fails otherwise shows the end of the log.
     """
-    with RealApi() as api, log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, api.url, *words],
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+    with RealApi() as api:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        process = Forked(module, [api.url, *words], stdout=log, environment=environment)
         try:
             yield api.url
             assert process.poll() is None, log.read_text()[-3000:]

@@ -17,7 +17,7 @@ from trainer.run.build import build_trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-STEPS = 20
+STEPS = 8
 
 
 def divergence(student: Path, teacher: Path) -> float:
