@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.compose import ROOT
 from tests.conftest import RunningInferenceServer
 from tests.trainer.batches import make_bodies
 from tests.trainer.runs import assert_equal_tensors, rows, run
@@ -117,6 +119,16 @@ def test_a_bandit_is_learned_as_well_as_in_float32(dtype: torch.dtype, eight_bit
     found = reward_after_training(SmallAdamW([small], eight_bit=eight_bit, **options), small)
     assert expected > 0.9
     assert found > expected - 0.05
+
+
+def test_the_demos_task_was_learned_to_five_points_of_float32_and_the_page_says_so() -> None:
+    kinds = json.loads((ROOT / "benchmarks/results/states.json").read_text())["kinds"]
+    page = (ROOT / "docs/fewer-bytes.md").read_text()
+    assert len(kinds) == 4
+    for kind in kinds.values():
+        assert kind["heldout_after"] > kinds["float32"]["heldout_after"] - 0.05
+        assert kind["publishes_proven"] == kind["publishes"]
+        assert f"| {kind['heldout_after']:.1%} | {kind['optimizer_bytes'] / 1e6:,.0f} MB |" in page
 
 
 def test_copies_of_a_weight_are_rounded_alike_and_parts_each_in_their_own_way() -> None:
