@@ -52,6 +52,9 @@ def test_a_run_trains_like_ours_and_proves_each_publish(tiny_model_directory: Pa
     assert [entry.step for entry in ledger(run.output) if entry.outcome == "trained"] == [1, 2, 3]
     same = [f"{name}={value}" for name, value in settings.items()]
     assert_trained_like_ours(tiny_model_directory, run.output, tmp_path / "ours", run.steps(), same)
+    ours, theirs = rows(tmp_path / "ours")[-1], run.steps()[-1]
+    for name in ("negative_logprob", "mismatch_kl", "clipped"):  # averages over the tokens of both ranks
+        assert theirs[f"actor/{name}"] == pytest.approx(ours[name], rel=1e-4, abs=1e-6), name
 
 
 def test_no_batch_is_lost_or_trained_twice_where_the_driver_is_killed(
