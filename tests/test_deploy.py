@@ -91,6 +91,7 @@ def test_the_job_for_kubernetes_starts_one_run(
     first = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert f"USER {pod['securityContext']['fsGroup']}:" in (ROOT / "docker/Dockerfile").read_text()
     assert {mount["name"] for mount in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
     assert f"--nnodes={job['spec']['completions']}" in container["command"]
     here = {f"--rdzv_endpoint={first}:29500": f"--rdzv_endpoint=127.0.0.1:{free_port}"}
