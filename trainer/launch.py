@@ -17,11 +17,10 @@ logger = logging.getLogger(__name__)
 
 _RANKS: Final = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZES: Final = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-_LOCAL_SIZES: Final = (
-    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    "MV2_COMM_WORLD_LOCAL_SIZE",
+_NUMBERS: Final = (
+    *(*_RANKS, *_SIZES, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("SLURM_STEP_NUM_TASKS", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
 )
-_NUMBERS: Final = (*_RANKS, *_SIZES, *_LOCAL_SIZES, "LOCAL_RANK", "SLURM_STEP_NUM_TASKS", "GROUP_WORLD_SIZE")
 
 _OTHER_WAYS: Final = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -79,8 +78,7 @@ def require_whole_launch(environment: Mapping[str, str] = os.environ) -> None:
         raise _not_one_run(f"this is process {rank} ({rank_name}), but WORLD_SIZE does not say of how many")
     if rank and size is not None and rank >= size:
         raise _not_one_run(f"this is process {rank} ({rank_name}, from 0 on) of {size} ({size_name})")
-    together = _first_of(_LOCAL_SIZES, environment)[1] == size
-    if (size or 1) > 1 and not together and not environment.get("MASTER_ADDR"):
+    if (size or 1) > 1 and not environment.get("MASTER_ADDR"):
         raise _not_one_run(
             f"{size} processes were started ({size_name}), but MASTER_ADDR says not where they meet"
         )
