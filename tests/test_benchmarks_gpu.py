@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import re
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
 
 from benchmarks.gpu import casting, profile
+from tests.compose import ROOT
+
+
+def test_the_script_gives_each_part_words_that_it_takes(tmp_path: Path) -> None:
+    command = ["bash", str(ROOT / "benchmarks/gpu/run.sh"), str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True, check=True, timeout=60
+    )
+    parts = [line.split() for line in done.stdout.splitlines() if line.startswith("-m ")]
+    assert len(parts) == 4
+    for _, name, *words in parts:
+        module: Any = importlib.import_module({"benchmarks.step": "benchmarks.step.__main__"}.get(name, name))
+        module._parser().parse_args(words)
+    limits = re.findall(r"^part \w+ (\d+)", Path(command[1]).read_text(), re.MULTILINE)
+    assert sum(map(int, limits)) <= 8 * 60
 
 
 def test_a_profile_lists_the_operators_of_a_whole_step(capfd: pytest.CaptureFixture[str]) -> None:
