@@ -14,7 +14,8 @@
 # the job again by itself after a preemption or the failure of a node, but not at the end of its time.
 set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-exec srun --kill-on-bad-exit=1 torchrun \
+# Since 22.05 srun does not take over the job's CPUs a task: a launcher and its processes would share one.
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$head_node:${PORT:-29500}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout 240 \

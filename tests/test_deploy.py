@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 SRUN = """#!/bin/sh
 # Both nodes are this one.
-shift
+[ "$2" = --cpus-per-task=3 ] || exit 9
+shift 2
 "$@" & first=$!
 "$@" & second=$!
 wait $first && wait $second
@@ -52,6 +53,7 @@ def environment(tmp_path: Path, free_port: int) -> dict[str, str]:
         "SLURM_JOB_NODELIST": "node-[1-2]",
         "SLURM_NNODES": "2",
         "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "3",
         "PORT": str(free_port),
     }
     no_gpu = {"CUDA_VISIBLE_DEVICES": ""}  # and nothing that says so: the commands are those of users
