@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -33,8 +34,10 @@ from tests.trainer.inference_stand_in import serving
 from tests.trainer.runs import assert_equal_tensors, rows, run
 from tests.trainer.test_publish_delta_transport import DeltaServer
 from tests.trainer.test_publish_lora import AdapterStandIn
+from trainer.config import ParallelSettings
 from trainer.errors import ConfigurationError
 from trainer.model.base_checkpoint import read_base
+from trainer.model.sharding import plan_spread
 from trainer.model.weight_stream import WeightStream
 from trainer.publish.delta.files import Label, delta_name, whole_name, write_file
 from trainer.publish.delta.snapshot import Snapshot
@@ -495,3 +498,12 @@ def test_another_number_of_processes_and_modes_that_cannot_be_are_refused(
         with pytest.raises(ConfigurationError, match=message):
             run(tiny_model_directory, tmp_path / "run", make_bodies(1), *options, steps=1)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_torch_that_leaves_out_gradients_of_unused_parameters_is_refused_for_spread_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params")
+    assert plan_spread(ParallelSettings(), 2) == (2, 1)
+    with pytest.raises(ConfigurationError, match=r"sharded needs torch 2\.13 or newer, and this is"):
+        plan_spread(ParallelSettings(mode="sharded"), 2)

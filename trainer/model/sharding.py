@@ -366,7 +366,8 @@ def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:
         Copies of the weights, and the number of processes that each is spread over.
 
     Raises:
-        ConfigurationError: Another number of processes is wanted, or these cannot be divided so.
+        ConfigurationError: Another number of processes is wanted, these cannot be divided so, or this torch
+            cannot spread weights as it has to be.
     """
     if settings.processes not in (None, processes):
         raise ConfigurationError(
@@ -390,6 +391,11 @@ def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:
         raise ConfigurationError(
             f"with parallel.replicate {copies} each of {processes} processes holds a copy of its own, so "
             f"nothing is {settings.mode}; set a smaller one, or parallel.mode to replicated"
+        )
+    if parts > 1 and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigurationError(
+            f"parallel.mode {settings.mode} needs torch 2.13 or newer, and this is {torch.__version__}; "
+            "install it, or set parallel.mode to replicated"
         )
     return copies, parts
 
