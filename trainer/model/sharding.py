@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from trainer.config import ParallelSettings
 from trainer.errors import ConfigurationError
@@ -357,6 +357,16 @@ def in_turn(owned: Iterable[tuple[T, int]]) -> list[tuple[T, int]]:
         counts[owner] += 1
         turns.append((counts[owner], owner, thing))
     return [(thing, owner) for _, owner, thing in sorted(turns, key=lambda turn: turn[:2])]
+
+
+def product_by_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of two matrices, spread as the left one is.
+
+    Each process multiplies its own rows of it by all of the right one, which is small.
+    """
+    if isinstance(right, DTensor):
+        right = right.redistribute(placements=[Replicate()] * right.device_mesh.ndim)
+    return left @ right
 
 
 def plan_spread(settings: ParallelSettings, processes: int) -> tuple[int, int]:

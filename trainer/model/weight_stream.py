@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from trainer.errors import CheckpointError
 from trainer.model.base_checkpoint import BaseCheckpoint, StoredTensor
+from trainer.model.merged_weight import merged_weight
 from trainer.model.sharding import WHOLE, Spread, in_turn
 from trainer.model.weight_requests import WeightRequests
 from trainer.model.wrappers import (
     adapted_layers,
-    merged_weight,
     plain_name,
     unwrap,
     weights_by_name,

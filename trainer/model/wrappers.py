@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-
-from trainer.errors import CheckpointError
 
 _LORA_PARAMETERS = ("lora_A.", "lora_B.", "lora_embedding_A.", "lora_embedding_B.")
 
@@ -50,32 +47,3 @@ def adapted_layers(inner: nn.Module) -> dict[str, Any]:
         for name, module in inner.named_modules()
         if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
     }
-
-
-def merged_weight(name: str, module: Any) -> Tensor:
-    """Return one adapted layer's weight with its active adapters merged in; a new tensor if there are any.
-
-    That is `W + scale * B A`, computed by PEFT, in float32 also where `W` has fewer bytes.
-
-    Args:
-        name: The weight's name, for messages.
-        module: PEFT's LoRA layer.
-
-    Raises:
-        CheckpointError: An adapter is of a kind whose effect is not a sum with the weight
-            (DoRA, an adapter with a bias).
-    """
-    weight: Tensor = module.base_layer.weight.detach()
-    if module.merged:  # PEFT has added the adapter into the weight already
-        return weight
-    for adapter in module.active_adapters:
-        if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
-            continue
-        if adapter in module.lora_variant or module.lora_bias.get(adapter, False):
-            raise CheckpointError(
-                f"{name} has an adapter that is more than a sum with the weight (DoRA and other variants, "
-                "or an adapter with a bias), which cannot be merged; train with plain LoRA"
-            )
-        with torch.no_grad():
-            weight = weight + module.get_delta_weight(adapter).to(weight.device)
-    return weight
