@@ -509,8 +509,14 @@ def element_sum(indices: Tensor, numbers: Tensor) -> int:
 
     Not cryptographic. `indices`: int64 [N]; `numbers`: bits as integers [N].
     """
-    on_cpu = indices.device.type == "cpu"
-    places, values = (indices.numpy(), numbers.numpy()) if on_cpu else (indices, numbers)
+    if indices.device.type != "cpu":
+        return _mixed_sum(indices, numbers)
+    places, values = indices.numpy(), numbers.numpy()
+    pieces = range(0, len(places), _NUMBERS)
+    return wrapped(sum(_mixed_sum(places[at : at + _NUMBERS], values[at : at + _NUMBERS]) for at in pieces))
+
+
+def _mixed_sum(places: Any, values: Any) -> int:
     mixed = places * -7046029254386353131
     mixed += values
     mixed ^= mixed >> 32

@@ -113,8 +113,16 @@ def element_sum(indices: Tensor, numbers: Tensor) -> int:
         indices: Places in the flat tensor [N], int64.
         numbers: Bits as integers [N].
     """
-    places: Any = indices.numpy() if indices.device.type == "cpu" else indices
-    values: Any = numbers.numpy() if indices.device.type == "cpu" else numbers
+    if indices.device.type != "cpu":
+        return _mixed_sum(indices, numbers)
+    places, values = indices.numpy(), numbers.numpy()
+    pieces = range(0, len(places), _PIECE)
+    return wrapped(
+        sum(_mixed_sum(places[first : first + _PIECE], values[first : first + _PIECE]) for first in pieces)
+    )
+
+
+def _mixed_sum(places: Any, values: Any) -> int:
     mixed = places * -7046029254386353131
     mixed += values
     mixed ^= mixed >> 32
