@@ -45,5 +45,6 @@ def _delta(module: Any, adapter: str) -> Tensor:
 
     if type(module) is not Linear or module.fan_in_fan_out:
         return module.get_delta_weight(adapter)  # type: ignore[no-any-return]  # PEFT's
+    # As PEFT does it, but that of factors which are spread it would exchange whole products.
     delta = product_by_rows(module.lora_B[adapter].weight, module.lora_A[adapter].weight)
     return delta.mul_(module.scaling[adapter])

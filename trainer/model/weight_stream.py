@@ -166,7 +166,9 @@ class WeightStream:
         """
         live = weights_by_name(self._inner)
         adapted = adapted_layers(self._inner)
-        asking = self.requests.begin() if self.requests is not None else _unasked
+        asking: Callable[[int], AbstractContextManager[object]] = nullcontext
+        if self.requests is not None:
+            asking = self.requests.begin()
         for number, (unit, owner) in enumerate(self._turns(owners or {})):
             if not self.spread.sends_to(owner):
                 continue
@@ -417,10 +419,6 @@ def _layer_of(name: str) -> str:
     """Everything up to the first number: `model.layers.3`."""
     match = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
     return match.group() if match else ""
-
-
-def _unasked(number: int) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _current_stream(device: torch.device) -> Any:

@@ -67,7 +67,7 @@ class PublishPart:
     @cached_property
     def requests(self) -> WeightRequests | None:
         """How process 0 asks the others for weights that go from the live model into a server."""
-        if not self._spread.sharded or self._settings.transport not in ("nccl", "ipc"):
+        if not self._spread.sharded or self._settings.transport != "nccl":
             return None
         return WeightRequests(self._spread)
 
