@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from accelerate.state import AcceleratorState
 
 from local_stack.inference import Engine, EngineSettings, InferenceServer
 from local_stack.models import make_tiny_model
@@ -70,6 +71,13 @@ def _logging_as_before() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_as_before() -> Iterator[None]:
+    """Accelerate fixes the mixed precision once a process, which here is that of all tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

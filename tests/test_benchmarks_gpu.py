@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from benchmarks.gpu import casting, profile
 from tests.compose import ROOT
@@ -32,13 +31,11 @@ def test_the_script_gives_each_part_words_that_it_takes(tmp_path: Path) -> None:
 
 
 def test_a_profile_lists_the_operators_of_a_whole_step(capfd: pytest.CaptureFixture[str]) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # the mixed precision is fixed once a process
     words = ["--device", "cpu", "--model", "tiny", "--case", "tiny", "--micro-batch-tokens", "256"]
     assert profile.main(words) == 0
     shown = capfd.readouterr().out
     assert "Optimizer.step#AdamW.step" in shown
     assert "_TiledScoresBackward" in shown
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_casting_measures_both_ways_over_all_weights(tmp_path: Path) -> None:

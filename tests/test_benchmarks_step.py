@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -28,12 +26,6 @@ from schemas import BatchReply
 
 VOCABULARY = 259
 TINY_CASES = ("tiny", "tiny-tree")
-
-
-@pytest.fixture(autouse=True)
-def _accelerate_starts_afresh() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)  # the mixed precision is fixed once a process
 
 
 def flat_case(name: str, seed: int = 0) -> Case:

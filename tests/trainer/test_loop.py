@@ -276,7 +276,8 @@ def test_bfloat16_autocast_trains_close_to_float32_and_keeps_float32_weights(
     tiny_model_directory: Path, tmp_path: Path
 ) -> None:
     run(tiny_model_directory, tmp_path / "full", make_bodies(1), "--train.mixed_precision", "no", steps=1)
-    # Accelerate fixes the precision of a process once and for all.
+    with pytest.raises(ConfigurationError, match="Accelerate keeps one a process: start another process"):
+        run(tiny_model_directory, tmp_path / "second", make_bodies(1), "--train.mixed_precision", "bf16")
     words = [tiny_model_directory, tmp_path / "mixed", 0, 1, "--train.mixed_precision", "bf16"]
     run_module("tests.trainer.multiprocess_run", *words).check_returncode()
     (full,), (mixed,) = rows(tmp_path / "full"), rows(tmp_path / "mixed")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -36,11 +35,7 @@ def test_scores_match_a_float64_reference() -> None:
 def test_weights_are_scored_in_float32_even_where_accelerate_trains_in_bfloat16() -> None:
     model = tiny_model("llama", dtype=torch.float32)
     before = score_with_model(model, SEQUENCES, "cpu")
-    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests: the type is chosen once
-    try:
-        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     tokens = torch.tensor([SEQUENCES[0]])
     rounded = torch.log_softmax(prepared(input_ids=tokens).logits[0, :-1], dim=-1)
     exact = torch.tensor(before[0])

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from tests.trainer.runs import rows
@@ -28,7 +27,6 @@ def assert_trained_like_ours(
     model: Path, output: Path, directory: Path, steps: list[dict[str, Any]], settings: list[str]
 ) -> None:
     """Our trainer, given the batches in the order of the ledger, makes the same steps and weights."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # the run of another test closed its group
     config = config_for(model, directory, *options(settings), "--train.steps", str(len(steps)))
     build_trainer(config, source=RecordedSource(trained_bodies(output))).run()
     ours = rows(directory)

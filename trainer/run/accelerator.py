@@ -12,10 +12,12 @@ from typing import Final
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from schemas import count_of
 from trainer.config import ParallelSettings, TrainerConfig
+from trainer.errors import ConfigurationError
 from trainer.launch import (
     launched_on_cpu,
     launched_processes,
@@ -41,8 +43,9 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     """Make the Accelerator, once the others are there.
 
     Raises:
-        ConfigurationError: Accelerate was told what this trainer does not do, or the processes that were
-            started do not train together, or not so many.
+        ConfigurationError: Accelerate was told what this trainer does not do, or has trained in another
+            precision in this process, or the processes that were started do not train together, or not so
+            many.
     """
     require_whole_launch()
     alone = started_by_accelerate_alone()
@@ -50,9 +53,11 @@ def make_accelerator(config: TrainerConfig) -> Accelerator:
     # Accelerate looks for the others of a launcher on a CPU only if it is told that it is one.
     on_cpu = config.train.device == "cpu" or launched_on_cpu() or not torch.accelerator.is_available()
     device = torch.device("cpu") if on_cpu else _default_device()
+    precision = choose_mixed_precision(config.train, device)
+    _refuse_another_precision(precision)
     with _reminded_of_others():
         accelerator = Accelerator(
-            mixed_precision=choose_mixed_precision(config.train, device),
+            mixed_precision=precision,
             cpu=on_cpu,
             log_with=list(config.logging.trackers) or None,
             project_dir=str(config.train.output_dir),
@@ -77,6 +82,15 @@ def describe_processes(accelerator: Accelerator, settings: ParallelSettings) -> 
     if settings.sequence > 1:
         said += f", {settings.sequence} to a sequence"
     return said
+
+
+def _refuse_another_precision(precision: str) -> None:
+    """Accelerate keeps the mixed precision of a process's first run, and trains no second run in another."""
+    if AcceleratorState._shared_state and (first := AcceleratorState().mixed_precision) != precision:
+        raise ConfigurationError(
+            f"this process has trained with mixed precision {first!r}, and Accelerate keeps one a process: "
+            f"start another process to train with {precision!r}"
+        )
 
 
 @contextlib.contextmanager
