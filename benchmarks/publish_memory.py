@@ -161,7 +161,7 @@ class PublishPeaks:
             self._sending = False
             require_sent(part)
 
-        def counted(snapshot: Snapshot, *words: Any) -> dict[str, Change] | None:
+        def counted(snapshot: Snapshot, *words: Any) -> dict[str, Change | None] | None:
             changes = advance(snapshot, *words)
             found = [change.indices for change in (changes or {}).values()]
             self._changed = sum(len(each) for each in found if each is not None)

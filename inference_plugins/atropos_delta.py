@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-FORMAT = "atropos-delta/1"
+FORMAT = "atropos-delta/2"
 SOURCE, TOKEN = "ATROPOS_DELTA_SOURCE", "ATROPOS_DELTA_TOKEN"
 
 _FILE_NAME = re.compile(r"v\d{6,}\.(delta|whole)\.safetensors")
@@ -413,8 +413,11 @@ class Stored:
     """One tensor's changes in a file; its data are read when they are used."""
 
     values: Tensor
-    gaps: Tensor | None
-    """None: all of the tensor."""
+    """All of the tensor; with `gaps`, the numbers that moved far [K]."""
+    gaps: Tensor | None = None
+    """Packed places of what changed."""
+    moves: Tensor | None = None
+    """By how much the bits there moved, int8 [N]; -128: far."""
 
 
 def _plan(
@@ -426,24 +429,28 @@ def _plan(
 ) -> tuple[int, int]:
     """Prepare what is written for one tensor; return its sum and count after it."""
     values = stored.values
-    if stored.gaps is None:
+    if stored.gaps is None or stored.moves is None:
         flat = values.reshape(-1)
         for piece in pieces:
             changes.append(_Change(piece, bits(piece.of(flat)), None))
         return wrapped(sum(piece.sum(flat) for piece in pieces)), sum(piece.held.numel() for piece in pieces)
     indices = indices_from_gaps(stored.gaps)
-    numel = torch.Size(shape).numel()
-    if len(indices) != len(values) or (len(indices) and int(indices[-1]) >= numel):
+    numel, near = torch.Size(shape).numel(), stored.moves != -128
+    counts = len(stored.moves), int(near.sum()) + len(values)
+    if {len(indices)} != {*counts} or (len(indices) and int(indices[-1]) >= numel):
         raise RefusedError(
-            f"{len(values)} values at {len(indices)} places up to {indices[-1:].tolist()} of {numel}"
+            f"{counts} moves and values at {len(indices)} places up to {indices[-1:].tolist()} of {numel}"
         )
+    added = stored.moves.to(bits(values).dtype)
+    added[~near] = bits(values)
     moved = 0
     for piece in pieces:
         inside, places = piece.locate(indices)
-        numbers, new = indices[inside], bits(values[inside])
-        places, new = places.to(piece.held.device), new.to(piece.held.device)
+        places, numbers, change, is_near = (
+            each.to(piece.held.device) for each in (places, indices[inside], added[inside], near[inside])
+        )
         old = take(_storage(piece.held), places)
-        numbers = numbers.to(piece.held.device)
+        new = change + old * is_near
         moved += element_sum(numbers, new) - element_sum(numbers, old)
         changes.append(_Change(piece, new, places))
     return wrapped(before[0] + moved), before[1]
@@ -471,11 +478,15 @@ def read_file(file: IO[bytes]) -> tuple[Told, dict[str, Stored]]:
             shapes,
         )
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
-        gaps = {name: tensors.get(f"{name}:gaps") for name in shapes}
-        values = {name: tensors[name if gaps[name] is None else f"{name}:values"] for name in shapes}
+        packed = {
+            name: [tensors[f"{name}:{part}"] for part in ("values", "gaps", "moves")]
+            for name in shapes
+            if f"{name}:gaps" in tensors
+        }
+        stored = {name: Stored(*packed.get(name) or [tensors[name]]) for name in shapes}
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise RefusedError(f"it is no delta: {error!r}") from error
-    return told, {name: Stored(values[name], gaps[name]) for name in shapes}
+    return told, stored
 
 
 def indices_from_gaps(gaps: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """Pure functions on the bits of tensors: what differs, packed places, and sums that prove what is held.
 
 `inference_plugins/atropos_delta.py` has the other half, which unpacks and sums in the server. On the CPU they
-compute by numpy, in one thread: threads that share their cores with a server's wait for each other, ten times
-as long as they compute.
+compute by numpy: torch's threads wait for each other at each operation, and where they share their cores with
+a server's, ten times as long as they compute.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,11 @@ NumpyArray = NDArray[np.int64]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 15
 """Numbers that are hashed at once on the CPU: they stay in its cache."""
+_COMPARED = 1 << 19
+"""Numbers that a thread compares at once."""
 _GAP_TYPES = (np.uint8, np.uint16)
+_MOST = 127
+"""By how much bits move at most that travel as one byte."""
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -77,30 +83,74 @@ def packed_layout(count: int, escaped: Sequence[int]) -> StoredTensor:
     return StoredTensor(torch.uint8, (sizes[0],)) if narrow else StoredTensor(torch.int16, (sizes[1],))
 
 
-def take(numbers: Tensor, indices: Tensor) -> Tensor:
-    """Return the bits [N] at these places of a flat tensor of bits."""
-    if numbers.device.type != "cpu":
-        return numbers[indices]
-    return torch.from_numpy(numbers.numpy()[indices.numpy()])
+def take_over(old: Tensor, new: Tensor, *, at_most: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Make flat bits [N] those of another tensor, where they differ.
 
+    Args:
+        old: Is changed in place.
+        new: On the same device.
+        at_most: If more differ, all are copied.
 
-def put(numbers: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write bits [N] at these places of a flat tensor of bits."""
-    if numbers.device.type != "cpu":
-        numbers[indices] = values
-    else:
-        numbers.numpy()[indices.numpy()] = values.numpy()
-
-
-def differing(old: Tensor, new: Tensor, *, at_most: int) -> Tensor | None:
-    """Return where two flat tensors of bits differ, ascending, int64; None: at more than `at_most` places."""
+    Returns:
+        Where they differed, ascending, int64, and the bits there, new and former. None: all were copied.
+    """
     if old.device.type != "cpu":
         different = old != new
-        many = int(torch.count_nonzero(different)) > at_most
-        return None if many else different.nonzero().squeeze(1)
-    differs = old.numpy() != new.numpy()
+        if int(torch.count_nonzero(different)) > at_most:
+            old.copy_(new)
+            return None
+        places = different.nonzero().squeeze(1)
+        values, former = new[places], old[places]
+        old[places] = values
+        return places, values, former
+    held, given, differs = old.numpy(), new.numpy(), np.empty(len(old), dtype=np.bool_)
+    pieces = [slice(at, at + _COMPARED) for at in range(0, max(1, len(old)), _COMPARED)]
+
+    def compare(piece: slice) -> int:
+        return int(np.count_nonzero(np.not_equal(held[piece], given[piece], out=differs[piece])))
+
+    def take(piece: slice) -> tuple[Any, Any, Any]:
+        there = np.flatnonzero(differs[piece])
+        values, former = given[piece][there], held[piece][there]
+        held[piece][there] = values
+        return there + piece.start, values, former
+
     # Counted first: places of all numbers would take four times as much memory as these.
-    return None if np.count_nonzero(differs) > at_most else torch.from_numpy(np.flatnonzero(differs))
+    if sum(_threads().map(compare, pieces)) > at_most:
+        old.copy_(new)
+        return None
+    found = zip(*_threads().map(take, pieces), strict=True)
+    places, values, former = (torch.from_numpy(np.concatenate(each)) for each in found)
+    return places, values, former
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """As many as torch computes with."""
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="compare")
+
+
+def pack_moves(former: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack bits [N] as what was added to the former ones: mostly 1 or -1, the next number of the type.
+
+    Returns:
+        int8 [N], of which -128 stands for more than 127 up or down; and the bits at these places [K].
+    """
+    added = (values.numpy() - former.numpy()).view(f"i{values.itemsize}")
+    near = (added >= -_MOST) & (added <= _MOST)
+    moves = np.where(near, added, -_MOST - 1).astype(np.int8)
+    return torch.from_numpy(moves), values[torch.from_numpy(~near)]
+
+
+def add_moves(former: Tensor, moves: Tensor, far: Tensor) -> Tensor:
+    """Return the bits [N] that `pack_moves` has packed.
+
+    Raises:
+        ValueError: They do not belong together.
+    """
+    values = former.numpy() + moves.numpy().astype(former.numpy().dtype)
+    values[moves.numpy() == -_MOST - 1] = far.numpy()
+    return torch.from_numpy(values)
 
 
 def element_sum(indices: Tensor, numbers: Tensor) -> int:

@@ -1,8 +1,9 @@
 """Files of a version: what it changes, or all of it. Safetensors, whole or not there.
 
-Of each changed tensor `<name>:gaps` has the packed places (`bits.pack_indices`) and `<name>:values` the
-numbers there; a tensor of which most has changed is there whole, under its name. The header's metadata say
-the version, the version that it applies to, and the checksums of the whole model's bits before and after.
+Of each changed tensor `<name>:gaps` has the packed places (`bits.pack_indices`), `<name>:moves` by how much
+the bits there have moved, and `<name>:values` the numbers that moved far (`bits.pack_moves`); a tensor of
+which most has changed is there whole, under its name. The header's metadata say the version, the version that
+it applies to, and the checksums of the whole model's bits before and after.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.errors import CheckpointError
 from trainer.export.tensor_file import TensorFile
 from trainer.model.base_checkpoint import StoredTensor, WeightFile, make_header, open_weights
-from trainer.publish.delta.bits import bits, put, unpack_indices
+from trainer.publish.delta.bits import add_moves, bits, tensor_sum, unpack_indices
 
-FORMAT = "atropos-delta/1"
+FORMAT = "atropos-delta/2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,26 +101,43 @@ def write_file(
     return PublishedFile(name=path.name, size=path.stat().st_size, sha256=sha256)
 
 
-def read_version(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+def read_version(paths: Sequence[Path], sums: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a version, one at a time.
 
     Args:
         paths: A file with all of a version, and those with what each one after it changed.
+        sums: Of the bits that each tensor then has.
 
     Raises:
-        OSError: One of them cannot be read.
+        OSError: One of them cannot be read, or is not what was written.
     """
-    whole, *deltas = [open_weights(path) for path in paths]
+    try:
+        whole, *deltas = [open_weights(path) for path in paths]
+    except (ValueError, LookupError, TypeError, AttributeError, CheckpointError) as error:  # of a header
+        raise OSError(f"{paths[0].name} and the files after it are damaged: {error!r}") from error
     for name in whole.tensors:
         tensor = _read(whole, name)
-        for delta in deltas:
-            if name in delta.tensors:
-                tensor = _read(delta, name)
-            elif f"{name}:gaps" in delta.tensors:
-                places = unpack_indices(_read(delta, f"{name}:gaps"))
-                put(bits(tensor).view(-1), places, bits(_read(delta, f"{name}:values")))
+        try:
+            for delta in deltas:
+                if name in delta.tensors:
+                    tensor = _read(delta, name)
+                elif f"{name}:gaps" in delta.tensors:
+                    _change(tensor, delta, name)
+            sound = tensor_sum(tensor) == sums[name]
+        except (IndexError, ValueError):  # of places and moves
+            sound = False
+        if not sound:
+            raise OSError(f"{name} in {paths[0].name} and the files after it is damaged")
         yield name, tensor
         del tensor
+
+
+def _change(tensor: Tensor, delta: WeightFile, name: str) -> None:
+    places = unpack_indices(_read(delta, f"{name}:gaps")).numpy()
+    numbers: Any = bits(tensor).view(-1).numpy()
+    far = bits(_read(delta, f"{name}:values"))
+    moved = add_moves(torch.from_numpy(numbers[places]), _read(delta, f"{name}:moves"), far)
+    numbers[places] = moved.numpy()
 
 
 def _read(file: WeightFile, name: str) -> Tensor:

@@ -26,6 +26,7 @@ from trainer.publish.delta.bits import (
     gaps_between,
     model_checksum,
     pack_indices,
+    pack_moves,
     packed_layout,
     wrapped,
 )
@@ -34,8 +35,11 @@ from trainer.publish.delta.snapshot import Change, Snapshot
 _NOTHING, _CHANGED, _ALL = range(3)
 """What travels of a tensor."""
 
-_SUM, _START, _SIZE, _COUNT, _FIRST, _LAST, _ESCAPED = range(7)
+_SUM, _START, _SIZE, _COUNT, _FAR, _FIRST, _LAST, _ESCAPED = range(8)
 """Columns of the table, the last one twice. A count of -1: most has changed."""
+
+_Packed = tuple[Tensor, Tensor, Tensor]
+"""Places of what changed in one tensor [N], the moves there [N], and the bits that moved far [K]."""
 
 
 class Update:
@@ -48,7 +52,7 @@ class Update:
     """
 
     def __init__(
-        self, snapshot: Snapshot, changes: Mapping[str, Change] | None, spread: Spread = WHOLE
+        self, snapshot: Snapshot, changes: Mapping[str, Change | None] | None, spread: Spread = WHOLE
     ) -> None:
         self.first = changes is None
         """Whether there is nothing that it applies to."""
@@ -63,6 +67,7 @@ class Update:
         """What `choose` has laid out, on process 0; the others send their rows for it, to the end."""
         self._snapshot = snapshot
         self._changes = changes
+        self._packed: dict[str, _Packed] = {}
         self._table: list[list[list[int]]] | None = None  # [tensor, process, column]
         self._kinds: list[int] | None = None
 
@@ -88,6 +93,10 @@ class Update:
     def sum_up(self) -> None:
         """Bring sums and checksum up to this version."""
         self._snapshot.sum_up(self._changes)
+        for name, change in (self._changes or {}).items():
+            if change is not None:
+                self._packed[name] = change.places, *pack_moves(change.former, change.values)
+        self._changes = None if self._changes is None else dict.fromkeys(self._changes)
         own = torch.tensor([self._row(name) for name in self._snapshot.tensors], dtype=torch.int64)
         table = self.spread.collect(own)
         self._table = [] if table is None else table.transpose(0, 1).tolist()
@@ -103,7 +112,8 @@ class Update:
             whole: All of the version. On other processes than 0 it does not matter.
 
         Returns:
-            What `parts` gives: of each tensor `<name>:gaps` and `<name>:values`, or all under its name.
+            What `parts` gives: of each tensor `<name>:gaps`, `<name>:moves` and `<name>:values`, or all under
+            its name.
         """
         kinds: list[int] = []
         layout: dict[str, StoredTensor] = {}
@@ -132,7 +142,7 @@ class Update:
             self._tell([_NOTHING] * len(self.tensors))
         for _ in self.parts:
             pass
-        self._changes = {}
+        self._changes, self._packed = {}, {}
 
     def _tell(self, kinds: list[int]) -> None:
         told = torch.tensor(kinds if self.spread.rank == 0 else [0] * len(self._snapshot.tensors))
@@ -140,15 +150,21 @@ class Update:
         self._kinds = told.tolist()
 
     def _row(self, name: str) -> list[int]:
-        tensor, change = self._snapshot.tensors[name], (self._changes or {}).get(name)
+        tensor = self._snapshot.tensors[name]
         own = [self._snapshot.sums[name], self._snapshot.start(name), tensor.numel()]
-        if change is None and not self.first:
-            return [*own, 0, 0, 0, 0, 0]
-        if change is None or change.indices is None:
-            return [*own, -1 if tensor.numel() else 0, 0, 0, 0, 0]
-        places, first = change.indices, int(change.indices[0])
-        inside = gaps_between(places[1:], first)
-        return [*own, len(places), first, int(places[-1]), *escapes(inside)]
+        if name in self._packed:
+            places, _, far = self._packed[name]
+            first = int(places[0])
+            return [
+                *own,
+                len(places),
+                len(far),
+                first,
+                int(places[-1]),
+                *escapes(gaps_between(places[1:], first)),
+            ]
+        changed = tensor.numel() and (self._changes is None or name in self._changes)
+        return [*own, -1 if changed else 0, 0, 0, 0, 0, 0]
 
     def _exchange(self) -> Iterator[tuple[str, Tensor]]:
         for number, (name, kind) in enumerate(zip(self._snapshot.tensors, self._kinds or (), strict=True)):
@@ -159,19 +175,18 @@ class Update:
             elif kind == _ALL:
                 yield name, self._receive_all(name, (self._table or [])[number])
             else:
-                places, values = self._receive_changed(name, (self._table or [])[number])
+                places, moves, far = self._receive_changed(name, (self._table or [])[number])
                 yield f"{name}:gaps", pack_indices(places)
-                yield f"{name}:values", values
+                yield f"{name}:moves", moves
+                yield f"{name}:values", far.view(self.tensors[name].dtype)
 
     def _send(self, name: str, kind: int) -> None:
         rank = self.spread.rank
         if kind == _ALL:
             self.spread.hand_over(self._snapshot.tensors[name].cpu(), rank)
             return
-        change = (self._changes or {}).get(name)
-        if change is not None and change.indices is not None and change.values is not None:
-            self.spread.hand_over(change.indices, rank)
-            self.spread.hand_over(change.values, rank)
+        for each in self._packed.get(name, ()):
+            self.spread.hand_over(each, rank)
 
     def _receive_all(self, name: str, rows: list[list[int]]) -> Tensor:
         own, shape = self._snapshot.tensors[name], self.tensors[name].shape
@@ -186,24 +201,25 @@ class Update:
                 self.spread.hand_over(part, rank)
         return whole
 
-    def _receive_changed(self, name: str, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _receive_changed(self, name: str, rows: list[list[int]]) -> _Packed:
         """Put the changes together in the order of the processes, which is that of their rows."""
-        counts = [row[_COUNT] for row in rows]
-        own = (self._changes or {}).get(name)
-        if len(rows) == 1 and own is not None and own.indices is not None and own.values is not None:
-            return own.indices, own.values
+        own = self._packed.get(name)
+        if len(rows) == 1 and own is not None:
+            return own
+        counts, fars = ([row[column] for row in rows] for column in (_COUNT, _FAR))
         places = torch.empty(sum(counts), dtype=torch.int64)
-        values = torch.empty(sum(counts), dtype=self.tensors[name].dtype)
-        for rank, (of, numbers) in enumerate(
-            zip(*(torch.split(each, counts) for each in (places, values)), strict=True)
-        ):
-            if rank > 0:
-                self.spread.hand_over(of, rank)
-                self.spread.hand_over(numbers, rank)
-            elif own is not None and own.indices is not None and own.values is not None:
-                of.copy_(own.indices)
-                bits(numbers).copy_(bits(own.values))
-        return places, values
+        moves = torch.empty(sum(counts), dtype=torch.int8)
+        far = torch.empty(sum(fars), dtype=bits(self._snapshot.tensors[name]).dtype)
+        parts = zip(
+            *(torch.split(*each) for each in ((places, counts), (moves, counts), (far, fars))), strict=True
+        )
+        for rank, received in enumerate(parts):
+            for part, whole in enumerate(received):
+                if rank > 0:
+                    self.spread.hand_over(whole, rank)
+                elif own is not None:
+                    whole.copy_(own[part])
+        return places, moves, far
 
 
 def _whole_shape(own: Tensor, rows: list[list[int]]) -> tuple[int, ...]:
@@ -224,5 +240,6 @@ def _layout(name: str, tensor: StoredTensor, rows: list[list[int]]) -> dict[str,
             before, count = row[_LAST], count + row[_COUNT]
     return {
         f"{name}:gaps": packed_layout(count, escaped),
-        f"{name}:values": StoredTensor(tensor.dtype, (count,)),
+        f"{name}:moves": StoredTensor(torch.int8, (count,)),
+        f"{name}:values": StoredTensor(tensor.dtype, (sum(row[_FAR] for row in rows),)),
     }

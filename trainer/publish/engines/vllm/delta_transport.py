@@ -30,7 +30,7 @@ from torch import Tensor
 from atropos_client.private_files import PRIVATE_DIRECTORY, make_run_directory
 from trainer.config import PublishSettings
 from trainer.errors import CheckpointError
-from trainer.publish.delta.bits import tensor_sum, wrapped
+from trainer.publish.delta.bits import wrapped
 from trainer.publish.delta.file_server import FileServer
 from trainer.publish.delta.files import (
     Label,
@@ -283,12 +283,11 @@ class DeltaTransport(WeightTransport):
         chain = self._chain
         if not chain:
             raise OSError("the files that it is put together from are damaged")
-        for name, tensor in read_version([self._directory / file.name for file in chain]):
-            if tensor_sum(tensor) != update.sums[name]:
-                self._chain = []  # so that the next version is a full one
-                raise OSError(f"{name} in {chain[0].name} and the files after it is damaged")
-            yield name, tensor
-            del tensor
+        try:
+            yield from read_version([self._directory / file.name for file in chain], update.sums)
+        except OSError:
+            self._chain = []  # so that the next version is a full one
+            raise
 
     def _version_of(self, server: InferenceServer, staged: StagedWeights) -> _Version:
         """What is known of a version, as long as it is the newest.
