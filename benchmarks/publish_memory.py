@@ -40,8 +40,8 @@ from trainer.publish.delta.snapshot import Change, Snapshot
 from trainer.run.publish_part import PublishPart
 
 _MIB: Final = 1 << 20
-_BYTES_OF_CHANGE: Final = 8 + 2
-"""A place, and a number in bfloat16."""
+_BYTES_OF_CHANGE: Final = 8 + 2 + 2
+"""A place, and the number there in bfloat16, new and former."""
 WAYS: Final = {
     "disk": ["--publish.transport", "disk", "--publish.overlap", "false"],
     "overlap": ["--publish.transport", "disk"],
@@ -163,8 +163,7 @@ class PublishPeaks:
 
         def counted(snapshot: Snapshot, *words: Any) -> dict[str, Change | None] | None:
             changes = advance(snapshot, *words)
-            found = [change.indices for change in (changes or {}).values()]
-            self._changed = sum(len(each) for each in found if each is not None)
+            self._changed = sum(len(each.places) for each in (changes or {}).values() if each is not None)
             return changes
 
         publisher_class.start, publisher_class.begin = start_measured, begin_measured

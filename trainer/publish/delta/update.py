@@ -11,7 +11,7 @@ thread in each goes through these steps while the next step trains:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class Update:
     """
 
     def __init__(
-        self, snapshot: Snapshot, changes: Mapping[str, Change | None] | None, spread: Spread = WHOLE
+        self, snapshot: Snapshot, changes: dict[str, Change | None] | None, spread: Spread = WHOLE
     ) -> None:
         self.first = changes is None
         """Whether there is nothing that it applies to."""
@@ -93,10 +93,11 @@ class Update:
     def sum_up(self) -> None:
         """Bring sums and checksum up to this version."""
         self._snapshot.sum_up(self._changes)
-        for name, change in (self._changes or {}).items():
+        changes = self._changes or {}
+        for name, change in changes.items():
             if change is not None:
                 self._packed[name] = change.places, *pack_moves(change.former, change.values)
-        self._changes = None if self._changes is None else dict.fromkeys(self._changes)
+                changes[name] = None  # one after the other, for the memory
         own = torch.tensor([self._row(name) for name in self._snapshot.tensors], dtype=torch.int64)
         table = self.spread.collect(own)
         self._table = [] if table is None else table.transpose(0, 1).tolist()
