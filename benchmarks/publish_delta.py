@@ -44,6 +44,8 @@ COLUMNS = {
     "total_seconds": "whole publish",
 }
 _INK, _OURS, _PEER = "#22303c", "#d1691c", "#2a78b8"
+_STILL_SECONDS = 2.0
+"""Servers are left alone so long before each publish: vLLM keeps a core busy for a second after a request."""
 _SPREAD = 0.02
 """Standard deviation of the large model's weights."""
 
@@ -97,6 +99,7 @@ def compare(
                 for transport in order:
                     publisher = publishers[transport]
                     publisher.take_reports()
+                    time.sleep(_STILL_SECONDS)
                     publisher.begin(version)
                     publisher.settle()
                     (report,) = publisher.take_reports()

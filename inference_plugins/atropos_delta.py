@@ -435,22 +435,29 @@ def _plan(
             changes.append(_Change(piece, bits(piece.of(flat)), None))
         return wrapped(sum(piece.sum(flat) for piece in pieces)), sum(piece.held.numel() for piece in pieces)
     indices = indices_from_gaps(stored.gaps)
-    numel, near = torch.Size(shape).numel(), stored.moves != -128
-    counts = len(stored.moves), int(near.sum()) + len(values)
+    numel, moves = torch.Size(shape).numel(), stored.moves.numpy()
+    near = moves != -128
+    counts = len(moves), int(np.count_nonzero(near)) + len(values)
     if {len(indices)} != {*counts} or (len(indices) and int(indices[-1]) >= numel):
         raise RefusedError(
             f"{counts} moves and values at {len(indices)} places up to {indices[-1:].tolist()} of {numel}"
         )
-    added = stored.moves.to(bits(values).dtype)
-    added[~near] = bits(values)
+    added = moves.astype(bits(values).numpy().dtype)
+    added[~near] = bits(values).numpy()
     moved = 0
     for piece in pieces:
         inside, places = piece.locate(indices)
         places, numbers, change, is_near = (
-            each.to(piece.held.device) for each in (places, indices[inside], added[inside], near[inside])
+            each.to(piece.held.device)
+            for each in (
+                places,
+                indices[inside],
+                torch.from_numpy(added)[inside],
+                torch.from_numpy(near)[inside],
+            )
         )
         old = take(_storage(piece.held), places)
-        new = change + old * is_near
+        new = add(old, change, is_near)
         moved += element_sum(numbers, new) - element_sum(numbers, old)
         changes.append(_Change(piece, new, places))
     return wrapped(before[0] + moved), before[1]
@@ -513,6 +520,13 @@ def put(numbers: Tensor, indices: Tensor, values: Tensor) -> None:
         numbers[indices] = values
     else:
         numbers.numpy()[indices.numpy()] = values.numpy()
+
+
+def add(old: Tensor, change: Tensor, is_near: Tensor) -> Tensor:
+    """Return the bits [N] after a change, which is added to those that moved near and replaces the others."""
+    if old.device.type != "cpu":
+        return change + old * is_near
+    return torch.from_numpy(change.numpy() + old.numpy() * is_near.numpy())
 
 
 def element_sum(indices: Tensor, numbers: Tensor) -> int:

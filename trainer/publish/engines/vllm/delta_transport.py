@@ -149,7 +149,7 @@ class DeltaTransport(WeightTransport):
         version = self._version_of(server, staged)
         if isinstance(server, VllmRoutes) and server.url in self._held:
             refused = None
-            if version.delta is not None and _hold(server, version.label):
+            if version.delta is not None:
                 refused = self._offer(server, version, version.delta)
                 if refused is None:
                     return
@@ -355,9 +355,3 @@ class DeltaTransport(WeightTransport):
                 return f"with {file.name} it would hold another {name} than the trainer has"
         self._chosen[server.url] = file
         return None
-
-
-def _hold(server: VllmRoutes, label: Label) -> bool:
-    """Tell whether all workers hold the version that a delta applies to."""
-    states = server.delta_states() or []
-    return all((each.version, each.checksum) == (label.base_version, label.base_checksum) for each in states)
