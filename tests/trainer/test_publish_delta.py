@@ -268,6 +268,16 @@ def test_bits_come_out_of_their_moves_as_they_went_in(
         add_moves(former, moves, torch.cat([far, former.new_zeros(len(far) + 2)]))
 
 
+def test_weights_that_lie_transposed_in_memory_are_followed() -> None:
+    live = torch.randn(6, 5).to(torch.bfloat16).T
+    snapshot = Snapshot(torch.device("cpu"))
+    for version in range(3):
+        snapshot.advance(version, [("x", live)])
+        assert torch.equal(snapshot.tensors["x"], live)
+        live = live.clone()
+        live[1, version] += 1
+
+
 @SMALL
 @given(st.integers(0, 1 << 30), st.integers(1, 40))
 def test_sums_of_parts_add_up_to_the_sum_of_the_whole(seed: int, cut: int) -> None:

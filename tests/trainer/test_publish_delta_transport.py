@@ -348,16 +348,17 @@ def test_a_server_whose_last_directory_is_gone_is_told_so_and_follows_from_the_n
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "before", "after"),
     [
-        ("v000000.whole", b"?"),
-        ("v000001.delta", b"\x01"),  # fewer moves that are far than numbers for them
-        ("v000001.delta", b"\xfe" * 40),  # places behind the end
-        ("v000001.delta", b"\xff" * 200),  # a header that is none
+        ("v000000.whole", b'"one":{', b'"onf":{'),
+        ("v000000.whole", b'"one":{', b'"oth":{'),
+        ("v000000.whole", b'"F32"', b'"f32"'),
+        ("v000001.delta", b":moves", b":mover"),
+        ("v000001.delta", b"", b"\x01"),
     ],
 )
 def test_where_a_file_of_spread_weights_is_damaged_the_next_version_is_a_full_one(
-    name: str, content: bytes, run: Run, server: DeltaServer
+    name: str, before: bytes, after: bytes, run: Run, server: DeltaServer
 ) -> None:
     mesh: Any = object()
     run.spread = Spread(mesh=mesh)  # over this process alone: what a server needs is put together from files
@@ -365,10 +366,13 @@ def test_where_a_file_of_spread_weights_is_damaged_the_next_version_is_a_full_on
         publisher.start(0)
         next_version(run, publisher, 1)
         file = run.directory / f"{name}.safetensors"
-        file.write_bytes(file.read_bytes()[: -len(content)] + content)
+        content = file.read_bytes()
+        damaged = content.replace(before, after, 1) if before else content[:-1] + after
+        assert damaged != content
+        file.write_bytes(damaged)
         server.start_again()
         run.step()
-        for found in (r"v000000.whole.safetensors and the files after it (is|are) damaged", "are damaged"):
+        for found in (f"{name}.safetensors is damaged", "are damaged"):
             with pytest.raises(ServerFailure, match=found):
                 publisher.publish(2)
         next_version(run, publisher, 3)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.errors import CheckpointError
 from trainer.export.tensor_file import TensorFile
 from trainer.model.base_checkpoint import StoredTensor, WeightFile, make_header, open_weights
 from trainer.publish.delta.bits import add_moves, bits, tensor_sum, unpack_indices
@@ -101,33 +100,33 @@ def write_file(
     return PublishedFile(name=path.name, size=path.stat().st_size, sha256=sha256)
 
 
-def read_version(paths: Sequence[Path], sums: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
+def read_version(
+    directory: Path, files: Sequence[PublishedFile], sums: Mapping[str, int]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a version, one at a time.
 
     Args:
-        paths: A file with all of a version, and those with what each one after it changed.
+        directory: Where the files are.
+        files: One with all of a version, and those with what each one after it changed.
         sums: Of the bits that each tensor then has.
 
     Raises:
         OSError: One of them cannot be read, or is not what was written.
     """
-    try:
-        whole, *deltas = [open_weights(path) for path in paths]
-    except (ValueError, LookupError, TypeError, AttributeError, CheckpointError) as error:  # of a header
-        raise OSError(f"{paths[0].name} and the files after it are damaged: {error!r}") from error
+    for file in files:
+        with (directory / file.name).open("rb") as written:
+            if hashlib.file_digest(written, "sha256").hexdigest() != file.sha256:
+                raise OSError(f"{file.name} is damaged")
+    whole, *deltas = [open_weights(directory / file.name) for file in files]
     for name in whole.tensors:
         tensor = _read(whole, name)
-        try:
-            for delta in deltas:
-                if name in delta.tensors:
-                    tensor = _read(delta, name)
-                elif f"{name}:gaps" in delta.tensors:
-                    _change(tensor, delta, name)
-            sound = tensor_sum(tensor) == sums[name]
-        except (IndexError, ValueError):  # of places and moves
-            sound = False
-        if not sound:
-            raise OSError(f"{name} in {paths[0].name} and the files after it is damaged")
+        for delta in deltas:
+            if name in delta.tensors:
+                tensor = _read(delta, name)
+            elif f"{name}:gaps" in delta.tensors:
+                _change(tensor, delta, name)
+        if tensor_sum(tensor) != sums[name]:
+            raise OSError(f"{name} in {files[0].name} and the files after it is not what was published")
         yield name, tensor
         del tensor
 

@@ -59,7 +59,10 @@ class Snapshot:
         changes: dict[str, Change | None] = {}
         for name, tensor in weights:
             if first:
-                self.tensors[name] = tensor.detach().to(self._device or tensor.device, copy=True)
+                device = self._device or tensor.device
+                self.tensors[name] = tensor.detach().to(
+                    device, copy=True, memory_format=torch.contiguous_format
+                )
             else:
                 changes |= self._take(name, tensor.detach())
             del tensor  # before the next one is made

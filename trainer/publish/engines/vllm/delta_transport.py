@@ -284,7 +284,7 @@ class DeltaTransport(WeightTransport):
         if not chain:
             raise OSError("the files that it is put together from are damaged")
         try:
-            yield from read_version([self._directory / file.name for file in chain], update.sums)
+            yield from read_version(self._directory, chain, update.sums)
         except OSError:
             self._chain = []  # so that the next version is a full one
             raise
