@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer.publish.delta.bits import (
     element_sum,
     pack_indices,
     pack_moves,
+    take_over,
     tensor_sum,
     wrapped,
 )
@@ -266,6 +268,18 @@ def test_bits_come_out_of_their_moves_as_they_went_in(
         assert len(far) == sum(abs(step) > 127 for step in steps)
     with pytest.raises(ValueError, match="cannot assign"):
         add_moves(former, moves, torch.cat([far, former.new_zeros(len(far) + 2)]))
+
+
+def test_a_forked_process_compares_with_threads_of_its_own() -> None:
+    def compare() -> None:
+        assert take_over(torch.zeros(3, dtype=torch.int16), torch.ones(3, dtype=torch.int16), at_most=3)
+
+    compare()
+    child = multiprocessing.get_context("fork").Process(target=compare)
+    child.start()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0
 
 
 def test_weights_that_lie_transposed_in_memory_are_followed() -> None:

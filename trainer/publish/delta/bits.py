@@ -8,6 +8,7 @@ a server's, ten times as long as they compute.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -128,6 +129,9 @@ def take_over(old: Tensor, new: Tensor, *, at_most: int) -> tuple[Tensor, Tensor
 def _threads() -> ThreadPoolExecutor:
     """As many as torch computes with."""
     return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="compare")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # threads stay with the parent
 
 
 def pack_moves(former: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
