@@ -20,5 +20,10 @@ def wait(work: Any) -> None:
     Args:
         work: What a function of `torch.distributed` returns with `async_op`.
     """
-    _newest_work.append(work)
+    keep(work)
     work.wait()
+
+
+def keep(work: Any) -> None:
+    """Keep a collective that is not waited for, or not yet; see `wait`."""
+    _newest_work.append(work)

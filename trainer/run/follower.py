@@ -98,7 +98,7 @@ class Follower:
         self._progress.begin(RunPhase.STARTING, PROCESS_0)
         while True:
             with self._progress.phase(RunPhase.WAITING, PROCESS_0):
-                heard = hear(self._joined)
+                heard = hear(self._joined, self._publish_part.require_sent)
             self._publish_part.require_sent()
             if heard.order is Order.STOP:
                 leave_together(self._joined)

@@ -7,6 +7,7 @@ bytes, never as a pickle. A process that cannot go on leaves, and the others mee
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, auto
@@ -17,10 +18,12 @@ from torch import Tensor, distributed
 
 from atropos_client.clock import running_time
 from trainer.errors import AnotherProcessFailed
-from trainer.model.collectives import wait
+from trainer.model.collectives import keep, wait
 from trainer.run.processes import JoinedRun, translated_peer_failures
 from trainer.sources.incoming import BatchSource, IncomingBatch, poll_batch
 
+_HEAR_SECONDS: Final = 0.002
+"""So often the others look whether something was announced, or a thread of theirs has failed."""
 _POLL_SECONDS: Final = 0.5
 """Process 0 waits so long for a batch before it looks for a request to stop."""
 
@@ -106,15 +109,25 @@ def announce(joined: JoinedRun, order: Order, value: int = 0, payloads: Sequence
                 each.wait()
 
 
-def hear(joined: JoinedRun) -> Announcement:
+def hear(joined: JoinedRun, meanwhile: Callable[[], None]) -> Announcement:
     """Wait for what process 0 announces next; on the others.
+
+    Args:
+        joined: The processes.
+        meanwhile: Is called again and again; raises what another thread of this process has met.
 
     Raises:
         AnotherProcessFailed: It is gone.
     """
     header = torch.zeros(3, dtype=torch.int64)
     with translated_peer_failures():
-        wait(distributed.scatter(header, src=0, group=joined.control, async_op=True))
+        work = distributed.scatter(header, src=0, group=joined.control, async_op=True)
+    keep(work)
+    while not work.is_completed():
+        meanwhile()
+        time.sleep(_HEAR_SECONDS)
+    with translated_peer_failures():
+        work.wait()
         order, value, size = header.tolist()
         payload = torch.empty(size, dtype=torch.uint8)
         if size:
