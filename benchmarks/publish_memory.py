@@ -37,6 +37,8 @@ from benchmarks.step._models import write_random_model
 from trainer.model.sharding import GATHERED_BYTES
 from trainer.publish import Publisher, PublishReport
 from trainer.publish.delta.snapshot import Change, Snapshot
+from trainer.run import follower
+from trainer.run.orders import Announcement
 from trainer.run.publish_part import PublishPart
 
 _MIB: Final = 1 << 20
@@ -134,9 +136,10 @@ class PublishPeaks:
         self._sending = False
         publisher_class: Any = Publisher
         part_class: Any = PublishPart
+        follower_module: Any = follower
         snapshot_class: Any = Snapshot
         start, begin, advance = Publisher.start, Publisher.begin, Snapshot.advance
-        send, require_sent = PublishPart.send, PublishPart.require_sent
+        send, hear = PublishPart.send, follower.hear
 
         def start_measured(publisher: Publisher, version: int) -> PublishReport:
             self._memory.start()
@@ -155,11 +158,12 @@ class PublishPeaks:
             send(part, version)
             self._sending = True
 
-        def heard_of_next(part: PublishPart) -> None:
+        def heard_of_next(*words: Any) -> Announcement:
+            announcement = hear(*words)
             if self._sending:  # process 0 announces nothing before it has all
                 self._note()
             self._sending = False
-            require_sent(part)
+            return announcement
 
         def counted(snapshot: Snapshot, *words: Any) -> dict[str, Change | None] | None:
             changes = advance(snapshot, *words)
@@ -167,7 +171,7 @@ class PublishPeaks:
             return changes
 
         publisher_class.start, publisher_class.begin = start_measured, begin_measured
-        part_class.send, part_class.require_sent = send_measured, heard_of_next
+        part_class.send, follower_module.hear = send_measured, heard_of_next
         snapshot_class.advance = counted
 
     def _note(self) -> None:

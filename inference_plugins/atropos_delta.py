@@ -435,26 +435,22 @@ def _plan(
             changes.append(_Change(piece, bits(piece.of(flat)), None))
         return wrapped(sum(piece.sum(flat) for piece in pieces)), sum(piece.held.numel() for piece in pieces)
     indices = indices_from_gaps(stored.gaps)
-    numel, moves = torch.Size(shape).numel(), stored.moves.numpy()
+    moves, far = stored.moves.numpy(), bits(values).numpy()
     near = moves != -128
-    counts = len(moves), int(np.count_nonzero(near)) + len(values)
+    counts = len(moves), int(np.count_nonzero(near)) + len(far)
+    numel = torch.Size(shape).numel()
     if {len(indices)} != {*counts} or (len(indices) and int(indices[-1]) >= numel):
         raise RefusedError(
             f"{counts} moves and values at {len(indices)} places up to {indices[-1:].tolist()} of {numel}"
         )
-    added = moves.astype(bits(values).numpy().dtype)
-    added[~near] = bits(values).numpy()
+    added = moves.astype(far.dtype)
+    added[~near] = far
+    whole = indices, torch.from_numpy(added), torch.from_numpy(near)
     moved = 0
     for piece in pieces:
         inside, places = piece.locate(indices)
         places, numbers, change, is_near = (
-            each.to(piece.held.device)
-            for each in (
-                places,
-                indices[inside],
-                torch.from_numpy(added)[inside],
-                torch.from_numpy(near)[inside],
-            )
+            each.to(piece.held.device) for each in (places, *(each[inside] for each in whole))
         )
         old = take(_storage(piece.held), places)
         new = add(old, change, is_near)

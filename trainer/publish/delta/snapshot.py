@@ -99,4 +99,5 @@ class Snapshot:
         if taken is None:
             return {name: None}
         places, values, former = (each.cpu() for each in taken)
-        return {name: Change(places + self.start(name), values, former)} if len(places) else {}
+        places += self.start(name)
+        return {name: Change(places, values, former)} if len(places) else {}
