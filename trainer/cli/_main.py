@@ -49,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return NOBODY_READS
         if isinstance(error, SystemExit):  # argparse's
             raise
-        return explain(error, args)
+        code = explain(error, args)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            discard_output()
+        return code
     finally:
         if argv is None:  # the process ends: from here on a Ctrl-C has nothing to interrupt
             signal.signal(signal.SIGINT, signal.SIG_DFL)
