@@ -49,14 +49,15 @@ SETTINGS = (
 class Run:
     """An Atropos API, the demonstration's environment and a trainer around a vLLM server that runs."""
 
-    def __init__(self, server: VllmServer, directory: Path, *settings: str) -> None:
+    def __init__(self, server: VllmServer, directory: Path, *settings: str, reply_tokens: int = 16) -> None:
         self.directory = directory
         (api,) = free_addresses(1)
         inference = Address(port=server.port)
         model = str(server.model)
         self._children: list[ChildProcess] = []
         self._start("api", api_command(api))
-        self._start("environment", serve_command(api=api, inference=inference, model=model, seed=0))
+        environment = serve_command(api=api, inference=inference, model=model, seed=0)
+        self._start("environment", [*environment, "--env.max_new_tokens", str(reply_tokens)])
         command = train_command(
             config=DEMO_CONFIG,
             api=api,
@@ -203,8 +204,8 @@ def start_run(fresh_server: VllmServer, tmp_path: Path) -> Iterator[Callable[...
     """Start a run on the server, which serves the weights it was started with."""
     runs: list[Run] = []
 
-    def start(*settings: str) -> Run:
-        runs.append(Run(fresh_server, tmp_path / "run", *settings))
+    def start(*settings: str, reply_tokens: int = 16) -> Run:
+        runs.append(Run(fresh_server, tmp_path / "run", *settings, reply_tokens=reply_tokens))
         return runs[-1]
 
     yield start
@@ -304,16 +305,14 @@ def test_vllm_killed_in_the_middle_of_a_publish(server: VllmServer, start_run: C
 
 
 def test_vllm_killed_in_the_middle_of_a_rollout(server: VllmServer, start_run: Callable[..., Run]) -> None:
-    run = start_run()
-    run.wait(lambda: len(run.rows("step")) >= 2, "train two steps")
+    run = start_run(reply_tokens=160)  # long replies: most of the time between two publishes is sampling
     with server.client(timeout=60.0) as client:
         # Not while a publish is under way, which a slow machine may take long for: that is the test above.
         run.wait(lambda: run.is_settled() and is_generating(client), "sample", every=0.0)
     server.kill()
-    steps_before = len(run.rows("step"))
+    assert len(run.rows("step")) < STEPS, "the server was killed too late to matter"
     server.start()
     assert_finished_as_if_nothing_had_happened(run, server)
-    assert steps_before < STEPS, "the server was killed too late to matter"
     # By the look between publishes, or by the next publish where a step was just being trained.
     retried = any(row["publish_attempts"] > 1 for row in run.rows("publish"))
     assert retried or re.search(r"serves version \d+ again", run.log())
