@@ -20,10 +20,10 @@ from trainer.model.base_checkpoint import DTYPES, StoredTensor
 from trainer.publish.delta.bits import (
     add_moves,
     bits,
+    differences,
     element_sum,
     pack_indices,
     pack_moves,
-    take_over,
     tensor_sum,
     wrapped,
 )
@@ -121,7 +121,7 @@ class Trainer:
     def __init__(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.directory = directory
         self.snapshot = Snapshot(torch.device("cpu"))
-        self.update = Update(self.snapshot, self.snapshot.advance(0, tensors.items()))
+        self.update = Update(self.snapshot, 0, tensors.items())
         self.update.sum_up()
         self.live = dict(tensors)
 
@@ -140,7 +140,7 @@ class Trainer:
 
     def publish(self) -> PublishedFile:
         base, version = self.update.checksum, int(self.snapshot.version or 0) + 1
-        self.update = Update(self.snapshot, self.snapshot.advance(version, self.live.items()))
+        self.update = Update(self.snapshot, version, self.live.items())
         self.update.sum_up()
         label = Label(
             version=version, checksum=self.update.checksum, base_version=version - 1, base_checksum=base
@@ -220,9 +220,9 @@ def test_a_change_leads_from_the_old_bits_to_the_new_ones_and_from_the_old_sum_t
     old = random_bits(tuple(shape), dtype, seed)
     new = changed(old, share, seed + 1)
     snapshot = Snapshot(torch.device("cpu"))
-    assert snapshot.advance(0, [("x", old)]) is None
+    assert snapshot.advance(0, snapshot.copies([("x", old)])) is None
     snapshot.sum_up(None)
-    changes = snapshot.advance(1, [("x", new)])
+    changes = snapshot.advance(1, snapshot.copies([("x", new)]))
     assert changes is not None
     snapshot.sum_up(changes)
     assert torch.equal(bits(snapshot.tensors["x"]), bits(new))
@@ -271,8 +271,11 @@ def test_bits_come_out_of_their_moves_as_they_went_in(
 
 
 def test_a_forked_process_compares_with_threads_of_its_own() -> None:
+    old = torch.zeros(1 << 20, dtype=torch.int16)  # more than one thread's piece
+    new = old + 1
+
     def compare() -> None:
-        assert take_over(torch.zeros(3, dtype=torch.int16), torch.ones(3, dtype=torch.int16), at_most=3)
+        assert differences(old, new, at_most=len(old))
 
     compare()
     child = multiprocessing.get_context("fork").Process(target=compare)
@@ -286,7 +289,7 @@ def test_weights_that_lie_transposed_in_memory_are_followed() -> None:
     live = torch.randn(6, 5).to(torch.bfloat16).T
     snapshot = Snapshot(torch.device("cpu"))
     for version in range(3):
-        snapshot.advance(version, [("x", live)])
+        snapshot.advance(version, snapshot.copies([("x", live)]))
         assert torch.equal(snapshot.tensors["x"], live)
         live = live.clone()
         live[1, version] += 1

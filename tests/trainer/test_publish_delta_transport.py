@@ -130,15 +130,15 @@ class Run:
 
         snapshot = Snapshot(torch.device("cpu"))
 
-        def compare(version: int) -> Update:
-            return Update(snapshot, snapshot.advance(version, self.tensors.items()), self.spread)
+        def take(version: int) -> Update:
+            return Update(snapshot, version, self.tensors.items(), self.spread)
 
         def policy() -> Policy:
             return Policy((float(self.tensors["one"][7]), float(self.tensors["other"][7])))
 
         with Publisher(
             settings,
-            transport=DeltaTransport(self.directory, compare, write, settings),
+            transport=DeltaTransport(self.directory, take, write, settings),
             servers=[VllmRoutes(url, settings) for url in settings.servers],
             probes=PROBES,
             score=lambda asked: policy().score(asked),

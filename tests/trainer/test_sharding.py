@@ -423,7 +423,7 @@ def files_of_one_process(checkpoints: list[Path], model: Path, directory: Path) 
     directory.mkdir()
     snapshot, base, result = Snapshot(torch.device("cpu")), Label(version=-1, checksum=""), {}
     for version, checkpoint in enumerate(checkpoints):
-        update = Update(snapshot, snapshot.advance(version, published_weights(checkpoint, model)))
+        update = Update(snapshot, version, published_weights(checkpoint, model))
         update.sum_up()
         label = Label(version=version, checksum=update.checksum)
         of_changes = replace(label, base_version=base.version, base_checksum=base.checksum)

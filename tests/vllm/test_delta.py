@@ -66,15 +66,15 @@ class Run:
 
         snapshot = Snapshot(torch.device("cpu"))
 
-        def compare(version: int) -> Update:
-            return Update(snapshot, snapshot.advance(version, self.stream.weights()))
+        def take(version: int) -> Update:
+            return Update(snapshot, version, self.stream.weights())
 
         def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             write_model_directory(path, self.stream, tensors, durable=False)
 
         with Publisher(
             settings,
-            transport=DeltaTransport(self.directory, compare, write, settings),
+            transport=DeltaTransport(self.directory, take, write, settings),
             servers=[routes(self.server.url, settings)],
             probes=make_probes(AutoTokenizer.from_pretrained(self.server.model), context=2048),
             score=lambda probes: score_probes(self.model, probes, "cpu"),
@@ -210,13 +210,13 @@ def test_a_lost_repeated_reordered_or_damaged_delta_is_not_served(run: Run) -> N
     with run.publishing() as publisher:
         publisher.start(0)
     snapshot = Snapshot(torch.device("cpu"))
-    update = Update(snapshot, snapshot.advance(0, run.stream.weights()))
+    update = Update(snapshot, 0, run.stream.weights())
     update.sum_up()
     files: list[PublishedFile] = []
     for version in (1, 2, 3):
         run.step()
         base = update.checksum
-        update = Update(snapshot, snapshot.advance(version, run.stream.weights()))
+        update = Update(snapshot, version, run.stream.weights())
         update.sum_up()
         label = Label(version=version, checksum=update.checksum, base_version=version - 1, base_checksum=base)
         path, layout = run.directory / delta_name(version), update.choose(whole=False)

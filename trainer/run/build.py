@@ -235,15 +235,15 @@ def _build_transport(config: TrainerConfig, prepared: PreparedRun, part: Publish
         return VllmTransferTransport(settings.transport, stream, settings, sending=sending)
     if settings.transport == "delta":
 
-        def compare(version: int) -> Update:
+        def take(version: int) -> Update:
             part.finish_sending()
             with together(prepared.joined, Order.CAPTURE, version):
-                return part.compare(version)
+                return part.take_update(version)
 
         def write_directory(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
             write_model_directory(path, stream, tensors, durable=False, mode=mode)
 
-        return DeltaTransport(directory, compare, write_directory, settings, mode=mode)
+        return DeltaTransport(directory, take, write_directory, settings, mode=mode)
     disk = DiskTransport(directory, capture, keep=settings.keep, mode=mode)
     if settings.transport == "disk":
         return disk

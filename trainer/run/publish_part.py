@@ -94,10 +94,15 @@ class PublishPart:
         device = torch.device("cpu") if self._settings.delta.snapshot == "cpu" else None
         return own, Snapshot(device, own.starts())
 
-    def compare(self, version: int) -> Update:
-        """Compare the own part of the weights with what was published last, and remember it instead."""
+    def take_update(self, version: int) -> Update:
+        """Take the own part of the weights, to be compared with what was published last.
+
+        On the CPU the copy is compared while the next step trains, if it may overlap. An accelerator compares
+        faster than it would be of use, and its memory is scarcer.
+        """
         own, snapshot = self._own
-        self._taken = update = Update(snapshot, snapshot.advance(version, own.weights()), self._spread)
+        at_once = not self._settings.overlap or self._settings.delta.snapshot == "device"
+        self._taken = update = Update(snapshot, version, own.weights(), self._spread, at_once=at_once)
         return update
 
     def finish_sending(self) -> None:
@@ -113,7 +118,7 @@ class PublishPart:
             self._thread.join()
             self.require_sent()
         if self._settings.transport == "delta":
-            taken: WeightCopy | Update = self.compare(version)
+            taken: WeightCopy | Update = self.take_update(version)
         elif self._settings.overlap:
             taken = WeightCopy(self.stream)
         else:

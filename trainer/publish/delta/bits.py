@@ -84,45 +84,35 @@ def packed_layout(count: int, escaped: Sequence[int]) -> StoredTensor:
     return StoredTensor(torch.uint8, (sizes[0],)) if narrow else StoredTensor(torch.int16, (sizes[1],))
 
 
-def take_over(old: Tensor, new: Tensor, *, at_most: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Make flat bits [N] those of another tensor, where they differ.
-
-    Args:
-        old: Is changed in place.
-        new: On the same device.
-        at_most: If more differ, all are copied.
+def differences(old: Tensor, new: Tensor, *, at_most: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Find where the flat bits [N] of two tensors on one device differ.
 
     Returns:
-        Where they differed, ascending, int64, and the bits there, new and former. None: all were copied.
+        The places, ascending, int64, and the bits there, old and new. None: there are more than `at_most`.
     """
     if old.device.type != "cpu":
         different = old != new
         if int(torch.count_nonzero(different)) > at_most:
-            old.copy_(new)
             return None
         places = different.nonzero().squeeze(1)
-        values, former = new[places], old[places]
-        old[places] = values
-        return places, values, former
-    held, given, differs = old.numpy(), new.numpy(), np.empty(len(old), dtype=np.bool_)
-    pieces = [slice(at, at + _COMPARED) for at in range(0, max(1, len(old)), _COMPARED)]
+        return places, old[places], new[places]
+    held, given = old.numpy(), new.numpy()
 
-    def compare(piece: slice) -> int:
-        return int(np.count_nonzero(np.not_equal(held[piece], given[piece], out=differs[piece])))
+    def find(first: int) -> tuple[Any, Any, Any]:
+        part, other = held[first : first + _COMPARED], given[first : first + _COMPARED]
+        there = np.flatnonzero(part != other)
+        return there + first, part[there], other[there]
 
-    def take(piece: slice) -> tuple[Any, Any, Any]:
-        there = np.flatnonzero(differs[piece])
-        values, former = given[piece][there], held[piece][there]
-        held[piece][there] = values
-        return there + piece.start, values, former
-
-    # Counted first: places of all numbers would take four times as much memory as these.
-    if sum(_threads().map(compare, pieces)) > at_most:
-        old.copy_(new)
-        return None
-    found = zip(*_threads().map(take, pieces), strict=True)
-    places, values, former = (torch.from_numpy(np.concatenate(each)) for each in found)
-    return places, values, former
+    starts = range(0, max(1, len(old)), _COMPARED)
+    found, count = [], 0
+    # One piece is compared sooner than a thread wakes up.
+    for piece in map(find, starts) if len(starts) == 1 else _threads().map(find, starts):
+        count += len(piece[0])
+        if count > at_most:  # the rest is not looked at
+            return None
+        found.append(piece)
+    places, former, values = (torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True))
+    return places, former, values
 
 
 @cache

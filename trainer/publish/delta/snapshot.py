@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.publish.delta.bits import bits, element_sum, take_over, tensor_sum, wrapped
+from trainer.publish.delta.bits import bits, differences, element_sum, tensor_sum, wrapped
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Change:
 
     places: Tensor
     """In the whole tensor, flat, ascending [N], int64."""
-    values: Tensor
-    """The bits at these places [N]."""
     former: Tensor
-    """Those before [N]."""
+    """The bits at these places before [N]."""
+    values: Tensor
+    """Those there now [N]."""
 
 
 class Snapshot:
@@ -43,12 +43,22 @@ class Snapshot:
         self._device = device
         self._starts = starts or {}
 
-    def advance(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Change | None] | None:
+    def copies(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Copy weights to where the snapshot is, each when it is asked for."""
+        for name, tensor in weights:
+            copy = tensor.detach().to(
+                self._device or tensor.device, copy=True, memory_format=torch.contiguous_format
+            )
+            del tensor  # which may have been made for this
+            yield name, copy
+            del copy
+
+    def advance(self, version: int, copies: Iterable[tuple[str, Tensor]]) -> dict[str, Change | None] | None:
         """Go on to a version.
 
         Args:
             version: Its number.
-            weights: Every weight, the same ones as before.
+            copies: Of every weight, the same ones as before. They are kept, and those before let go of.
 
         Returns:
             What changed, by name; None where most did. None: this is the first version.
@@ -57,15 +67,10 @@ class Snapshot:
             self.sums = {}
         first, self.version = self.version is None, None  # until all of them are taken
         changes: dict[str, Change | None] = {}
-        for name, tensor in weights:
-            if first:
-                device = self._device or tensor.device
-                self.tensors[name] = tensor.detach().to(
-                    device, copy=True, memory_format=torch.contiguous_format
-                )
-            else:
-                changes |= self._take(name, tensor.detach())
-            del tensor  # before the next one is made
+        for name, copy in copies:
+            if not first:
+                changes |= self._compare(name, copy)
+            self.tensors[name] = copy
         self.version = version
         return None if first else changes
 
@@ -91,13 +96,12 @@ class Snapshot:
     def _sum(self, name: str) -> int:
         return tensor_sum(self.tensors[name], self.start(name))
 
-    def _take(self, name: str, tensor: Tensor) -> dict[str, Change | None]:
-        old, new = bits(self.tensors[name]).reshape(-1), bits(tensor).reshape(-1)
-        # Compared where the snapshot is: what leaves the weight's device is compared after it. Of many
-        # changes the places take more time and memory than they save bytes: then all of the tensor travels.
-        taken = take_over(old, new.to(old.device), at_most=old.nbytes // (old.itemsize + 1))
-        if taken is None:
+    def _compare(self, name: str, copy: Tensor) -> dict[str, Change | None]:
+        old, new = (bits(each).reshape(-1) for each in (self.tensors[name], copy))
+        # Of many changes the places take more time and memory than they save bytes: then all of it travels.
+        found = differences(old, new, at_most=old.nbytes // (old.itemsize + 1))
+        if found is None:
             return {name: None}
-        places, values, former = (each.cpu() for each in taken)
+        places, former, values = (each.cpu() for each in found)
         places += self.start(name)
-        return {name: Change(places, values, former)} if len(places) else {}
+        return {name: Change(places, former, values)} if len(places) else {}

@@ -1,9 +1,9 @@
 """What a version changes, in the rows of all processes that share the weights, as one process would find it.
 
-With whole weights nothing is exchanged. Where they are spread, each process compares its own rows, and one
-thread in each goes through these steps while the next step trains:
+With whole weights nothing is exchanged. Where they are spread, one thread in each process goes through these
+steps while the next step trains:
 
-    sum_up   a line of numbers for each tensor, to process 0
+    sum_up   each compares its own rows; a line of numbers for each tensor, to process 0
     choose   what of each tensor travels, told by process 0
     parts    places and numbers, or rows, of one tensor after the other, to process 0
 """
@@ -11,7 +11,7 @@ thread in each goes through these steps while the next step trains:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -43,18 +43,27 @@ _Packed = tuple[Tensor, Tensor, Tensor]
 
 
 class Update:
-    """One version's changes. Made by every process after the snapshot has advanced, and used once.
+    """One version's changes. Made by every process from the live weights, and used once.
 
     Args:
-        snapshot: This process's part of the weights. It stays as it is until all has been sent.
-        changes: As its `advance` has returned them.
+        snapshot: This process's part of the version before. It goes on to this one in `sum_up`, and stays so
+            until all has been sent.
+        version: The version's number.
+        weights: This process's part of the live weights.
         spread: How weights are spread over processes.
+        at_once: Compare the weights here, without a copy of more than one.
     """
 
     def __init__(
-        self, snapshot: Snapshot, changes: dict[str, Change | None] | None, spread: Spread = WHOLE
+        self,
+        snapshot: Snapshot,
+        version: int,
+        weights: Iterable[tuple[str, Tensor]],
+        spread: Spread = WHOLE,
+        *,
+        at_once: bool = False,
     ) -> None:
-        self.first = changes is None
+        self.first = snapshot.version is None
         """Whether there is nothing that it applies to."""
         self.spread = spread
         self.tensors: dict[str, StoredTensor] = {}
@@ -66,7 +75,12 @@ class Update:
         self.parts: Iterator[tuple[str, Tensor]] = self._exchange()
         """What `choose` has laid out, on process 0; the others send their rows for it, to the end."""
         self._snapshot = snapshot
-        self._changes = changes
+        self._version = version
+        copies = snapshot.copies(weights)
+        self._copies: Iterable[tuple[str, Tensor]] | None = copies if at_once else list(copies)
+        self._changes: dict[str, Change | None] | None = None
+        if at_once:
+            self._compare()
         self._packed: dict[str, _Packed] = {}
         self._table: list[list[list[int]]] | None = None  # [tensor, process, column]
         self._kinds: list[int] | None = None
@@ -91,7 +105,8 @@ class Update:
         return {name: tensor.shape for (name, tensor), kind in pairs if kind != _NOTHING}
 
     def sum_up(self) -> None:
-        """Bring sums and checksum up to this version."""
+        """Bring snapshot, sums and checksum up to this version."""
+        self._compare()
         self._snapshot.sum_up(self._changes)
         changes = self._changes or {}
         for name, change in changes.items():
@@ -144,6 +159,11 @@ class Update:
         for _ in self.parts:
             pass
         self._changes, self._packed = {}, {}
+
+    def _compare(self) -> None:
+        if self._copies is not None:
+            self._changes = self._snapshot.advance(self._version, self._copies)
+            self._copies = None
 
     def _tell(self, kinds: list[int]) -> None:
         told = torch.tensor(kinds if self.spread.rank == 0 else [0] * len(self._snapshot.tensors))

@@ -4,8 +4,8 @@
     <directory>/v000004.whole.safetensors   all of version 4, written when a server needs it
     <directory>/v000004                     the same for servers without the extension, as `disk` writes it
 
-The trainer keeps a copy of the bits that it published last. A new version is compared with it, and the copy
-goes on to it, so that a full version can be written at any time. Of weights that are spread over processes
+The trainer keeps a copy of the bits that it published last. A copy of a new version is compared with it and
+takes its place, so that a full version can be written at any time. Of weights that are spread over processes
 each keeps its own rows; then every version is written, and a full one that a server needs in between is put
 together from the files since the last.
 
@@ -65,7 +65,7 @@ class DeltaTransport(WeightTransport):
 
     Args:
         directory: Where the files go; one trainer at a time owns it.
-        compare: Compares the live model with what it was asked for last; gets the version's number.
+        take: Takes the live weights, to be compared with those that it took last; gets the version's number.
         write_directory: Writes tensors as an ordinary model directory, for servers without the extension.
         settings: Section `publish` of the configuration.
         mode: Permissions of what is written.
@@ -76,7 +76,7 @@ class DeltaTransport(WeightTransport):
     def __init__(
         self,
         directory: Path,
-        compare: Callable[[int], Update],
+        take: Callable[[int], Update],
         write_directory: Callable[[Path, Iterable[tuple[str, Tensor]]], object],
         settings: PublishSettings,
         *,
@@ -84,7 +84,7 @@ class DeltaTransport(WeightTransport):
     ) -> None:
         delta = settings.delta
         self._directory = directory.absolute()
-        self._compare = compare
+        self._take = take
         self._settings = settings
         self._mode = mode
         self._lock = threading.RLock()  # over the snapshot, and what is known of its version
@@ -111,7 +111,7 @@ class DeltaTransport(WeightTransport):
             logger.info("published files are served on %s:%d", delta.host, self._files.port)
 
     def capture(self, version: int) -> Callable[[], StagedWeights]:
-        """Compare the weights with those published last; the returned function writes what changed.
+        """Copy the weights; the returned function compares them with those before, and writes what changed.
 
         Raises:
             StagingFailed: The weights cannot be read; or, later, the file system refused.
@@ -124,7 +124,7 @@ class DeltaTransport(WeightTransport):
             self._staged = self._version = self._whole = None
             self._chain = []
             try:
-                update = self._compare(version)
+                update = self._take(version)
             except CheckpointError as error:
                 raise StagingFailed(f"version {version} cannot be published: {error}") from error
         return lambda: self._stage(version, base, chain, update)
