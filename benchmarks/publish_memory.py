@@ -9,7 +9,7 @@ those after the first, which loads code. A publish that overlaps the next step i
 is not counted. Nor are the log-probs that prove it, which are a forward pass: `publish.verify` is off.
 
 It may take the largest weight as it is published, and two buckets, which are the pieces that are cast and
-gathered. Where it goes on while the next step trains also a copy of the own rows, or, by `delta`, the places
+gathered. Where it goes on while the next step trains also a copy of the own rows, and, by `delta`, the places
 and values of those numbers among them that have changed. Merging adapters takes more.
 """
 
@@ -68,7 +68,7 @@ class Case:
             largest: Likewise of the largest one.
             changed: Numbers that have changed among those that this process compares.
         """
-        copied = published // self.processes if self.way == "overlap" else 0
+        copied = published // self.processes if self.way in ("overlap", "delta") else 0
         return copied + largest + 2 * GATHERED_BYTES + _BYTES_OF_CHANGE * changed
 
 

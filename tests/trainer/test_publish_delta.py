@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,22 @@ def test_a_forked_process_compares_with_threads_of_its_own() -> None:
     child.join(20)
     child.kill()
     assert child.exitcode == 0
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_update_is_what_the_weights_were_when_it_was_made_and_holds_no_copy_twice(at_once: bool) -> None:
+    live, snapshot = torch.randn(300, 20), Snapshot(torch.device("cpu"))
+    first = Update(snapshot, 0, [("x", live)], at_once=at_once)
+    first.sum_up()
+    former = weakref.ref(snapshot.tensors["x"])
+    live[::7] += 1
+    taken = live.clone()
+    update = Update(snapshot, 1, [("x", live)], at_once=at_once)
+    live[::3] += 1  # the next step
+    update.sum_up()
+    assert torch.equal(snapshot.tensors["x"], taken)
+    assert update.sums == {"x": tensor_sum(taken)}
+    assert former() is None
 
 
 def test_weights_that_lie_transposed_in_memory_are_followed() -> None:
