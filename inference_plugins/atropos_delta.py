@@ -17,8 +17,8 @@ takes nothing but a full version from then on.
 
 On the CPU vLLM computes with packed copies of the weights and gives the weights away. They are kept here, and
 packed anew after they were written: beside what serves it would take a second copy of both, and longer than
-generation has to stand still for it. There places and sums are computed by numpy, in one thread: threads that
-share their cores with a trainer's wait for each other.
+generation has to stand still for it. There places and sums are computed by numpy, in one thread, beside which
+the server goes on; it stands still for the writing and packing, which as many threads as torch has do.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -327,11 +328,12 @@ class Receiver:
             return {"error": f"{name} is not ready, or not any more; ask for it first"}
         self._version = self._checksum = None  # until all of it is written
         try:
-            with torch.no_grad():
-                for change in ready.changes:
-                    if not change.write_into(_storage(change.piece.held)):
-                        raise RuntimeError("what was written is not what is read")  # noqa: TRY301
-                pack_anew(self._model, ready.changes)
+            with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+                on_cpu = all(change.piece.held.device.type == "cpu" for change in ready.changes)
+                do: Callable[..., Iterator[Any]] = threads.map if on_cpu else map
+                if not all(do(lambda change: change.write_into(_storage(change.piece.held)), ready.changes)):
+                    raise RuntimeError("what was written is not what is read")  # noqa: TRY301
+                pack_anew(self._model, ready.changes, do)
         except Exception as error:  # noqa: BLE001 - told to whoever asked, who brings a full version
             return {"error": f"failed half-way, and needs a full version: {error!r}"}
         self._sums |= ready.sums
@@ -621,18 +623,26 @@ def _fetch(url: str, size: int) -> IO[bytes]:
     return file
 
 
-def pack_anew(model: Any, changes: list[_Change]) -> None:
-    """Let layers on the CPU, which compute with packed copies of their weights, pack what was changed."""
+def pack_anew(model: Any, changes: list[_Change], do: Callable[..., Iterator[Any]]) -> None:
+    """Let layers on the CPU, which compute with packed copies of their weights, pack what was changed.
+
+    `do`: `map`, or one that does several at once.
+    """
     changed = {_address(change.piece.held) for change in changes}
-    packed: dict[int, Any] = {}
+    tied: dict[int, list[Any]] = {}
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
-        if not hasattr(layer, "cpu_linear") or weight is None or _address(weight) not in changed:
-            continue
-        if _address(weight) not in packed:
-            layer.quant_method.process_weights_after_loading(layer)
-            packed[_address(weight)] = layer.cpu_linear
-        layer.cpu_linear = packed[_address(weight)]  # layers that are tied compute with the same copy
+        if hasattr(layer, "cpu_linear") and weight is not None and _address(weight) in changed:
+            tied.setdefault(_address(weight), []).append(layer)
+
+    def pack(layers: list[Any]) -> None:
+        first, *others = layers
+        first.quant_method.process_weights_after_loading(first)
+        for other in others:  # layers that are tied compute with the same copy
+            other.cpu_linear = first.cpu_linear
+
+    for _ in do(pack, tied.values()):
+        pass
 
 
 def _keep_weights() -> None:
