@@ -18,7 +18,7 @@ class DeltaSettings(Section):
     """Publishes from one full version to the next; what changed travels in between. 1: always full."""
     snapshot: Literal["cpu", "device"] = "cpu"
     """Where the copy of the published weights is kept. device: beside the model; comparing is then fastest,
-    and takes the size of the published weights of the accelerator's memory."""
+    done while training stands still, and takes the size of the published weights of the accelerator's memory."""
     port: int | None = Field(default=None, ge=0, le=65535)
     """TCP port on which servers fetch published files. 0: any free one. None: they read publish.directory."""
     host: str = "127.0.0.1"
@@ -64,8 +64,8 @@ class PublishSettings(Section):
     cancel."""
     overlap: bool = True
     """Write, load and verify a version in the background while the next step trains, where the transport can
-    (disk, delta, lora). Off: the next step waits until the version is proven, and disk copies no more than a
-    weight at a time."""
+    (disk, delta, lora). Off: the next step waits until the version is proven, and disk and delta copy no more
+    than a weight at a time."""
     on_failure: Literal["abort", "continue_without", "retry_until"] = "retry_until"
     """When a server does not take a version. abort: the run ends. retry_until: publish to it again, until
     `retry_seconds` are over, then end. continue_without: the same, but then go on with the servers that are
