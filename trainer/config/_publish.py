@@ -18,7 +18,8 @@ class DeltaSettings(Section):
     """Publishes from one full version to the next; what changed travels in between. 1: always full."""
     snapshot: Literal["cpu", "device"] = "cpu"
     """Where the copy of the published weights is kept. device: beside the model; comparing is then fastest,
-    done while training stands still, and takes the size of the published weights of the accelerator's memory."""
+    done while training stands still, and takes the size of the published weights of the accelerator's
+    memory."""
     port: int | None = Field(default=None, ge=0, le=65535)
     """TCP port on which servers fetch published files. 0: any free one. None: they read publish.directory."""
     host: str = "127.0.0.1"
