@@ -328,7 +328,8 @@ class Receiver:
             return {"error": f"{name} is not ready, or not any more; ask for it first"}
         self._version = self._checksum = None  # until all of it is written
         try:
-            with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            count = torch.get_num_threads()
+            with torch.no_grad(), ThreadPoolExecutor(count, thread_name_prefix="atropos-apply") as threads:
                 on_cpu = all(change.piece.held.device.type == "cpu" for change in ready.changes)
                 do: Callable[..., Iterator[Any]] = threads.map if on_cpu else map
                 if not all(do(lambda change: change.write_into(_storage(change.piece.held)), ready.changes)):
