@@ -18,7 +18,7 @@ takes nothing but a full version from then on.
 On the CPU vLLM computes with packed copies of the weights and gives the weights away. They are kept here, and
 packed anew after they were written: beside what serves it would take a second copy of both, and longer than
 generation has to stand still for it. There places and sums are computed by numpy, in one thread, beside which
-the server goes on; it stands still for the writing and packing, which as many threads as torch has do.
+the server goes on; it stands still for the writing and packing, which a few threads do.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _FILE_NAME = re.compile(r"v\d{6,}\.(delta|whole)\.safetensors")
 _FETCH_SECONDS = 60.0  # without a byte
 _PIECE = 1 << 20
 _NUMBERS = 1 << 15  # hashed at once
+_WRITERS = 4  # threads at most: each of them packs with as many of its own as torch has
 _OTHER_WRITERS = ("reload_weights", "reset_weights", "start_weight_update", "update_weights")
 """Methods of vLLM's workers that change weights."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -328,7 +329,7 @@ class Receiver:
             return {"error": f"{name} is not ready, or not any more; ask for it first"}
         self._version = self._checksum = None  # until all of it is written
         try:
-            count = torch.get_num_threads()
+            count = min(_WRITERS, torch.get_num_threads())
             with torch.no_grad(), ThreadPoolExecutor(count, thread_name_prefix="atropos-apply") as threads:
                 on_cpu = all(change.piece.held.device.type == "cpu" for change in ready.changes)
                 do: Callable[..., Iterator[Any]] = threads.map if on_cpu else map

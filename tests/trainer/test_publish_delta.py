@@ -389,6 +389,26 @@ def test_a_worker_that_fails_half_way_takes_nothing_but_a_full_version(
     assert worker.holds(trainer.live)
 
 
+def test_a_worker_writes_with_a_few_threads_on_however_many_cores(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each packs with torch's own threads besides: as many as the square of the cores would be too many."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    real, threads, full = atropos_delta._Change.write_into, set(), threading.Event()
+
+    def one_more_thread(change: Any, storage: Tensor) -> bool:
+        threads.add(threading.get_ident())
+        if len(threads) == 4:
+            full.set()
+        return full.wait(10) and real(change, storage)
+
+    monkeypatch.setattr(atropos_delta._Change, "write_into", one_more_thread)
+    worker = Worker(a_model())
+    assert worker.take(trainer.whole()) is None
+    assert worker.holds(trainer.live)
+    assert len(threads) == 4
+
+
 def test_weights_that_somebody_else_has_loaded_are_no_base_for_a_delta(trainer: Trainer) -> None:
     worker = Worker(a_model())
     assert worker.take(trainer.whole()) is None
