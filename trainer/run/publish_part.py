@@ -97,8 +97,8 @@ class PublishPart:
     def take_update(self, version: int) -> Update:
         """Take the own part of the weights, to be compared with what was published last.
 
-        On the CPU the copy is compared while the next step trains, if it may overlap. An accelerator compares
-        faster than it would be of use, and its memory is scarcer.
+        On the CPU the copy is compared while the next step trains, if it may overlap. On an accelerator each
+        weight is compared at once: that is quick there, and a second copy would take its memory.
         """
         own, snapshot = self._own
         at_once = not self._settings.overlap or self._settings.delta.snapshot == "device"
