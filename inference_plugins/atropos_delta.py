@@ -30,9 +30,11 @@ import os
 import re
 import tempfile
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -53,6 +55,7 @@ _NUMBERS = 1 << 15  # hashed at once
 _WRITERS = 4  # threads at most: each of them packs with as many of its own as torch has
 _OTHER_WRITERS = ("reload_weights", "reset_weights", "start_weight_update", "update_weights")
 """Methods of vLLM's workers that change weights."""
+_LOOK_SECONDS = 1e-4
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -243,6 +246,27 @@ class _Change:
         return torch.equal(part, self.values.to(part.device))
 
 
+@contextmanager
+def _looking_less_often() -> Iterator[None]:
+    """Let vLLM look for work every tenth of a millisecond, while a file is checked.
+
+    For a second after a request the main thread of its worker looks without a rest, and a thread that has
+    computed something waits each time for the interpreter: checking took twice as long.
+    """
+    try:
+        from vllm.distributed.device_communicators import shm_broadcast  # type: ignore[import-not-found]
+
+        look_again = shm_broadcast.sched_yield
+    except (ImportError, AttributeError):  # this vLLM waits in another way
+        yield
+        return
+    shm_broadcast.sched_yield = lambda: time.sleep(_LOOK_SECONDS)
+    try:
+        yield
+    finally:
+        shm_broadcast.sched_yield = look_again
+
+
 @dataclass
 class _Ready:
     """A file that is checked, and what it will do."""
@@ -308,7 +332,7 @@ class Receiver:
 
         def run() -> None:
             try:
-                with torch.no_grad():
+                with torch.no_grad(), _looking_less_often():
                     ready = self._check(name, sha256, size)
                 if self._forgotten != forgotten:
                     raise RefusedError("somebody else loaded weights meanwhile")  # noqa: TRY301
@@ -333,9 +357,8 @@ class Receiver:
             with torch.no_grad(), ThreadPoolExecutor(count, thread_name_prefix="atropos-apply") as threads:
                 on_cpu = all(change.piece.held.device.type == "cpu" for change in ready.changes)
                 do: Callable[..., Iterator[Any]] = threads.map if on_cpu else map
-                if not all(do(lambda change: change.write_into(_storage(change.piece.held)), ready.changes)):
-                    raise RuntimeError("what was written is not what is read")  # noqa: TRY301
-                pack_anew(self._model, ready.changes, do)
+                for _ in do(_write, *by_storage(self._model, ready.changes)):
+                    pass
         except Exception as error:  # noqa: BLE001 - told to whoever asked, who brings a full version
             return {"error": f"failed half-way, and needs a full version: {error!r}"}
         self._sums |= ready.sums
@@ -625,26 +648,36 @@ def _fetch(url: str, size: int) -> IO[bytes]:
     return file
 
 
-def pack_anew(model: Any, changes: list[_Change], do: Callable[..., Iterator[Any]]) -> None:
-    """Let layers on the CPU, which compute with packed copies of their weights, pack what was changed.
+def by_storage(model: Any, changes: list[_Change]) -> tuple[list[list[_Change]], list[list[Any]]]:
+    """Sort what is written by the storage that it is written into, and the layers that compute with that one.
 
-    `do`: `map`, or one that does several at once.
+    Only layers on the CPU, which compute with a packed copy of it. Layers that are tied share one.
     """
-    changed = {_address(change.piece.held) for change in changes}
-    tied: dict[int, list[Any]] = {}
+    written: dict[int, list[_Change]] = {}
+    for change in changes:
+        written.setdefault(_address(change.piece.held), []).append(change)
+    packed: dict[int, list[Any]] = {address: [] for address in written}
     for layer in model.modules():
         weight = getattr(layer, "weight", None)
-        if hasattr(layer, "cpu_linear") and weight is not None and _address(weight) in changed:
-            tied.setdefault(_address(weight), []).append(layer)
+        if hasattr(layer, "cpu_linear") and weight is not None and _address(weight) in packed:
+            packed[_address(weight)].append(layer)
+    return list(written.values()), list(packed.values())
 
-    def pack(layers: list[Any]) -> None:
+
+def _write(changes: list[_Change], layers: list[Any]) -> None:
+    """Write into one storage, and pack it while it is in the processor's cache.
+
+    Raises:
+        RuntimeError: Something else is read than was written.
+    """
+    storage = _storage(changes[0].piece.held)
+    if not all(change.write_into(storage) for change in changes):
+        raise RuntimeError("what was written is not what is read")
+    if layers:
         first, *others = layers
         first.quant_method.process_weights_after_loading(first)
         for other in others:  # layers that are tied compute with the same copy
             other.cpu_linear = first.cpu_linear
-
-    for _ in do(pack, tied.values()):
-        pass
 
 
 def _keep_weights() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from tests.compose import ROOT
 from tests.trainer.runs import rows
 from tests.trainer.test_multiprocess import run_in_processes
 from tests.vllm.conftest import StartVllm
-from tests.vllm.launching import VllmServer
+from tests.vllm.launching import VLLM_PYTHON, VllmServer
 from trainer.config import PublishSettings
 from trainer.export.hf_model import write_model_directory
 from trainer.model.base_checkpoint import read_base
@@ -296,3 +298,20 @@ def test_two_workers_get_their_parts_over_http(
         assert [state.version for state in states] == [3, 3]
     assert run.served() == pytest.approx(run.ours(), abs=2e-4)
     two.close()
+
+
+def test_a_worker_looks_for_work_less_often_only_while_a_file_is_checked() -> None:
+    program = """
+import atropos_delta
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+names = SpinCondition.wait.__globals__
+look = names["sched_yield"]
+with atropos_delta._looking_less_often():
+    assert names["sched_yield"] is not look, "vLLM waits in another way now"
+    names["sched_yield"]()
+assert names["sched_yield"] is look
+"""
+    command = [str(VLLM_PYTHON), "-c", program]
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120)
