@@ -36,7 +36,8 @@ from benchmarks.step._memory import PeakMemory
 from benchmarks.step._models import write_random_model
 from trainer.model.sharding import GATHERED_BYTES
 from trainer.publish import Publisher, PublishReport
-from trainer.publish.delta.snapshot import Change, Snapshot
+from trainer.publish.delta.bits import Change
+from trainer.publish.delta.snapshot import Snapshot
 from trainer.run import follower
 from trainer.run.orders import Announcement
 from trainer.run.publish_part import PublishPart
@@ -167,7 +168,7 @@ class PublishPeaks:
 
         def counted(snapshot: Snapshot, *words: Any) -> dict[str, Change | None] | None:
             changes = advance(snapshot, *words)
-            self._changed = sum(len(each.places) for each in (changes or {}).values() if each is not None)
+            self._changed = sum(each.count for each in (changes or {}).values() if each is not None)
             return changes
 
         publisher_class.start, publisher_class.begin = start_measured, begin_measured

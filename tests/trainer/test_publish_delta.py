@@ -6,9 +6,12 @@ import multiprocessing
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,13 +22,18 @@ from inference_plugins import atropos_delta
 from inference_plugins.atropos_delta import SOURCE, OwnCheckpoint, Receiver
 from trainer.model.base_checkpoint import DTYPES, StoredTensor
 from trainer.publish.delta.bits import (
+    Change,
     add_moves,
+    begin_comparison,
     bits,
-    differences,
+    compare_by_torch,
     element_sum,
-    pack_indices,
+    joined,
+    narrowed,
+    pack_gaps,
     pack_moves,
     tensor_sum,
+    unpack_indices,
     wrapped,
 )
 from trainer.publish.delta.files import (
@@ -204,8 +212,12 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
 @SMALL
 @given(st.sets(st.integers(0, 300_000), max_size=40))
 def test_places_come_out_of_their_packing_as_they_went_in(places: set[int]) -> None:
-    indices = torch.tensor(sorted(places), dtype=torch.int64)
-    assert atropos_delta.indices_from_gaps(pack_indices(indices)).tolist() == indices.tolist()
+    indices = np.array(sorted(places), dtype=np.int64)
+    gaps = np.diff(indices, prepend=-1) - 1
+    for each in (gaps, narrowed(gaps)):
+        packed = pack_gaps(each)
+        assert atropos_delta.indices_from_gaps(packed).tolist() == indices.tolist()
+        assert unpack_indices(packed).tolist() == indices.tolist()
 
 
 @SMALL
@@ -230,11 +242,46 @@ def test_a_change_leads_from_the_old_bits_to_the_new_ones_and_from_the_old_sum_t
     assert snapshot.sums["x"] == tensor_sum(new)
     assert ("x" in changes) == (not torch.equal(bits(old), bits(new)))
     if (change := changes.get("x")) is not None:
-        assert bool((change.former != change.values).all())  # nothing travels that is there already
-        applied = bits(old).reshape(-1).clone()
-        assert torch.equal(applied[change.places], change.former)
-        applied[change.places] = change.values
-        assert torch.equal(applied, bits(new).reshape(-1))
+        assert change.count == int((bits(old) != bits(new)).sum())  # nothing travels that is there already
+        assert torch.equal(applied(change, old), bits(new).reshape(-1))
+
+
+def applied(change: Change, old: Tensor) -> Tensor:
+    """What a tensor's flat bits are after a change."""
+    numbers, places = bits(old).reshape(-1).clone(), unpack_indices(pack_gaps(change.gaps))
+    assert (int(places[0]), int(places[-1])) == (change.first, change.last)
+    numbers[places] = add_moves(numbers[places], change.moves, change.far)
+    return numbers
+
+
+@SMALL
+@given(st.integers(0, 1 << 30), st.lists(st.sampled_from([0, 1, 40, 300, 70_000]), min_size=1, max_size=5))
+def test_parts_and_accelerators_find_the_same_change(seed: int, sizes: list[int]) -> None:
+    """What a part begins with, or an accelerator packs, is what is found and packed at once on the CPU."""
+    tensor = random_bits((sum(sizes),), torch.bfloat16, seed)
+    old, new = bits(tensor), bits(changed(tensor, 0.001 if max(sizes) > 300 else 0.3, seed + 1))
+    new[seed % 7 :: 91] += 1
+    parts: list[Change] = []
+    for start, end in pairwise(accumulate(sizes, initial=0)):
+        compare = begin_comparison(old[start:end], new[start:end], start=5 + start, at_most=end)
+        parts += compare() or []
+    with patch("trainer.publish.delta.bits._COMPARED", 100):  # a thread's piece
+        found = begin_comparison(old, new, start=5, at_most=len(new))()
+    by_torch = compare_by_torch(old, new, start=5, at_most=len(new))
+    if torch.equal(old, new):
+        assert parts == found == by_torch == []
+        return
+    assert found is not None
+    assert by_torch is not None
+    whole, before = joined(found), old.new_zeros(5)
+    for other in (joined(parts), *by_torch):
+        assert (other.first, other.last, other.moved_sum) == (whole.first, whole.last, whole.moved_sum)
+        assert other.gaps.tolist() == whole.gaps.tolist()
+        assert torch.equal(other.moves, whole.moves)
+        assert torch.equal(other.far, whole.far)
+    assert torch.equal(applied(whole, torch.cat([before, old])), torch.cat([before, new]))
+    assert begin_comparison(old, new, at_most=whole.count - 1)() is None
+    assert compare_by_torch(old, new, start=0, at_most=whole.count - 1) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -272,11 +319,11 @@ def test_bits_come_out_of_their_moves_as_they_went_in(
 
 
 def test_a_forked_process_compares_with_threads_of_its_own() -> None:
-    old = torch.zeros(1 << 20, dtype=torch.int16)  # more than one thread's piece
+    old = torch.zeros(1 << 21, dtype=torch.int16)  # more than one thread's piece
     new = old + 1
 
     def compare() -> None:
-        assert differences(old, new, at_most=len(old))
+        assert begin_comparison(old, new, at_most=len(old))()
 
     compare()
     child = multiprocessing.get_context("fork").Process(target=compare)
@@ -300,6 +347,16 @@ def test_an_update_is_what_the_weights_were_when_it_was_made_and_holds_no_copy_t
     assert torch.equal(snapshot.tensors["x"], taken)
     assert update.sums == {"x": tensor_sum(taken)}
     assert former() is None
+
+
+def test_sums_follow_a_version_once_however_often_they_are_asked_for() -> None:
+    weight, snapshot = torch.randn(300, 20), Snapshot(torch.device("cpu"))
+    for version in (0, 1, 1, 2):  # a version that could not be written is taken again
+        changes = snapshot.advance(version, snapshot.copies([("x", weight)]))
+        snapshot.sum_up(changes)
+        snapshot.sum_up(changes)
+        assert snapshot.sums == {"x": tensor_sum(weight)}
+        weight[::7] += 1
 
 
 def test_weights_that_lie_transposed_in_memory_are_followed() -> None:

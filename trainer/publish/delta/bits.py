@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,12 @@ from torch import Tensor
 
 from trainer.model.base_checkpoint import StoredTensor
 
-NumpyArray = NDArray[np.int64]
+NumpyArray = NDArray[Any]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 15
 """Numbers that are hashed at once on the CPU: they stay in its cache."""
-_COMPARED = 1 << 19
+_COMPARED = 1 << 20
 """Numbers that a thread compares at once."""
 _GAP_TYPES = (np.uint8, np.uint16)
 _MOST = 127
@@ -38,20 +40,72 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.dtype.itemsize])
 
 
-def pack_indices(indices: Tensor) -> Tensor:
-    """Pack ascending indices [N], int64, as the numbers of unchanged places before each.
+@dataclass(frozen=True)
+class Change:
+    """What differs between the bits of two tensors, at one place at least, packed to travel."""
+
+    first: int
+    """The first place, in the whole flat tensor."""
+    last: int
+    between: NumpyArray
+    """Unchanged places between each and the next [N - 1], in the narrowest type that `narrowed` knows."""
+    moves: Tensor
+    """By how much the bits have moved [N] (`pack_moves`)."""
+    far: Tensor
+    """The bits that moved far [K]."""
+    moved_sum: int
+    """By how much the tensor's sum has moved."""
+
+    @property
+    def count(self) -> int:
+        """At how many places."""
+        return len(self.moves)
+
+    @property
+    def gaps(self) -> NumpyArray:
+        """Unchanged places before each [N]."""
+        return np.concatenate([narrowed(np.array([self.first])), self.between])
+
+
+def joined(changes: Sequence[Change]) -> Change:
+    """Put together what changed in one part of a tensor after the other."""
+    if len(changes) == 1:
+        return changes[0]
+    between = [changes[0].between]
+    for former, change in pairwise(changes):
+        between += [narrowed(np.array([change.first - former.last - 1])), change.between]
+    return Change(
+        changes[0].first,
+        changes[-1].last,
+        np.concatenate(between),
+        torch.cat([change.moves for change in changes]),
+        torch.cat([change.far for change in changes]),
+        wrapped(sum(change.moved_sum for change in changes)),
+    )
+
+
+def narrowed(gaps: NumpyArray) -> NumpyArray:
+    """Return the same numbers of at least 0 in the narrowest type in which they need no escape."""
+    most = int(gaps.max(initial=0))
+    fits = (dtype for dtype in _GAP_TYPES if most < np.iinfo(dtype).max)
+    return gaps.astype(next(fits, np.int64), copy=False)
+
+
+def pack_gaps(gaps: NumpyArray) -> Tensor:
+    """Pack the numbers of unchanged places before each changed one [N].
 
     The largest number that the type holds stands for as many unchanged places and no changed one. The type is
     the one that takes fewer bytes: uint8, or uint16 as int16 with the same bits.
     """
-    gaps = gaps_between(indices, -1)
     layout = packed_layout(len(gaps), escapes(gaps))
     dtype = np.uint8 if layout.dtype is torch.uint8 else np.uint16
     more = np.iinfo(dtype).max
     wide = np.flatnonzero(gaps >= more)
-    times, gaps[wide] = np.divmod(gaps[wide], more)
-    packed = np.insert(gaps.astype(dtype), np.repeat(wide, times), more)
-    return torch.from_numpy(packed).view(layout.dtype)
+    if len(wide):
+        gaps = gaps.astype(np.int64)
+        times, gaps[wide] = np.divmod(gaps[wide], more)
+        gaps = np.insert(gaps.astype(dtype), np.repeat(wide, times), more)
+    return torch.from_numpy(gaps.astype(dtype, copy=False)).view(layout.dtype)
 
 
 def unpack_indices(packed: Tensor) -> Tensor:
@@ -61,15 +115,10 @@ def unpack_indices(packed: Tensor) -> Tensor:
     return torch.from_numpy(np.cumsum(narrow + ends, dtype=np.int64)[ends] - 1)
 
 
-def gaps_between(indices: Tensor, before: int) -> NumpyArray:
-    """Return how many places lie between ascending indices [N]; before the first one, from `before` on."""
-    return np.diff(indices.numpy(), prepend=before) - 1
-
-
 def escapes(gaps: NumpyArray) -> list[int]:
     """Return how many numbers more than gaps are packed, for each type that they may have."""
     mores = [np.iinfo(dtype).max for dtype in _GAP_TYPES]
-    return [int((gaps[gaps >= more] // more).sum()) for more in mores]
+    return [int((gaps[gaps >= more].astype(np.int64) // more).sum()) for more in mores]
 
 
 def packed_layout(count: int, escaped: Sequence[int]) -> StoredTensor:
@@ -84,35 +133,75 @@ def packed_layout(count: int, escaped: Sequence[int]) -> StoredTensor:
     return StoredTensor(torch.uint8, (sizes[0],)) if narrow else StoredTensor(torch.int16, (sizes[1],))
 
 
-def differences(old: Tensor, new: Tensor, *, at_most: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Find where the flat bits [N] of two tensors on one device differ.
+def begin_comparison(
+    old: Tensor, new: Tensor, *, start: int = 0, at_most: int
+) -> Callable[[], list[Change] | None]:
+    """Begin to compare the flat bits [N] of two tensors on one device: on the CPU in a few threads.
+
+    Args:
+        old: Bits.
+        new: Bits, which stay as they are until the end.
+        start: Place of the first of them in the whole tensor.
+        at_most: At how many places they may differ.
 
     Returns:
-        The places, ascending, int64, and the bits there, old and new. None: there are more than `at_most`.
+        A function that waits for the end, and returns what differs in one part of the tensor after the other.
+        None: at more than `at_most` places.
     """
     if old.device.type != "cpu":
-        different = old != new
-        if int(torch.count_nonzero(different)) > at_most:
-            return None
-        places = different.nonzero().squeeze(1)
-        return places, old[places], new[places]
-    held, given = old.numpy(), new.numpy()
+        compared = compare_by_torch(old, new, start=start, at_most=at_most)
+        return lambda: compared
+    arrays = [old.numpy(), new.numpy()]
 
-    def find(first: int) -> tuple[Any, Any, Any]:
-        part, other = held[first : first + _COMPARED], given[first : first + _COMPARED]
-        there = np.flatnonzero(part != other)
-        return there + first, part[there], other[there]
+    def find(first: int) -> Change | None:
+        part, other = (array[first : first + _COMPARED] for array in arrays)
+        places = np.flatnonzero(part != other)
+        return _change(places, part[places], other[places], start + first) if len(places) else None
 
-    starts = range(0, max(1, len(old)), _COMPARED)
-    found, count = [], 0
-    # One piece is compared sooner than a thread wakes up.
-    for piece in map(find, starts) if len(starts) == 1 else _threads().map(find, starts):
-        count += len(piece[0])
-        if count > at_most:  # the rest is not looked at
-            return None
-        found.append(piece)
-    places, former, values = (torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True))
-    return places, former, values
+    pieces = [_threads().submit(find, first) for first in range(0, len(old), _COMPARED)]
+
+    def wait() -> list[Change] | None:
+        found, count = [], 0
+        for piece in pieces:
+            change = None if piece.cancelled() else piece.result()
+            if change is not None:
+                found.append(change)
+                count += change.count
+            if count > at_most:
+                for rest in pieces:
+                    rest.cancel()
+        arrays.clear()  # threads may keep hold of `find` for a moment
+        return None if count > at_most else found
+
+    return wait
+
+
+def _change(places: NumpyArray, former: Any, values: Any, start: int) -> Change:
+    between = narrowed(np.diff(places) - 1)
+    places += start
+    moved = _sum(places, values) - _sum(places, former)
+    moves, far = pack_moves(torch.from_numpy(former), torch.from_numpy(values))
+    return Change(int(places[0]), int(places[-1]), between, moves, far, wrapped(moved))
+
+
+def compare_by_torch(old: Tensor, new: Tensor, *, start: int, at_most: int) -> list[Change] | None:
+    """Do the same on an accelerator, from which only what travels is copied."""
+    different = old != new
+    count = int(torch.count_nonzero(different))
+    if count == 0 or count > at_most:
+        return None if count else []
+    places = different.nonzero().squeeze(1)
+    former, values = old[places], new[places]
+    between = places.diff() - 1
+    if count > 1 and int(between.max()) < np.iinfo(np.uint8).max:
+        between = between.to(torch.uint8)
+    places += start
+    moved = _mixed_sum(places, values) - _mixed_sum(places, former)
+    added = values - former
+    near = (added >= -_MOST) & (added <= _MOST)
+    moves = torch.where(near, added, -_MOST - 1).to(torch.int8)
+    gaps = between.cpu().numpy()
+    return [Change(int(places[0]), int(places[-1]), gaps, moves.cpu(), values[~near].cpu(), wrapped(moved))]
 
 
 @cache
@@ -159,7 +248,10 @@ def element_sum(indices: Tensor, numbers: Tensor) -> int:
     """
     if indices.device.type != "cpu":
         return _mixed_sum(indices, numbers)
-    places, values = indices.numpy(), numbers.numpy()
+    return _sum(indices.numpy(), numbers.numpy())
+
+
+def _sum(places: Any, values: Any) -> int:
     pieces = range(0, len(places), _PIECE)
     return wrapped(
         sum(_mixed_sum(places[first : first + _PIECE], values[first : first + _PIECE]) for first in pieces)

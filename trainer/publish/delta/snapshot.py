@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from trainer.publish.delta.bits import bits, differences, element_sum, tensor_sum, wrapped
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a version changes in one tensor."""
-
-    places: Tensor
-    """In the whole tensor, flat, ascending [N], int64."""
-    former: Tensor
-    """The bits at these places before [N]."""
-    values: Tensor
-    """Those there now [N]."""
+from trainer.publish.delta.bits import Change, begin_comparison, bits, joined, tensor_sum, wrapped
 
 
 class Snapshot:
@@ -38,8 +26,8 @@ class Snapshot:
         """The version that they are; None before the first, and after a failure half-way."""
         self.sums: dict[str, int] = {}
         """Of the version whose changes were summed up last, of this process's numbers."""
-        self._summed: int | None = None
-        """The version that the sums are of."""
+        self._summed = False
+        """Whether the sums are of the version that the tensors are."""
         self._device = device
         self._starts = starts or {}
 
@@ -53,24 +41,42 @@ class Snapshot:
             yield name, copy
             del copy
 
-    def advance(self, version: int, copies: Iterable[tuple[str, Tensor]]) -> dict[str, Change | None] | None:
+    def advance(
+        self, version: int, copies: Iterable[tuple[str, Tensor]], *, ahead: int = 0
+    ) -> dict[str, Change | None] | None:
         """Go on to a version.
 
         Args:
             version: Its number.
             copies: Of every weight, the same ones as before. They are kept, and those before let go of.
+            ahead: How many more copies are asked for while one is compared, so that threads need not wait.
 
         Returns:
             What changed, by name; None where most did. None: this is the first version.
         """
-        if self._summed != self.version:
+        if not self._summed:
             self.sums = {}
+        self._summed = False
         first, self.version = self.version is None, None  # until all of them are taken
         changes: dict[str, Change | None] = {}
+        compared: deque[tuple[str, Callable[[], list[Change] | None]]] = deque()
+
+        def wait_for_one() -> None:
+            name, wait = compared.popleft()
+            found = wait()
+            if found is None:
+                changes[name] = None
+            elif found:
+                changes[name] = joined(found)
+
         for name, copy in copies:
             if not first:
-                changes |= self._compare(name, copy)
+                compared.append((name, self._compare(name, copy)))
             self.tensors[name] = copy
+            if len(compared) > ahead:
+                wait_for_one()
+        while compared:
+            wait_for_one()
         self.version = version
         return None if first else changes
 
@@ -79,29 +85,24 @@ class Snapshot:
         return self._starts.get(name, 0)
 
     def sum_up(self, changes: Mapping[str, Change | None] | None) -> None:
-        """Bring the sums up to this version, by what `advance` has returned."""
+        """Bring the sums up to this version, by what `advance` has returned. Again: nothing more."""
+        if self._summed:
+            return
         if changes is None or not self.sums:
             self.sums = {name: self._sum(name) for name in self.tensors}
         else:
-            for name, change in changes.items():
-                if change is None:
-                    self.sums[name] = self._sum(name)
-                else:
-                    moved = element_sum(change.places, change.values) - element_sum(
-                        change.places, change.former
-                    )
-                    self.sums[name] = wrapped(self.sums[name] + moved)
-        self._summed = self.version
+            sums = {
+                name: self._sum(name) if change is None else wrapped(self.sums[name] + change.moved_sum)
+                for name, change in changes.items()
+            }
+            self.sums |= sums
+        self._summed = True
 
     def _sum(self, name: str) -> int:
         return tensor_sum(self.tensors[name], self.start(name))
 
-    def _compare(self, name: str, copy: Tensor) -> dict[str, Change | None]:
+    def _compare(self, name: str, copy: Tensor) -> Callable[[], list[Change] | None]:
         old, new = (bits(each).reshape(-1) for each in (self.tensors[name], copy))
         # Of many changes the places take more time and memory than they save bytes: then all of it travels.
-        found = differences(old, new, at_most=old.nbytes // (old.itemsize + 1))
-        if found is None:
-            return {name: None}
-        places, former, values = (each.cpu() for each in found)
-        places += self.start(name)
-        return {name: Change(places, former, values)} if len(places) else {}
+        most = old.nbytes // (old.itemsize + 1)
+        return begin_comparison(old, new, start=self.start(name), at_most=most)

@@ -21,16 +21,16 @@ from trainer.model.base_checkpoint import StoredTensor
 from trainer.model.sharding import WHOLE, Spread
 from trainer.model.weight_stream import dtype_name
 from trainer.publish.delta.bits import (
+    Change,
+    NumpyArray,
     bits,
     escapes,
-    gaps_between,
     model_checksum,
-    pack_indices,
-    pack_moves,
+    pack_gaps,
     packed_layout,
     wrapped,
 )
-from trainer.publish.delta.snapshot import Change, Snapshot
+from trainer.publish.delta.snapshot import Snapshot
 
 _NOTHING, _CHANGED, _ALL = range(3)
 """What travels of a tensor."""
@@ -38,8 +38,8 @@ _NOTHING, _CHANGED, _ALL = range(3)
 _SUM, _START, _SIZE, _COUNT, _FAR, _FIRST, _LAST, _ESCAPED = range(8)
 """Columns of the table, the last one twice. A count of -1: most has changed."""
 
-_Packed = tuple[Tensor, Tensor, Tensor]
-"""Places of what changed in one tensor [N], the moves there [N], and the bits that moved far [K]."""
+_COMPARED_AHEAD = 4
+"""Tensors that are compared at the same time, where there are copies of all of them anyway."""
 
 
 class Update:
@@ -78,10 +78,10 @@ class Update:
         self._version = version
         copies = snapshot.copies(weights)
         self._copies: Iterable[tuple[str, Tensor]] | None = copies if at_once else list(copies)
+        self._ahead = 0 if at_once else _COMPARED_AHEAD
         self._changes: dict[str, Change | None] | None = None
         if at_once:
             self._compare()
-        self._packed: dict[str, _Packed] = {}
         self._table: list[list[list[int]]] | None = None  # [tensor, process, column]
         self._kinds: list[int] | None = None
 
@@ -108,11 +108,6 @@ class Update:
         """Bring snapshot, sums and checksum up to this version."""
         self._compare()
         self._snapshot.sum_up(self._changes)
-        changes = self._changes or {}
-        for name, change in changes.items():
-            if change is not None:
-                self._packed[name] = change.places, *pack_moves(change.former, change.values)
-                changes[name] = None  # one after the other, for the memory
         own = torch.tensor([self._row(name) for name in self._snapshot.tensors], dtype=torch.int64)
         table = self.spread.collect(own)
         self._table = [] if table is None else table.transpose(0, 1).tolist()
@@ -158,11 +153,11 @@ class Update:
             self._tell([_NOTHING] * len(self.tensors))
         for _ in self.parts:
             pass
-        self._changes, self._packed = {}, {}
+        self._changes = {}
 
     def _compare(self) -> None:
         if self._copies is not None:
-            self._changes = self._snapshot.advance(self._version, self._copies)
+            self._changes = self._snapshot.advance(self._version, self._copies, ahead=self._ahead)
             self._copies = None
 
     def _tell(self, kinds: list[int]) -> None:
@@ -173,19 +168,16 @@ class Update:
     def _row(self, name: str) -> list[int]:
         tensor = self._snapshot.tensors[name]
         own = [self._snapshot.sums[name], self._snapshot.start(name), tensor.numel()]
-        if name in self._packed:
-            places, _, far = self._packed[name]
-            first = int(places[0])
-            return [
-                *own,
-                len(places),
-                len(far),
-                first,
-                int(places[-1]),
-                *escapes(gaps_between(places[1:], first)),
-            ]
+        change = self._change(name)
+        if change is not None:
+            far = len(change.far)
+            return [*own, change.count, far, change.first, change.last, *escapes(change.between)]
         changed = tensor.numel() and (self._changes is None or name in self._changes)
         return [*own, -1 if changed else 0, 0, 0, 0, 0, 0]
+
+    def _change(self, name: str) -> Change | None:
+        """What changed in this process's rows; None: nothing, or most of them."""
+        return (self._changes or {}).get(name)
 
     def _exchange(self) -> Iterator[tuple[str, Tensor]]:
         for number, (name, kind) in enumerate(zip(self._snapshot.tensors, self._kinds or (), strict=True)):
@@ -196,8 +188,8 @@ class Update:
             elif kind == _ALL:
                 yield name, self._receive_all(name, (self._table or [])[number])
             else:
-                places, moves, far = self._receive_changed(name, (self._table or [])[number])
-                yield f"{name}:gaps", pack_indices(places)
+                gaps, moves, far = self._receive_changed(name, (self._table or [])[number])
+                yield f"{name}:gaps", pack_gaps(gaps)
                 yield f"{name}:moves", moves
                 yield f"{name}:values", far.view(self.tensors[name].dtype)
 
@@ -206,8 +198,10 @@ class Update:
         if kind == _ALL:
             self.spread.hand_over(self._snapshot.tensors[name].cpu(), rank)
             return
-        for each in self._packed.get(name, ()):
-            self.spread.hand_over(each, rank)
+        change = self._change(name)
+        if change is not None:
+            for each in _tensors(change):
+                self.spread.hand_over(each, rank)
 
     def _receive_all(self, name: str, rows: list[list[int]]) -> Tensor:
         own, shape = self._snapshot.tensors[name], self.tensors[name].shape
@@ -222,25 +216,35 @@ class Update:
                 self.spread.hand_over(part, rank)
         return whole
 
-    def _receive_changed(self, name: str, rows: list[list[int]]) -> _Packed:
+    def _receive_changed(self, name: str, rows: list[list[int]]) -> tuple[NumpyArray, Tensor, Tensor]:
         """Put the changes together in the order of the processes, which is that of their rows."""
-        own = self._packed.get(name)
+        own = self._change(name)
         if len(rows) == 1 and own is not None:
-            return own
+            return own.gaps, own.moves, own.far
         counts, fars = ([row[column] for row in rows] for column in (_COUNT, _FAR))
-        places = torch.empty(sum(counts), dtype=torch.int64)
+        gaps = torch.empty(sum(counts), dtype=torch.int64)
         moves = torch.empty(sum(counts), dtype=torch.int8)
         far = torch.empty(sum(fars), dtype=bits(self._snapshot.tensors[name]).dtype)
         parts = zip(
-            *(torch.split(*each) for each in ((places, counts), (moves, counts), (far, fars))), strict=True
+            *(torch.split(*each) for each in ((gaps, counts), (moves, counts), (far, fars))), strict=True
         )
-        for rank, received in enumerate(parts):
-            for part, whole in enumerate(received):
-                if rank > 0:
-                    self.spread.hand_over(whole, rank)
-                elif own is not None:
-                    whole.copy_(own[part])
-        return places, moves, far
+        before = -1
+        for rank, (row, received) in enumerate(zip(rows, parts, strict=True)):
+            if rank > 0:
+                for each in received:
+                    self.spread.hand_over(each, rank)
+            elif own is not None:
+                for each, given in zip(received, _tensors(own), strict=True):
+                    each.copy_(given)
+            if row[_COUNT]:
+                received[0][0] = row[_FIRST] - before - 1
+                before = row[_LAST]
+        return gaps.numpy(), moves, far
+
+
+def _tensors(change: Change) -> tuple[Tensor, Tensor, Tensor]:
+    """Gaps as int64, moves, and bits that moved far."""
+    return torch.from_numpy(change.gaps.astype(np.int64)), change.moves, change.far
 
 
 def _whole_shape(own: Tensor, rows: list[list[int]]) -> tuple[int, ...]:
