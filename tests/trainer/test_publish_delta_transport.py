@@ -30,6 +30,7 @@ from trainer.publish import DeltaTransport, Publisher, PublishReport, ServerFail
 from trainer.publish.delta.file_server import FileServer
 from trainer.publish.delta.snapshot import Snapshot
 from trainer.publish.delta.update import Update
+from trainer.publish.verification.verifier import ServerVerifier
 
 SECRET = "not-to-be-guessed"  # noqa: S105
 
@@ -112,6 +113,8 @@ class Run:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors = tensors_of(BASE)
+        self.warmed = 0
+        """How often a server was asked to cache the passage."""
 
     def step(self) -> None:
         """Change two numbers in three thousand of each tensor, but not the norm."""
@@ -152,7 +155,14 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv(SOURCE, str(tmp_path / "published"))
-    return Run(tmp_path / "published")
+    made, warm = Run(tmp_path / "published"), ServerVerifier.warm
+
+    def count_and_warm(verifier: ServerVerifier) -> None:
+        made.warmed += 1
+        warm(verifier)
+
+    monkeypatch.setattr(ServerVerifier, "warm", count_and_warm)
+    return made
 
 
 @pytest.fixture
@@ -164,8 +174,10 @@ def server() -> Iterator[DeltaServer]:
 
 def next_version(run: Run, publisher: Publisher, version: int) -> PublishReport:
     run.step()
+    warmed = run.warmed
     report = publisher.publish(version)
     assert report.verified
+    assert run.warmed - warmed == len(report.servers)  # once each, whatever it got in the end
     return report
 
 

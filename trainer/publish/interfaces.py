@@ -19,6 +19,10 @@ from trainer.publish.engines.connection import ServerConnection
 from trainer.publish.errors import Phase
 
 
+def nothing() -> None:
+    """Do nothing, where there is nothing to do meanwhile."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StagedWeights:
     """Describes a version that is ready to be loaded by any number of servers."""
@@ -154,10 +158,17 @@ class WeightTransport(ABC):
             StagingFailed: Now or in the returned function: the weights cannot be read or written.
         """
 
-    def prepare(  # noqa: B027 - most have nothing to do before the pause
-        self, server: InferenceServer, staged: StagedWeights
+    def prepare(
+        self,
+        server: InferenceServer,
+        staged: StagedWeights,
+        meanwhile: Callable[[], None],
     ) -> None:
-        """Do what can be done while the server still serves the old weights. Otherwise as `load`."""
+        """Do what can be done while the server still serves the old weights. Otherwise as `load`.
+
+        `meanwhile`: what else there is to do until then; called once.
+        """
+        meanwhile()
 
     @abstractmethod
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:

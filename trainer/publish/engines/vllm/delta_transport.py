@@ -43,7 +43,7 @@ from trainer.publish.delta.files import (
 from trainer.publish.delta.update import Update
 from trainer.publish.engines.vllm.routes import VllmRoutes
 from trainer.publish.errors import Phase, StagingFailed
-from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
+from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport, nothing
 from trainer.publish.transports.disk import DiskTransport
 
 logger = logging.getLogger(__name__)
@@ -143,19 +143,21 @@ class DeltaTransport(WeightTransport):
         self._give_directories(server, lacks)
         return self
 
-    def prepare(self, server: InferenceServer, staged: StagedWeights) -> None:
+    def prepare(self, server: InferenceServer, staged: StagedWeights, meanwhile: Callable[[], None]) -> None:
         """Let it read and check what changed; all of the version where that does not do."""
         self._chosen.pop(server.url, None)
         version = self._version_of(server, staged)
         if isinstance(server, VllmRoutes) and server.url in self._held:
             refused = None
             if version.delta is not None:
-                refused = self._offer(server, version, version.delta)
+                refused = self._offer(server, version, version.delta, meanwhile)
+                meanwhile = nothing
                 if refused is None:
                     return
                 logger.warning("%s gets all of version %d: %s", server.url, staged.version, refused)
             if server.url in self._held:
-                refused = self._offer(server, version, self._write_whole(server, staged))
+                refused = self._offer(server, version, self._write_whole(server, staged), meanwhile)
+                meanwhile = nothing
             if refused is None:
                 return
             if server.url in self._held:
@@ -168,6 +170,7 @@ class DeltaTransport(WeightTransport):
                     staged.version,
                     refused,
                 )
+        meanwhile()
         self._write_directory(server, staged)
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:
@@ -332,12 +335,18 @@ class DeltaTransport(WeightTransport):
         logger.warning("%s gets full versions as directories: %s", server.url, why)
         self._held.pop(server.url, None)
 
-    def _offer(self, server: VllmRoutes, version: _Version, file: PublishedFile) -> str | None:
+    def _offer(
+        self,
+        server: VllmRoutes,
+        version: _Version,
+        file: PublishedFile,
+        meanwhile: Callable[[], None] = nothing,
+    ) -> str | None:
         """Let a server check a file; return why it is not to be applied, None if it is.
 
         One whose weights no file fits gets directories from now on.
         """
-        states = server.delta_prepare(file.name, file.sha256, file.size)
+        states = server.delta_prepare(file.name, file.sha256, file.size, meanwhile)
         for state in states:
             if state.error is not None:
                 if state.unfit:
