@@ -89,24 +89,23 @@ def compare(
             publishers[transport] = stack.enter_context(publisher)
             publisher.start(0)
             publisher.settle()
-        version = 0
-        for learning_rate in (LEARNING_RATES[0], *LEARNING_RATES):  # the first round warms up
-            for _ in range(arguments.repeats if version else 1):
-                version += 1
-                for each in models:
-                    step(each, learning_rate, seed=version)
-                order = list(publishers) if version % 2 else list(publishers)[::-1]
-                for transport in order:
-                    publisher = publishers[transport]
-                    publisher.take_reports()
-                    time.sleep(_STILL_SECONDS)
-                    publisher.begin(version)
-                    publisher.settle()
-                    (report,) = publisher.take_reports()
-                    if version > 1:
-                        numbers = report.metrics().items()
-                        row = {key.removeprefix("publish/"): number for key, number in numbers}
-                        rows.append({"transport": transport, "learning_rate": learning_rate, **row})
+        # All rates in each round, so that a machine that becomes slower does so for all; the first warms up.
+        rates = [learning_rate for _ in range(arguments.repeats + 1) for learning_rate in LEARNING_RATES]
+        for version, learning_rate in enumerate(rates, start=1):
+            for each in models:
+                step(each, learning_rate, seed=version)
+            order = list(publishers) if version % 2 else list(publishers)[::-1]
+            for transport in order:
+                publisher = publishers[transport]
+                publisher.take_reports()
+                time.sleep(_STILL_SECONDS)
+                publisher.begin(version)
+                publisher.settle()
+                (report,) = publisher.take_reports()
+                if version > len(LEARNING_RATES):
+                    numbers = report.metrics().items()
+                    row = {key.removeprefix("publish/"): number for key, number in numbers}
+                    rows.append({"transport": transport, "learning_rate": learning_rate, **row})
     delta, full = (middle(rows, "weight_bytes", transport=transport) for transport in ("delta", "disk"))
     if delta >= full:
         raise SystemExit("no delta was taken by its server (see above), so there is nothing to compare")

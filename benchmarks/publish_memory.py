@@ -9,8 +9,8 @@ those after the first, which loads code. A publish that overlaps the next step i
 is not counted. Nor are the log-probs that prove it, which are a forward pass: `publish.verify` is off.
 
 It may take the largest weight as it is published, and two buckets, which are the pieces that are cast and
-gathered. Where it goes on while the next step trains also a copy of the own rows, and, by `delta`, the places
-and values of those numbers among them that have changed. Merging adapters takes more.
+gathered. Where it goes on while the next step trains also a copy of the own rows, and, by `delta`, what has
+changed in them, packed. Merging adapters takes more.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from trainer.run.orders import Announcement
 from trainer.run.publish_part import PublishPart
 
 _MIB: Final = 1 << 20
-_BYTES_OF_CHANGE: Final = 8 + 2 + 2
-"""A place, and the number there in bfloat16, new and former."""
+_BYTES_OF_CHANGE: Final = 1 + 1
+"""The distance from the place before, and by how much the number there has moved."""
 WAYS: Final = {
     "disk": ["--publish.transport", "disk", "--publish.overlap", "false"],
     "overlap": ["--publish.transport", "disk"],
@@ -166,8 +166,8 @@ class PublishPeaks:
             self._sending = False
             return announcement
 
-        def counted(snapshot: Snapshot, *words: Any) -> dict[str, Change | None] | None:
-            changes = advance(snapshot, *words)
+        def counted(snapshot: Snapshot, *words: Any, **options: Any) -> dict[str, Change | None] | None:
+            changes = advance(snapshot, *words, **options)
             self._changed = sum(each.count for each in (changes or {}).values() if each is not None)
             return changes
 

@@ -55,7 +55,7 @@ _NUMBERS = 1 << 15  # hashed at once
 _WRITERS = 4  # threads at most: each of them packs with as many of its own as torch has
 _OTHER_WRITERS = ("reload_weights", "reset_weights", "start_weight_update", "update_weights")
 """Methods of vLLM's workers that change weights."""
-_LOOK_SECONDS = 1e-4
+_LOOK_SECONDS = 1e-4  # between two looks for work, while a file is checked
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -651,7 +651,7 @@ def _fetch(url: str, size: int) -> IO[bytes]:
 def by_storage(model: Any, changes: list[_Change]) -> tuple[list[list[_Change]], list[list[Any]]]:
     """Sort what is written by the storage that it is written into, and the layers that compute with that one.
 
-    Only layers on the CPU, which compute with a packed copy of it. Layers that are tied share one.
+    Layers are named on the CPU only, where they compute with a packed copy. Those that are tied share one.
     """
     written: dict[int, list[_Change]] = {}
     for change in changes:
@@ -670,8 +670,7 @@ def _write(changes: list[_Change], layers: list[Any]) -> None:
     Raises:
         RuntimeError: Something else is read than was written.
     """
-    storage = _storage(changes[0].piece.held)
-    if not all(change.write_into(storage) for change in changes):
+    if not all(change.write_into(_storage(change.piece.held)) for change in changes):
         raise RuntimeError("what was written is not what is read")
     if layers:
         first, *others = layers

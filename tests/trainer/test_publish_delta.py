@@ -23,6 +23,7 @@ from inference_plugins.atropos_delta import SOURCE, OwnCheckpoint, Receiver
 from trainer.model.base_checkpoint import DTYPES, StoredTensor
 from trainer.publish.delta.bits import (
     Change,
+    _threads,
     add_moves,
     begin_comparison,
     bits,
@@ -255,11 +256,18 @@ def applied(change: Change, old: Tensor) -> Tensor:
 
 
 @SMALL
-@given(st.integers(0, 1 << 30), st.lists(st.sampled_from([0, 1, 40, 300, 70_000]), min_size=1, max_size=5))
-def test_parts_and_accelerators_find_the_same_change(seed: int, sizes: list[int]) -> None:
+@given(
+    st.sampled_from([torch.bfloat16, torch.float32, torch.bool]),
+    st.lists(st.sampled_from([0, 1, 40, 300, 70_000]), min_size=1, max_size=5),
+    st.sampled_from([0.001, 0.3, 0.9]),
+    st.integers(0, 1 << 30),
+)
+def test_parts_and_accelerators_find_the_same_change(
+    dtype: torch.dtype, sizes: list[int], share: float, seed: int
+) -> None:
     """What a part begins with, or an accelerator packs, is what is found and packed at once on the CPU."""
-    tensor = random_bits((sum(sizes),), torch.bfloat16, seed)
-    old, new = bits(tensor), bits(changed(tensor, 0.001 if max(sizes) > 300 else 0.3, seed + 1))
+    tensor = random_bits((sum(sizes),), dtype, seed)
+    old, new = bits(tensor), bits(changed(tensor, share, seed + 1))
     new[seed % 7 :: 91] += 1
     parts: list[Change] = []
     for start, end in pairwise(accumulate(sizes, initial=0)):
@@ -277,6 +285,7 @@ def test_parts_and_accelerators_find_the_same_change(seed: int, sizes: list[int]
     for other in (joined(parts), *by_torch):
         assert (other.first, other.last, other.moved_sum) == (whole.first, whole.last, whole.moved_sum)
         assert other.gaps.tolist() == whole.gaps.tolist()
+        assert other.gaps.dtype == whole.gaps.dtype
         assert torch.equal(other.moves, whole.moves)
         assert torch.equal(other.far, whole.far)
     assert torch.equal(applied(whole, torch.cat([before, old])), torch.cat([before, new]))
@@ -316,6 +325,24 @@ def test_bits_come_out_of_their_moves_as_they_went_in(
         assert len(far) == sum(abs(step) > 127 for step in steps)
     with pytest.raises(ValueError, match="cannot assign"):
         add_moves(former, moves, torch.cat([far, former.new_zeros(len(far) + 2)]))
+
+
+def test_comparing_takes_as_many_threads_as_torch_and_no_team_for_each() -> None:
+    usual = torch.get_num_threads()
+    old = torch.zeros(16 << 20, dtype=torch.int16)
+    new = old.clone()
+    new[::8] += 1
+    try:
+        _threads.cache_clear()
+        torch.set_num_threads(8)
+        torch.ones(1 << 22).sum()  # this thread's own team
+        before = len(list(Path("/proc/self/task").iterdir()))
+        assert begin_comparison(old, new, at_most=len(old))()
+        assert len(list(Path("/proc/self/task").iterdir())) - before <= 8
+    finally:
+        torch.set_num_threads(usual)
+        _threads().shutdown()
+        _threads.cache_clear()
 
 
 def test_a_forked_process_compares_with_threads_of_its_own() -> None:

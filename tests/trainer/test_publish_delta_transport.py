@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,7 +31,7 @@ from trainer.publish import DeltaTransport, Publisher, PublishReport, ServerFail
 from trainer.publish.delta.file_server import FileServer
 from trainer.publish.delta.snapshot import Snapshot
 from trainer.publish.delta.update import Update
-from trainer.publish.verification.verifier import ServerVerifier
+from trainer.publish.verification.probes import Probes
 
 SECRET = "not-to-be-guessed"  # noqa: S105
 
@@ -113,8 +114,6 @@ class Run:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.tensors = tensors_of(BASE)
-        self.warmed = 0
-        """How often a server was asked to cache the passage."""
 
     def step(self) -> None:
         """Change two numbers in three thousand of each tensor, but not the norm."""
@@ -123,7 +122,7 @@ class Run:
             self.tensors[name][[7, 2000]] += 0.01
 
     @contextmanager
-    def publishing(self, *servers: StandIn, **options: Any) -> Iterator[Publisher]:
+    def publishing(self, *servers: StandIn, probes: Probes = PROBES, **options: Any) -> Iterator[Publisher]:
         settings = settings_for(*servers, **({"transport": "delta"} | options))
 
         def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -143,7 +142,7 @@ class Run:
             settings,
             transport=DeltaTransport(self.directory, take, write, settings),
             servers=[VllmRoutes(url, settings) for url in settings.servers],
-            probes=PROBES,
+            probes=probes,
             score=lambda asked: policy().score(asked),
         ) as publisher:
             yield publisher
@@ -155,14 +154,7 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv(SOURCE, str(tmp_path / "published"))
-    made, warm = Run(tmp_path / "published"), ServerVerifier.warm
-
-    def count_and_warm(verifier: ServerVerifier) -> None:
-        made.warmed += 1
-        warm(verifier)
-
-    monkeypatch.setattr(ServerVerifier, "warm", count_and_warm)
-    return made
+    return Run(tmp_path / "published")
 
 
 @pytest.fixture
@@ -174,10 +166,8 @@ def server() -> Iterator[DeltaServer]:
 
 def next_version(run: Run, publisher: Publisher, version: int) -> PublishReport:
     run.step()
-    warmed = run.warmed
     report = publisher.publish(version)
     assert report.verified
-    assert run.warmed - warmed == len(report.servers)  # once each, whatever it got in the end
     return report
 
 
@@ -200,6 +190,28 @@ def test_after_a_full_version_only_what_changed_travels_and_the_pause_is_for_wri
     assert {file.name for file in run.directory.iterdir()} == {
         *("v000001.whole.safetensors", "v000002.delta.safetensors"),
     }
+
+
+def test_the_passage_is_cached_while_a_file_is_checked_and_kept_until_the_pause(
+    run: Run, server: DeltaServer
+) -> None:
+    probes = Probes(texts=PROBES.texts, passage=list(range(20, 45)), cuts=(19, 21, 23, 25))
+    slow = [1.2]  # longer than checking may take: it does not count for it
+
+    def answer_slowly(*_: Any) -> None:
+        time.sleep(slow.pop() if slow else 0.0)
+
+    with run.publishing(server, probes=probes, load_timeout=1.0) as publisher:
+        publisher.start(0)
+        next_version(run, publisher, 1)
+        server.calls.clear()
+        server.faults["/v1/completions"] = answer_slowly
+        report = next_version(run, publisher, 2)
+    assert report.attempts == 1
+    words = ("atropos_delta_prepare", "/v1/completions", "atropos_delta_state", "/pause")
+    asked = [next((word for word in words if word in call), call) for call in server.calls]
+    while_served = [*words[:3], "/v1/completions", "/pause"]
+    assert asked[: asked.index("/pause") + 1] == while_served
 
 
 def test_every_so_many_versions_all_of_it_travels_and_old_files_go(run: Run, server: DeltaServer) -> None:

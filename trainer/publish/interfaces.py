@@ -20,7 +20,7 @@ from trainer.publish.errors import Phase
 
 
 def nothing() -> None:
-    """Do nothing, where there is nothing to do meanwhile."""
+    """Do nothing, while a server is at work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,17 +158,13 @@ class WeightTransport(ABC):
             StagingFailed: Now or in the returned function: the weights cannot be read or written.
         """
 
-    def prepare(
-        self,
-        server: InferenceServer,
-        staged: StagedWeights,
-        meanwhile: Callable[[], None],
+    def prepare(  # noqa: B027 - most have nothing to do before the pause
+        self, server: InferenceServer, staged: StagedWeights, meanwhile: Callable[[], None]
     ) -> None:
         """Do what can be done while the server still serves the old weights. Otherwise as `load`.
 
-        `meanwhile`: what else there is to do until then; called once.
+        `meanwhile` may be called while the server is at work, and must not take it long.
         """
-        meanwhile()
 
     @abstractmethod
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:

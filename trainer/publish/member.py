@@ -104,11 +104,12 @@ class Member:
         errors: list[ServerFailure] = []
         seconds: dict[str, float] = {}
         with _collected(errors):
-            warms = transport.pauses and expectation is not None
+            warm = nothing if expectation is None or not transport.pauses else self._verifier.warm
             with _timed(seconds, "prepare_seconds"):
-                transport.prepare(server, job.staged, self._verifier.warm if warms else nothing)
+                transport.prepare(server, job.staged, warm)
             self.version = None
             if transport.pauses:
+                warm()  # soon done where it was meanwhile; other requests may have taken its place since
                 with _timed(seconds, "pause_seconds"):
                     self._update(job.staged, seconds, errors)
                 self.version = None if errors else job.version

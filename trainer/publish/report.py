@@ -38,7 +38,7 @@ class ServerOutcome:
     server: str
     """Base URL, without credentials."""
     prepare_seconds: float = 0.0
-    """In the server's reading and checking of a delta, while it served the version before."""
+    """In the server's reading and checking of a delta, while it served the version before; or 0."""
     pause_seconds: float = 0.0
     """From the pause request to the resume reply: how long generation stood still."""
     load_seconds: float = 0.0

@@ -40,7 +40,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.dtype.itemsize])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """What differs between the bits of two tensors, at one place at least, packed to travel."""
 
@@ -75,12 +75,12 @@ def joined(changes: Sequence[Change]) -> Change:
     for former, change in pairwise(changes):
         between += [narrowed(np.array([change.first - former.last - 1])), change.between]
     return Change(
-        changes[0].first,
-        changes[-1].last,
-        np.concatenate(between),
-        torch.cat([change.moves for change in changes]),
-        torch.cat([change.far for change in changes]),
-        wrapped(sum(change.moved_sum for change in changes)),
+        first=changes[0].first,
+        last=changes[-1].last,
+        between=np.concatenate(between),
+        moves=torch.cat([change.moves for change in changes]),
+        far=torch.cat([change.far for change in changes]),
+        moved_sum=wrapped(sum(change.moved_sum for change in changes)),
     )
 
 
@@ -109,7 +109,7 @@ def pack_gaps(gaps: NumpyArray) -> Tensor:
 
 
 def unpack_indices(packed: Tensor) -> Tensor:
-    """Return the indices [N], int64, that `pack_indices` has packed."""
+    """Return the indices [N], int64, that `pack_gaps` has packed."""
     narrow = packed.numpy() if packed.dtype is torch.uint8 else packed.view(torch.uint16).numpy()
     ends = narrow != np.iinfo(narrow.dtype).max
     return torch.from_numpy(np.cumsum(narrow + ends, dtype=np.int64)[ends] - 1)
@@ -153,25 +153,29 @@ def begin_comparison(
         return lambda: compared
     arrays = [old.numpy(), new.numpy()]
 
-    def find(first: int) -> Change | None:
+    def find(first: int, *, pack_many: bool = False) -> Change | int:
+        """Return what differs in a piece; of more than its share of `at_most` only how much."""
         part, other = (array[first : first + _COMPARED] for array in arrays)
-        places = np.flatnonzero(part != other)
-        return _change(places, part[places], other[places], start + first) if len(places) else None
+        different = part != other
+        count = int(np.count_nonzero(different))
+        if not count or (count * len(old) > at_most * len(part) and not pack_many):
+            return count
+        places = np.flatnonzero(different)
+        return _change(places, part[places], other[places], start + first)
 
-    pieces = [_threads().submit(find, first) for first in range(0, len(old), _COMPARED)]
+    firsts = range(0, len(old), _COMPARED)
+    pieces = [_threads().submit(find, first) for first in firsts]
 
     def wait() -> list[Change] | None:
-        found, count = [], 0
-        for piece in pieces:
-            change = None if piece.cancelled() else piece.result()
-            if change is not None:
-                found.append(change)
-                count += change.count
-            if count > at_most:
-                for rest in pieces:
-                    rest.cancel()
+        found = [piece.result() for piece in pieces]
+        count = sum(each if isinstance(each, int) else each.count for each in found)
+        changes: list[Change] = []
+        for first, each in zip(firsts, found, strict=True):
+            if each and count <= at_most:
+                change = find(first, pack_many=True) if isinstance(each, int) else each
+                changes += [change] if isinstance(change, Change) else []
         arrays.clear()  # threads may keep hold of `find` for a moment
-        return None if count > at_most else found
+        return changes if count <= at_most else None
 
     return wait
 
@@ -181,11 +185,18 @@ def _change(places: NumpyArray, former: Any, values: Any, start: int) -> Change:
     places += start
     moved = _sum(places, values) - _sum(places, former)
     moves, far = pack_moves(torch.from_numpy(former), torch.from_numpy(values))
-    return Change(int(places[0]), int(places[-1]), between, moves, far, wrapped(moved))
+    return Change(
+        first=int(places[0]),
+        last=int(places[-1]),
+        between=between,
+        moves=moves,
+        far=far,
+        moved_sum=wrapped(moved),
+    )
 
 
 def compare_by_torch(old: Tensor, new: Tensor, *, start: int, at_most: int) -> list[Change] | None:
-    """Do the same on an accelerator, from which only what travels is copied."""
+    """Return what `begin_comparison` finds, packed on an accelerator: little has to be copied from it."""
     different = old != new
     count = int(torch.count_nonzero(different))
     if count == 0 or count > at_most:
@@ -193,15 +204,26 @@ def compare_by_torch(old: Tensor, new: Tensor, *, start: int, at_most: int) -> l
     places = different.nonzero().squeeze(1)
     former, values = old[places], new[places]
     between = places.diff() - 1
-    if count > 1 and int(between.max()) < np.iinfo(np.uint8).max:
-        between = between.to(torch.uint8)
+    most = int(between.max()) if count > 1 else 0
+    if most < np.iinfo(np.uint16).max:
+        between = between.to(torch.uint8 if most < np.iinfo(np.uint8).max else torch.int16)
+    gaps = between.cpu().numpy()
     places += start
     moved = _mixed_sum(places, values) - _mixed_sum(places, former)
     added = values - former
+    added = added.view(torch.int8) if added.dtype is torch.uint8 else added
     near = (added >= -_MOST) & (added <= _MOST)
     moves = torch.where(near, added, -_MOST - 1).to(torch.int8)
-    gaps = between.cpu().numpy()
-    return [Change(int(places[0]), int(places[-1]), gaps, moves.cpu(), values[~near].cpu(), wrapped(moved))]
+    return [
+        Change(
+            first=int(places[0]),
+            last=int(places[-1]),
+            between=gaps.view(np.uint16) if gaps.dtype == np.int16 else gaps,
+            moves=moves.cpu(),
+            far=values[~near].cpu(),
+            moved_sum=wrapped(moved),
+        )
+    ]
 
 
 @cache
@@ -222,7 +244,8 @@ def pack_moves(former: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     added = (values.numpy() - former.numpy()).view(f"i{values.itemsize}")
     near = (added >= -_MOST) & (added <= _MOST)
     moves = np.where(near, added, -_MOST - 1).astype(np.int8)
-    return torch.from_numpy(moves), values[torch.from_numpy(~near)]
+    far = values.numpy()[~near]
+    return torch.from_numpy(moves), torch.from_numpy(far) if len(far) else values[:0]
 
 
 def add_moves(former: Tensor, moves: Tensor, far: Tensor) -> Tensor:

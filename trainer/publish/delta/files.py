@@ -1,6 +1,6 @@
 """Files of a version: what it changes, or all of it. Safetensors, whole or not there.
 
-Of each changed tensor `<name>:gaps` has the packed places (`bits.pack_indices`), `<name>:moves` by how much
+Of each changed tensor `<name>:gaps` has the packed places (`bits.pack_gaps`), `<name>:moves` by how much
 the bits there have moved, and `<name>:values` the numbers that moved far (`bits.pack_moves`); a tensor of
 which most has changed is there whole, under its name. The header's metadata say the version, the version that
 it applies to, and the checksums of the whole model's bits before and after.

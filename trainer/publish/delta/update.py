@@ -5,7 +5,7 @@ steps while the next step trains:
 
     sum_up   each compares its own rows; a line of numbers for each tensor, to process 0
     choose   what of each tensor travels, told by process 0
-    parts    places and numbers, or rows, of one tensor after the other, to process 0
+    parts    changes, or rows, of one tensor after the other, to process 0
 """
 
 from __future__ import annotations

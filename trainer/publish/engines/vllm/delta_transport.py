@@ -151,13 +151,11 @@ class DeltaTransport(WeightTransport):
             refused = None
             if version.delta is not None:
                 refused = self._offer(server, version, version.delta, meanwhile)
-                meanwhile = nothing
                 if refused is None:
                     return
                 logger.warning("%s gets all of version %d: %s", server.url, staged.version, refused)
             if server.url in self._held:
-                refused = self._offer(server, version, self._write_whole(server, staged), meanwhile)
-                meanwhile = nothing
+                refused = self._offer(server, version, self._write_whole(server, staged))
             if refused is None:
                 return
             if server.url in self._held:
@@ -170,7 +168,6 @@ class DeltaTransport(WeightTransport):
                     staged.version,
                     refused,
                 )
-        meanwhile()
         self._write_directory(server, staged)
 
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:

@@ -182,7 +182,7 @@ class VllmRoutes(AdapterRoutes):
     ) -> list[DeltaState]:
         """Let the workers read and check a published file; return what they say when all of them have.
 
-        `meanwhile` is called when they have begun.
+        `meanwhile` is called when they have begun, and does not count for the deadline.
 
         Raises:
             PhaseDeadlineExceeded: They have not after `publish.load_timeout`.
@@ -195,6 +195,7 @@ class VllmRoutes(AdapterRoutes):
         ):
             time.sleep(DELTA_POLL_SECONDS)  # one that was given up is still being read
         meanwhile()
+        deadline = Deadline(self._settings.load_timeout)
         while True:
             states = self._ask_workers(DeltaState, "atropos_delta_state", Phase.LOAD, deadline=deadline)
             if all(state.error is not None or state.ready == name for state in states):
