@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -55,6 +56,11 @@ class RunningInferenceServer:
         assert response.status_code == 200, response.text
         choices: list[dict[str, Any]] = response.json()["choices"]
         return choices
+
+
+def pytest_configure() -> None:
+    """Let a lost terminal end programs as usual, also where the tests were started by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:

@@ -28,7 +28,7 @@ def test_a_share_is_expected_where_weights_are_spread_only() -> None:
 
 def test_a_publish_may_take_the_largest_weight_and_two_buckets_and_what_it_holds_meanwhile() -> None:
     allowed = [publish_memory.Case(4, way).allowed(1000, 100, 7) for way in ("disk", "overlap", "delta")]
-    assert [each - 2 * GATHERED_BYTES - 100 for each in allowed] == [84, 334, 334]
+    assert [each - 2 * GATHERED_BYTES - 100 for each in allowed] == [14, 264, 264]
 
 
 @pytest.mark.parametrize("words", [["--layers", "0"], ["--layers", "-3"]])
