@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from benchmarks._machine import describe, machine
 from benchmarks.balance import QWEN3_8B
 from benchmarks.step._memory import PeakMemory
 from local_stack.command import positive
+from local_stack.commands import free_addresses
 from trainer.model.attention import TILED, register_backends
 from trainer.model.lm_head import LogitTransform
 from trainer.model.sequence_parallel import SequenceGroup, make_sequence_group
@@ -133,9 +133,8 @@ def _row(length: int) -> MicroBatch:
 
 def _measured(count: int, row: int) -> float:
     """Bytes a token of the row, in the fullest of `count` processes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (address,) = free_addresses(1)
+    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": address.host, "MASTER_PORT": str(address.port)}
     # The C library keeps what is freed below this size, which would count as used.
     together["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
     command = [sys.executable, "-m", "benchmarks.long_rows", "--row", str(row)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ MAX_SEQUENCES_AT_ONCE = 128
 """Sequences that the inference server generates at once: a training batch (96) and some."""
 _EVALUATIONS = "--env.data_dir_to_save_evals"
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LISTENING_PORTS = range(20_000, 32_768)
+"""Ports that Linux gives to no outgoing connection, unless `net.ipv4.ip_local_port_range` was changed."""
 VLLM_PLUGINS = Path(__file__).resolve().parent.parent / "inference_plugins"
 """Files of ours that vLLM loads, found through `PYTHONPATH`."""
 
@@ -38,12 +41,22 @@ class Address:
 
 
 def free_addresses(count: int) -> list[Address]:
-    """Return `count` different loopback addresses that nothing listens on at this moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [Address(port=each.getsockname()[1]) for each in sockets]
+    """Return `count` different loopback addresses that nothing listens on at this moment.
+
+    Of ports below those that a kernel gives to connections: one of those could be some connection's by the
+    time that the service listens.
+    """
+    found: list[Address] = []
+    with contextlib.ExitStack() as held:
+        for port in random.SystemRandom().sample(LISTENING_PORTS, len(LISTENING_PORTS)):
+            if len(found) == count:
+                break
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(Address(port=port))
+    if len(found) < count:
+        raise OSError(f"fewer than {count} ports of {LISTENING_PORTS} are free on 127.0.0.1")
+    return found
 
 
 def api_command(listen: Address, *, python: str = sys.executable) -> list[str]:

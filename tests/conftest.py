@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 
 from local_stack.inference import Engine, EngineSettings, InferenceServer
 from local_stack.models import make_tiny_model
+from tests.ports import free_port
 
 _START_TIMEOUT = 60.0
 _TORCHAO = Path(__file__).parents[1] / ".venv-torchao"
@@ -92,12 +93,9 @@ def tiny_model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture
-def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(name="free_port")
+def _free_port() -> int:
+    return free_port()
 
 
 @pytest.fixture

@@ -164,13 +164,6 @@ def _handler(server: MisbehavingServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def closed_port() -> int:
-    """A loopback port on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def eventually(condition: Any, seconds: float = 60.0) -> None:
     """Wait until a condition holds; fail if it never does. The bound is generous: it only ends a hang."""
     end = time.monotonic() + seconds

@@ -23,7 +23,8 @@ from atropos_client import (
     Timeouts,
 )
 from tests.atropos_client.conftest import Ask
-from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, closed_port, zipped
+from tests.atropos_client.misbehaving_server import Answer, MisbehavingServer, zipped
+from tests.ports import free_port
 from tests.schemas.test_group import GOOD
 
 BATCH = json.dumps({"batch": [GOOD]}).encode()
@@ -65,7 +66,7 @@ def test_a_poll_that_was_turned_away_is_no_loss(
 
 def test_a_batch_that_was_never_asked_for_is_no_loss(ask: Ask) -> None:
     with pytest.raises(ApiUnreachable, match="run-api"):
-        ask(f"http://127.0.0.1:{closed_port()}", "fetch_batch")
+        ask(f"http://127.0.0.1:{free_port()}", "fetch_batch")
 
 
 def test_a_gzip_reply_of_exactly_the_maximum_is_read(ask: Ask, server: MisbehavingServer) -> None:
@@ -170,7 +171,7 @@ def test_waiting_until_ready_outlasts_a_starting_server(ask: Ask, server: Misbeh
 
 def test_waiting_until_ready_ends_at_its_deadline_and_says_why(ask: Ask) -> None:
     with pytest.raises(ApiUnreachable, match=r"not ready within 0\.3 s: .*cannot connect"):
-        ask(f"http://127.0.0.1:{closed_port()}", "wait_until_ready", 0.3)
+        ask(f"http://127.0.0.1:{free_port()}", "wait_until_ready", 0.3)
 
 
 def test_waiting_does_not_mend_a_refused_token(ask: Ask, server: MisbehavingServer) -> None:

@@ -19,8 +19,9 @@ from schemas import Registration, ScoredGroup
 from tests.atropos_client.conftest import Ask
 from tests.atropos_client.environment_side import ACCEPTED, push_groups, register_environment
 from tests.atropos_client.in_thread import ThreadFetcher
-from tests.atropos_client.misbehaving_server import closed_port, eventually
+from tests.atropos_client.misbehaving_server import eventually
 from tests.atropos_client.test_fetcher import settings_for
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ class RealApi:
     """The real server on a loopback port; can be killed and started again at the same address."""
 
     def __init__(self) -> None:
-        self._port = closed_port()
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__

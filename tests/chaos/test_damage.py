@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from atropos_client.journal import WriterLock
-from tests.atropos_client.misbehaving_server import closed_port
 from tests.chaos.killed_run import BATCHES
 from tests.forked import run_module
+from tests.ports import free_port
 from trainer.cli import main
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
@@ -67,7 +67,7 @@ class KilledRun:
 def killed_run(tiny_model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> KilledRun:
     directory = tmp_path_factory.mktemp("killed") / "run"
     words = [
-        *("--model.path", str(tiny_model_directory), "--atropos.url", f"http://127.0.0.1:{closed_port()}"),
+        *("--model.path", str(tiny_model_directory), "--atropos.url", f"http://127.0.0.1:{free_port()}"),
         *("--atropos.batch_timeout", "5", "--atropos.ready_timeout", "1", "--journal.shutdown_timeout", "5"),
         *("--atropos.batch_size", "12", "--atropos.max_token_length", "64"),
         *("--train.steps", str(BATCHES), "--train.device", "cpu", "--train.mixed_precision", "no"),

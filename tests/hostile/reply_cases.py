@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from atropos_client import AccessDenied, ApiUnreachable, BatchPossiblyLost, ErrorStatus, ServerError
-from tests.atropos_client.misbehaving_server import Answer, closed_port, zipped
+from tests.atropos_client.misbehaving_server import Answer, zipped
 from tests.hostile.case import NEIGHBOUR, ReplyCase, changed
+from tests.ports import free_port
 from trainer.errors import DeadlineExceeded
 
 GOOD = json.dumps({"batch": [NEIGHBOUR]}).encode()
@@ -359,7 +360,7 @@ STATUSES = [
         "connections are refused",
         ApiUnreachable,
         "does the Atropos API run",
-        address=f"http://127.0.0.1:{closed_port()}",
+        address=f"http://127.0.0.1:{free_port()}",
         options=QUICK_PATIENCE,
     ),
     refused(

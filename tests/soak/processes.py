@@ -15,7 +15,7 @@ from typing import Self
 import httpx
 import psutil
 
-from tests.atropos_client.misbehaving_server import closed_port
+from tests.ports import free_port
 
 STOP_PATIENCE = 60.0
 """Seconds; only ends a hang."""
@@ -65,7 +65,7 @@ class Inference(Program):
     """The embedded server, which really loads what is published."""
 
     def __init__(self, model: Path, log: Path) -> None:
-        port = closed_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         words = ["local_stack.inference", "--model", str(model), "--port", str(port), "--threads", "1"]
         super().__init__(words, log)

@@ -18,6 +18,7 @@ import pytest
 
 from tests.conftest import RunningInferenceServer
 from tests.forked import Forked, forked_ranks
+from tests.ports import free_port
 from tests.trainer.stoppable_run import long_body
 from tests.trainer.test_stop_signals import ENDED_WITHIN, Run, newest
 from tests.trainer.test_watch import until
@@ -28,13 +29,6 @@ pytestmark = pytest.mark.slow
 MODULE = "tests.trainer.failing_run"
 HOST = socket.gethostname()
 OF_A_RANK = rf"rank (\d) on {re.escape(HOST)} \(process \d+\) "
-
-
-def free_port_now() -> int:
-    """A loopback port that was free a moment ago, another one each time."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def lines_of(log: str, start: str) -> list[str]:
@@ -57,7 +51,7 @@ def failing_runs(
         output.mkdir()
         words = [model, output, rank, where, how, "--checkpoint.every", "3", *settings]
         out, log = output.with_suffix(".out"), output.with_suffix(".log")
-        runs[rank, how] = forked_ranks(2, free_port_now(), MODULE, words, stdout=out, stderr=log)
+        runs[rank, how] = forked_ranks(2, free_port(), MODULE, words, stdout=out, stderr=log)
     try:
         yield runs
     finally:

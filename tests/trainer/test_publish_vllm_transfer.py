@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from tests.forked import forked_ranks
+from tests.ports import free_port
 from tests.trainer.inference_stand_in import serving
 from tests.trainer.models import stream_of, tiny_model
 from tests.trainer.transfer_stand_in import NCCLEngine, Receiver, modules
@@ -80,7 +81,7 @@ class Side:
         settings = PublishSettings(
             transport=backend,
             servers=[server.url for server in servers],
-            group_port=port or free_ports(),
+            group_port=port or free_port(),
             token="secret",  # noqa: S106 - of a stand-in
             **({"load_timeout": 20.0, "pause_timeout": 5.0} | options),
         )
@@ -104,13 +105,6 @@ class Side:
         self.transport.close(self.routes)
         for routes in self.routes:
             routes.close()
-
-
-def free_ports() -> int:
-    """The first of some ports in a row that were free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(int(probe.getsockname()[1]), 65000)
 
 
 def assert_arrived(server: Receiver, model: nn.Module) -> None:
@@ -373,9 +367,9 @@ def test_weights_spread_over_processes_arrive_after_a_transfer_that_stopped_in_t
     runs = {}
     for fault in ("refused", "hung"):
         log = tmp_path / f"{fault}.log"
-        words = [tiny_model_directory, tmp_path / fault, free_ports(), fault]
+        words = [tiny_model_directory, tmp_path / fault, free_port(), fault]
         runs[log] = forked_ranks(
-            2, free_ports(), "tests.trainer.spread_transfer_run", words, stdout=log, stderr=log
+            2, free_port(), "tests.trainer.spread_transfer_run", words, stdout=log, stderr=log
         )
     try:
         for log, ranks in runs.items():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +27,7 @@ from transformers import (
 from inference_plugins.atropos_delta import SOURCE
 from tests.conftest import RunningInferenceServer
 from tests.forked import forked_ranks
+from tests.ports import free_port
 from tests.trainer.batches import VOCABULARY, make_bodies
 from tests.trainer.inference_stand_in import serving
 from tests.trainer.runs import assert_equal_tensors, rows, run
@@ -103,9 +102,7 @@ def experts(tiny_model_directory: Path, tmp_path_factory: pytest.TempPathFactory
 
 def run_in_processes(count: int, runs: list[dict[str, Any]], log: Path) -> None:
     plan = log.with_suffix(".json")
-    with contextlib.ExitStack() as stack:
-        ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in runs]
-    plan.write_text(json.dumps([each | {"port": port} for each, port in zip(runs, ports, strict=True)]))
+    plan.write_text(json.dumps([each | {"port": free_port()} for each in runs]))
     ranks = forked_ranks(count, 0, "tests.trainer.several_runs", [plan], stdout=log, stderr=log)
     try:
         assert [rank.wait(200) for rank in ranks] == [0] * count, log.read_text()[-5000:]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 _HERE = Path(__file__).parent
 HAS_VERL = importlib.util.find_spec("verl") is not None
 
@@ -74,14 +76,11 @@ def nobody_else_is_reached() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _alone_among_workers(_loopback: None) -> None:
     """This process is the only worker of an engine that runs in it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     place = {
         "RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
     }
     os.environ.update(place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +11,7 @@ import httpx
 
 from local_stack.processes import ChildProcess, wait_until
 from tests.compose import ROOT
+from tests.ports import free_port
 
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 """vLLM needs another version of transformers than the trainer, so it lives in an environment of its own."""
@@ -56,7 +56,7 @@ class VllmServer:
         self.model = model
         self.log = log
         self.api_key = api_key
-        self.port = _free_port()
+        self.port = free_port()
         self._dtype = dtype
         self._flags = [*(_LORA_FLAGS if lora else ()), *flags]
         self._environment = environment or {}
@@ -161,9 +161,3 @@ class VllmServer:
             return self.get("/health").status_code == 200
         except httpx.TransportError:
             return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.compose import ROOT
+from tests.ports import free_port
 from tests.trainer.runs import rows
 from tests.trainer.test_multiprocess import run_in_processes
 from tests.vllm.conftest import StartVllm
@@ -115,12 +115,6 @@ class FailsHalfWay(VllmRoutes):
         if not self.fails:
             return
         httpx.post(f"{self.url}/collective_rpc", json={"method": "atropos_delta_spoil"}, timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

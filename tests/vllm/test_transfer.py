@@ -6,7 +6,6 @@ There is no GPU here: the data goes over TCP instead of NCCL (`cpu_wire`). Every
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.compose import ROOT
+from tests.ports import free_port
 from tests.trainer.runs import rows
 from tests.trainer.transfer_stand_in import modules
 from tests.vllm.launching import VLLM_PYTHON, VllmServer
@@ -177,10 +177,7 @@ def test_our_requests_are_those_of_vllms_own_client(contract: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def began(sender: Sender, receiver: VllmServer) -> Iterator[Sender]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = min(probe.getsockname()[1], 65000)
-    sender.succeed("begin", url=receiver.url, port=port, load_timeout=60.0, pause_timeout=20.0)
+    sender.succeed("begin", url=receiver.url, port=free_port(), load_timeout=60.0, pause_timeout=20.0)
     yield sender
     sender.succeed("end")
 
