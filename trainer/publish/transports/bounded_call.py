@@ -49,7 +49,7 @@ class BoundedCall(Future[Value]):
         except TimeoutError:
             if self.done():  # the action's own
                 raise
-            raise NotEndedError(seconds) from None
+            raise NotEndedError(f"it did not end within {seconds:g} s") from None
 
     def _run(self) -> None:
         try:
@@ -62,8 +62,4 @@ class BoundedCall(Future[Value]):
 
 
 class NotEndedError(Exception):
-    """A call did not end within `seconds`."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        super().__init__(f"it did not end within {seconds:g} s")
+    """A call did not end in time."""

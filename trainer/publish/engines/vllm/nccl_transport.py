@@ -254,8 +254,9 @@ class VllmTransferTransport(WeightTransport):
 
     def _raise(self, error: BaseException, server: InferenceServer, phase: Phase) -> NoReturn:
         """Raise our own errors as they are, anything else as the phase's error."""
-        if isinstance(error, NotEndedError):
-            limit = f"within {error.seconds:g} s (publish.load_timeout)"
+        # A request's deadline is the same one, and ends with it: either may be first.
+        if isinstance(error, NotEndedError | PhaseDeadlineExceeded):
+            limit = f"within {self._settings.load_timeout:g} s (publish.load_timeout)"
             reason = f"the transfer group did not come together {limit}"
             if phase is Phase.LOAD:
                 reason = (
