@@ -19,10 +19,6 @@ from trainer.publish.engines.connection import ServerConnection
 from trainer.publish.errors import Phase
 
 
-def nothing() -> None:
-    """Do nothing, while a server is at work."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class StagedWeights:
     """Describes a version that is ready to be loaded by any number of servers."""
@@ -159,12 +155,9 @@ class WeightTransport(ABC):
         """
 
     def prepare(  # noqa: B027 - most have nothing to do before the pause
-        self, server: InferenceServer, staged: StagedWeights, meanwhile: Callable[[], None]
+        self, server: InferenceServer, staged: StagedWeights
     ) -> None:
-        """Do what can be done while the server still serves the old weights. Otherwise as `load`.
-
-        `meanwhile` may be called while the server is at work, and must not take it long.
-        """
+        """Do what can be done while the server still serves the old weights. Otherwise as `load`."""
 
     @abstractmethod
     def load(self, server: InferenceServer, staged: StagedWeights) -> None:

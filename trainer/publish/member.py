@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from trainer.publish.errors import ServerFailure
-from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport, nothing
+from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish.report import ServerOutcome
 from trainer.publish.verification.compare_logprobs import Comparison
 from trainer.publish.verification.verifier import Expectation, ServerVerifier, VerificationFailed
@@ -104,12 +104,12 @@ class Member:
         errors: list[ServerFailure] = []
         seconds: dict[str, float] = {}
         with _collected(errors):
-            warm = nothing if expectation is None or not transport.pauses else self._verifier.warm
             with _timed(seconds, "prepare_seconds"):
-                transport.prepare(server, job.staged, warm)
+                transport.prepare(server, job.staged)
             self.version = None
             if transport.pauses:
-                warm()  # soon done where it was meanwhile; other requests may have taken its place since
+                if expectation is not None:
+                    self._verifier.warm()
                 with _timed(seconds, "pause_seconds"):
                     self._update(job.staged, seconds, errors)
                 self.version = None if errors else job.version

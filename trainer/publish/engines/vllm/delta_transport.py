@@ -43,7 +43,7 @@ from trainer.publish.delta.files import (
 from trainer.publish.delta.update import Update
 from trainer.publish.engines.vllm.routes import VllmRoutes
 from trainer.publish.errors import Phase, StagingFailed
-from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport, nothing
+from trainer.publish.interfaces import InferenceServer, StagedWeights, WeightTransport
 from trainer.publish.transports.disk import DiskTransport
 
 logger = logging.getLogger(__name__)
@@ -143,14 +143,14 @@ class DeltaTransport(WeightTransport):
         self._give_directories(server, lacks)
         return self
 
-    def prepare(self, server: InferenceServer, staged: StagedWeights, meanwhile: Callable[[], None]) -> None:
+    def prepare(self, server: InferenceServer, staged: StagedWeights) -> None:
         """Let it read and check what changed; all of the version where that does not do."""
         self._chosen.pop(server.url, None)
         version = self._version_of(server, staged)
         if isinstance(server, VllmRoutes) and server.url in self._held:
             refused = None
             if version.delta is not None:
-                refused = self._offer(server, version, version.delta, meanwhile)
+                refused = self._offer(server, version, version.delta)
                 if refused is None:
                     return
                 logger.warning("%s gets all of version %d: %s", server.url, staged.version, refused)
@@ -332,18 +332,12 @@ class DeltaTransport(WeightTransport):
         logger.warning("%s gets full versions as directories: %s", server.url, why)
         self._held.pop(server.url, None)
 
-    def _offer(
-        self,
-        server: VllmRoutes,
-        version: _Version,
-        file: PublishedFile,
-        meanwhile: Callable[[], None] = nothing,
-    ) -> str | None:
+    def _offer(self, server: VllmRoutes, version: _Version, file: PublishedFile) -> str | None:
         """Let a server check a file; return why it is not to be applied, None if it is.
 
         One whose weights no file fits gets directories from now on.
         """
-        states = server.delta_prepare(file.name, file.sha256, file.size, meanwhile)
+        states = server.delta_prepare(file.name, file.sha256, file.size)
         for state in states:
             if state.error is not None:
                 if state.unfit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from trainer.config import PublishSettings
 from trainer.publish.engines.connection import Answer, Deadline
 from trainer.publish.engines.vllm.adapters import AdapterRoutes
 from trainer.publish.errors import Phase, ServerFailure
-from trainer.publish.interfaces import NextToken, nothing
+from trainer.publish.interfaces import NextToken
 
 COMPLETIONS = "POST /v1/completions"
 
@@ -177,12 +177,8 @@ class VllmRoutes(AdapterRoutes):
                 raise
             return None
 
-    def delta_prepare(
-        self, name: str, sha256: str, size: int, meanwhile: Callable[[], None] = nothing
-    ) -> list[DeltaState]:
+    def delta_prepare(self, name: str, sha256: str, size: int) -> list[DeltaState]:
         """Let the workers read and check a published file; return what they say when all of them have.
-
-        `meanwhile` is called when they have begun, and does not count for the deadline.
 
         Raises:
             PhaseDeadlineExceeded: They have not after `publish.load_timeout`.
@@ -194,8 +190,6 @@ class VllmRoutes(AdapterRoutes):
             done.error for done in self._ask_workers(DeltaDone, begin, Phase.LOAD, wanted, deadline=deadline)
         ):
             time.sleep(DELTA_POLL_SECONDS)  # one that was given up is still being read
-        meanwhile()
-        deadline = Deadline(self._settings.load_timeout)
         while True:
             states = self._ask_workers(DeltaState, "atropos_delta_state", Phase.LOAD, deadline=deadline)
             if all(state.error is not None or state.ready == name for state in states):
