@@ -49,14 +49,12 @@ def free_addresses(count: int) -> list[Address]:
     found: list[Address] = []
     with contextlib.ExitStack() as held:
         for port in random.SystemRandom().sample(LISTENING_PORTS, len(LISTENING_PORTS)):
-            if len(found) == count:
-                break
             with contextlib.suppress(OSError):
                 held.enter_context(socket.create_server(("127.0.0.1", port)))
                 found.append(Address(port=port))
-    if len(found) < count:
-        raise OSError(f"fewer than {count} ports of {LISTENING_PORTS} are free on 127.0.0.1")
-    return found
+            if len(found) == count:
+                return found
+    raise OSError(f"fewer than {count} ports of {LISTENING_PORTS} are free on 127.0.0.1")
 
 
 def api_command(listen: Address, *, python: str = sys.executable) -> list[str]:

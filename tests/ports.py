@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from local_stack.commands import free_addresses
 
+_GIVEN: set[int] = set()
+
 
 def free_port() -> int:
     """A loopback port on which nothing listens, another one each time; no connection takes it meanwhile."""
-    return free_addresses(1)[0].port
+    while (port := free_addresses(1)[0].port) in _GIVEN:
+        pass  # whoever has it may not listen yet
+    _GIVEN.add(port)
+    return port

@@ -27,7 +27,7 @@ def test_no_connection_is_given_a_port_before_its_service_listens_there() -> Non
 
 
 def test_ports_that_somebody_has_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    (taken,), (free,) = free_addresses(1), free_addresses(1)
+    taken, free = free_addresses(2)
     monkeypatch.setattr(commands, "LISTENING_PORTS", [taken.port, free.port])
     with socket.create_server(("127.0.0.1", taken.port)):
         assert {free_addresses(1)[0].port for _ in range(10)} == {free.port}
