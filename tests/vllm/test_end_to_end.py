@@ -220,12 +220,13 @@ def observer(server: VllmServer, start_run: Callable[..., Run]) -> Iterator[Obse
     observer.end()
 
 
-def assert_every_step_was_trained_once(run: Run) -> None:
-    steps = run.rows("step")
+def assert_every_batch_was_trained_once(run: Run) -> None:
+    """A batch whose groups all have equal scores, as a random model may sample them, is skipped for that."""
+    steps, skipped = run.rows("step"), run.rows("skipped")
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
-    assert len({row["batch"] for row in steps}) == STEPS
+    assert sorted(row["batch"] for row in steps + skipped) == list(range(1, STEPS + len(skipped) + 1))
     assert all(row["sequences"] == 96 for row in steps)
-    assert run.rows("skipped") == []
+    assert {row["reason"] for row in skipped} <= {"no advantage differs from 0"}
 
 
 def assert_every_version_was_proven(run: Run) -> None:
@@ -252,7 +253,7 @@ def test_five_steps(
     run = start_run(*adapters)
     run.finish()
     observer.end()
-    assert_every_step_was_trained_once(run)
+    assert_every_batch_was_trained_once(run)
     assert_every_version_was_proven(run)
     assert_served_logprobs_change_each_time(observer)
     served = observer.seen[str(STEPS)][-1]
@@ -305,7 +306,9 @@ def test_vllm_killed_in_the_middle_of_a_publish(server: VllmServer, start_run: C
 
 
 def test_vllm_killed_in_the_middle_of_a_rollout(server: VllmServer, start_run: Callable[..., Run]) -> None:
-    run = start_run(reply_tokens=160)  # long replies: most of the time between two publishes is sampling
+    # Long replies: most of the time between two publishes is sampling. Not longer: the more random bytes, the
+    # surer there is a number among them, and the fewer groups have a spread in their scores.
+    run = start_run(reply_tokens=96)
     with server.client(timeout=60.0) as client:
         # Not while a publish is under way, which a slow machine may take long for: that is the test above.
         run.wait(lambda: run.is_settled() and is_generating(client), "sample", every=0.0)
@@ -327,7 +330,7 @@ def is_generating(client: httpx.Client) -> bool:
 
 def assert_finished_as_if_nothing_had_happened(run: Run, server: VllmServer) -> None:
     run.finish()
-    assert_every_step_was_trained_once(run)
+    assert_every_batch_was_trained_once(run)
     assert_every_version_was_proven(run)
     with server.client() as client:
         reply = served_logprobs(client)
